@@ -1,0 +1,133 @@
+"""Checks of arguments: O(1), no look at tensor values, messages that say what was expected and what came."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .variants import Variant, resolve_variant
+
+
+def number(
+    name: str, value: Any, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+) -> None:
+    """Refuse what is not a finite real number within the bounds; tensors (state set by us) pass unseen."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor with one element, got shape {tuple(value.shape)}")
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    bounds = [
+        (above is not None and not value > above, f"> {above}"),
+        (at_least is not None and not value >= at_least, f">= {at_least}"),
+        (at_most is not None and not value <= at_most, f"<= {at_most}"),
+        (not math.isfinite(value), "finite"),
+    ]
+    for broken, rule in bounds:
+        if broken:
+            raise ValueError(f"{name} must be {rule}, got {value}")
+
+
+def integer(name: str, value: Any, *, at_least: int) -> None:
+    """Refuse what is not an integer of at least ``at_least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be >= {at_least}, got {value}")
+
+
+def choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Refuse a mode that is not known, and list those that are."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
+
+
+def hyper_parameters(
+    *,
+    ce_weight: Any,
+    distill_weight: Any,
+    temperature: Any,
+    student_temperature: Any,
+    top_k: Any,
+    multiplier: Any,
+    budget: Any,
+    variant: str | Variant,
+    guide_gradient_scale: Any,
+    ignore_index: Any,
+) -> Variant:
+    """Check the scalars that module and function share; return the resolved variant."""
+    number("ce_weight", ce_weight, at_least=0)
+    number("distill_weight", distill_weight, at_least=0)
+    number("temperature", temperature, above=0)
+    if student_temperature is not None:
+        number("student_temperature", student_temperature, above=0)
+    if top_k is not None:
+        integer("top_k", top_k, at_least=1)
+    number("multiplier", multiplier, at_least=0)
+    number("budget", budget, at_least=0)
+    if guide_gradient_scale is not None:
+        number("guide_gradient_scale", guide_gradient_scale, above=0)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__} {ignore_index!r}")
+    return resolve_variant(variant)
+
+
+def tensor(name: str, value: Any) -> None:
+    """Refuse what is not a floating-point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating-point, got {value.dtype}")
+
+
+def logits(student_logits: Any, teacher_logits: Any) -> None:
+    """Both (N, C) or (N, C, d1, ...), of one shape, C >= 2."""
+    tensor("student_logits", student_logits)
+    tensor("teacher_logits", teacher_logits)
+    shape = tuple(student_logits.shape)
+    if tuple(teacher_logits.shape) != shape:
+        raise ValueError(
+            f"teacher_logits must have the shape of student_logits {shape}, got {tuple(teacher_logits.shape)}"
+        )
+    if len(shape) < 2:
+        raise ValueError(f"student_logits must have shape (N, C) or (N, C, d1, ...), got {shape}")
+    if shape[1] < 2:
+        raise ValueError(f"student_logits must have at least 2 classes along dimension 1, got shape {shape}")
+
+
+def per_position(name: str, value: Any, student_logits: Tensor) -> None:
+    """One value per position: the logits' shape without the class dimension."""
+    tensor(name, value)
+    expected = positions(student_logits)
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
+
+
+def positions(student_logits: Tensor) -> tuple[int, ...]:
+    """Shape of what holds one value per position: (N,) or (N, d1, ...)."""
+    return (student_logits.shape[0], *student_logits.shape[2:])
+
+
+def target(value: Any, student_logits: Tensor) -> None:
+    """Class indices, int64 of shape (N, d1, ...), or probabilities, floating-point of the logits' shape."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"target must be a Tensor, got {type(value).__name__}")
+    indices, probabilities = positions(student_logits), tuple(student_logits.shape)
+    expected = f"int64 class indices of shape {indices} or floating-point probabilities of shape {probabilities}"
+    came = f"{value.dtype} of shape {tuple(value.shape)}"
+    if value.dtype != torch.int64 and not value.is_floating_point():
+        raise TypeError(f"target must be {expected}, got {came}")
+    if value.is_floating_point() and tuple(value.shape) == indices:
+        raise TypeError(f"target must be {expected}, got {came}: call target.long() if these are class indices")
+    if tuple(value.shape) != (probabilities if value.is_floating_point() else indices):
+        raise ValueError(f"target must be {expected}, got {came}")
+
+
+def sample_weight(value: Any, student_logits: Tensor) -> None:
+    """One weight per sample (N,), or per position."""
+    tensor("sample_weight", value)
+    expected = positions(student_logits)
+    if tuple(value.shape) not in {expected, expected[:1]}:
+        raise ValueError(f"sample_weight must have shape {expected[:1]} or {expected}, got {tuple(value.shape)}")

@@ -1,0 +1,28 @@
+"""The equations of DiSK as pure functions, one per equation: no state, no modules.
+
+(1) :func:`kd_loss`; (3) :func:`usage`, :func:`violation`, :func:`budget_loss`; (4) :func:`scaffolded_kl`,
+:func:`scaffold_mask`, :func:`discount`, :func:`fit_student_temperature`, :func:`student_temperature_step`;
+(5) :func:`disk_loss`, :func:`disk_terms`; the guide that (5) would choose sample by sample: :func:`optimal_guide`.
+"""
+
+from .budget import budget_loss, usage, violation
+from .objective import DiSKTerms, disk_loss, disk_terms
+from .oracle import optimal_guide
+from .scaffold import discount, kd_loss, scaffold_mask, scaffolded_kl
+from .temperature import fit_student_temperature, student_temperature_step
+
+__all__ = [
+    "DiSKTerms",
+    "budget_loss",
+    "discount",
+    "disk_loss",
+    "disk_terms",
+    "fit_student_temperature",
+    "kd_loss",
+    "optimal_guide",
+    "scaffold_mask",
+    "scaffolded_kl",
+    "student_temperature_step",
+    "usage",
+    "violation",
+]

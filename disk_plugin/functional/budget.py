@@ -1,0 +1,79 @@
+"""Equation (3): what the guide spends, and by how much that exceeds its budget."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from .. import _checks
+from ..variants import Variant
+from ._positions import Positions, Reduction, label_cross_entropy, positions_of, promote
+
+
+def usage(
+    student_logits: Tensor,
+    target: Tensor,
+    guide_logits: Tensor,
+    *,
+    ignore_index: int = -100,
+    sample_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Return what the guide spends, Kag et al. (ICLR 2023), the sum in eq. (3): g times the cross-entropy at tau = 1.
+
+    .. math:: \frac1N \sum_i g(x_i)\,(-\log s_{y_i}(x_i))
+
+    Args:
+        student_logits: before softmax.
+        target: class indices, or probabilities of the logits' shape, of which the argmax counts.
+        guide_logits: the guide before its sigmoid.
+        ignore_index: class index of positions that take part in nothing.
+        sample_weight: weight per sample or position; the mean still divides by the count of positions.
+        reduction: ``"mean"`` over the positions not ignored, or ``"none"``.
+
+    Shape:
+        student_logits (N, C) or (N, C, d1, ...); guide_logits (N,) or (N, d1, ...); returns a scalar in nats per
+        sample, or (N, d1, ...) with 0 where ignored.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: logits not floating-point, or a target that is neither int64 nor floating-point.
+    """
+    _checks.logits(student_logits, student_logits)
+    _checks.per_position("guide_logits", guide_logits, student_logits)
+    _checks.choice("reduction", reduction, ("mean", "none"))
+    s, g = promote(student_logits, guide_logits)
+    where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
+    spent = g.sigmoid() * label_cross_entropy(log_softmax(s, 1), where.label)
+    return where.reduce(where.weighted(spent), reduction)
+
+
+def violation(usage: Tensor, budget: float | Tensor) -> Tensor:
+    """Return usage - budget, nats per sample: positive where the budget is exceeded."""
+    return usage - budget
+
+
+def budget_loss(usage: Tensor, budget: float | Tensor) -> Tensor:
+    """Return (usage - budget)_+, nats per sample: Kag et al. (ICLR 2023), eq. (3)."""
+    return violation(usage, budget).relu()
+
+
+def budget_cross_entropy(
+    log_probs: Tensor, teacher_logits: Tensor, where: Positions, wrong: Tensor, variant: Variant
+) -> Tensor:
+    """Cross-entropy that the budget counts, per position, scaled so that its mean has the variant's denominator."""
+    ce = label_cross_entropy(log_probs, teacher_logits.argmax(1) if variant.budget_label == "teacher" else where.label)
+    if variant.budget_clamp is not None:
+        ce = ce.clamp(max=variant.budget_clamp)
+    if variant.budget_denominator == "errors":
+        errors = (wrong & where.valid).sum().clamp(min=1)  # a batch without errors divides by 1, not by 0
+        ce = ce * (where.total.to(ce.dtype) / errors)
+    return ce
+
+
+def hinge(spent: Tensor, where: Positions, budget: Tensor, reduction: Reduction) -> Tensor:
+    """Equation (3) from g * CE per position; with "none" a vector whose sum / count is the hinge of the whole batch."""
+    mean = where.reduce(spent, "mean")
+    if reduction == "mean":
+        return budget_loss(mean, budget)
+    # the gate is the batch's, not the position's: (3) is one hinge over the mean
+    return where.plain(torch.where(mean.detach() > budget, violation(spent, budget), 0.0))

@@ -1,0 +1,202 @@
+"""Equation (5): the whole objective, its two halves and what to watch, evaluated once."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from .. import _checks
+from ..variants import Variant
+from ._positions import Reduction, as_dtype, cross_entropy, positions_of, promote
+from .budget import budget_cross_entropy, hinge
+from .scaffold import Scaffold, discount_of, scaffold, scaffold_mask, temperatures
+
+# Guide logits between which the scaled gradient is at work, g = .0009 to .982. The ends differ because g counts against
+# the student's probabilities: .98 is as good as 1, while s_k << .01 (many classes) still tells g = .01 from .001.
+REACH = (-7.0, 4.0)
+
+
+class DiSKTerms(NamedTuple):
+    """What one evaluation of the objective gives: scalars, or (N, d1, ...) with ``reduction="none"``.
+
+    The first three carry gradients, the rest are detached. ``ce``, ``distill`` and ``usage`` include the sample weight.
+    """
+
+    loss: Tensor  # (5); its gradient is that of student_loss on the student and of guide_loss on the guide
+    student_loss: Tensor  # ce_weight CE + distill_weight L_dist, guide detached
+    guide_loss: Tensor  # distill_weight L_dist + multiplier (usage - budget)_+, student detached
+    ce: Tensor  # cross-entropy, nats
+    distill: Tensor  # L_dist of (4), nats times tau tau_s
+    usage: Tensor  # g times the budget's cross-entropy, nats per sample
+    guide: Tensor  # g, in [0, 1]
+    discount: Tensor  # share of the teacher's pull taken off, in [0, 1]
+    correct: Tensor  # 1 where the student's argmax is the label
+    agreement: Tensor  # 1 where the student's argmax is the teacher's
+
+
+def disk_terms(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    guide_logits: Tensor,
+    *,
+    ce_weight: float = 0.1,
+    distill_weight: float = 0.9,
+    temperature: float = 4.0,
+    student_temperature: float | Tensor | None = None,
+    top_k: int | None = None,
+    multiplier: float | Tensor = 50.0,
+    budget: float | Tensor = 0.3,
+    variant: str | Variant = "paper",
+    guide_gradient_scale: float | None = 0.1,
+    ignore_index: int = -100,
+    sample_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> DiSKTerms:
+    r"""Evaluate the objective of DiSK, Kag et al. (ICLR 2023), eq. (5), for given guide logits.
+
+    .. math:: \alpha\,L_{CE}(s) + (1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+
+
+    One backward through ``loss`` gives both players their own gradient: the student that of CE and scaffold with the
+    guide detached, the guide that of scaffold and budget with the student detached (Algorithm 1: "not optimizing the
+    student model on budget loss gives more stable results"). First-order gradients only. The authors' scripts differ
+    in the points that :class:`disk_plugin.variants.Variant` names; the default is the paper's.
+
+    The hinge is over the batch of this one call, so that micro-batches and replicas each have their own.
+
+    Args:
+        student_logits: before softmax.
+        teacher_logits: before softmax; no gradient reaches them.
+        target: class indices, or probabilities of the logits' shape (soft cross-entropy; the label is the argmax).
+        guide_logits: the guide before its sigmoid.
+        ce_weight: weight of the cross-entropy, >= 0 (paper: alpha).
+        distill_weight: weight of the scaffolded divergence, >= 0 (paper: 1 - alpha).
+        temperature: divides the teacher's logits, dimensionless, > 0 (paper: tau).
+        student_temperature: divides the student's logits, > 0; None for ``temperature`` (paper: tau_s).
+        top_k: number of the teacher's largest classes that receive g, >= 1; None for all (paper: K).
+        multiplier: weight of the budget's hinge, >= 0 (paper: lambda).
+        budget: nats per sample, >= 0 (paper: delta).
+        variant: ``"paper"``, ``"official_cifar"``, ``"official_imagenet"`` or a ``Variant``.
+        guide_gradient_scale: c > 0: the guide's logit receives c / (4 (tau tau_s + multiplier)) times the derivative
+            by g, and none outward beyond g = .0009 and .982, which keeps the guide alive under the student's
+            optimizer; no value and no sample's optimum changes. None: the plain derivative by the logit (the paper).
+        ignore_index: class index of positions that take part in nothing.
+        sample_weight: weight per sample or position; means still divide by the count of positions not ignored.
+        reduction: ``"mean"``, or ``"none"`` for per-position values with value.sum() / count equal to the mean.
+
+    Shape:
+        logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; guide_logits (N,) or (N, d1, ...);
+        sample_weight (N,) or (N, d1, ...).
+
+    Raises:
+        ValueError: shapes that do not fit, values out of range, an unknown variant.
+        TypeError: logits not floating-point, or a target that is neither int64 nor floating-point.
+    """
+    record = _checks.hyper_parameters(
+        ce_weight=ce_weight,
+        distill_weight=distill_weight,
+        temperature=temperature,
+        student_temperature=student_temperature,
+        top_k=top_k,
+        multiplier=multiplier,
+        budget=budget,
+        variant=variant,
+        guide_gradient_scale=guide_gradient_scale,
+        ignore_index=ignore_index,
+    )
+    _checks.logits(student_logits, teacher_logits)
+    _checks.per_position("guide_logits", guide_logits, student_logits)
+    _checks.choice("reduction", reduction, ("mean", "none"))
+    s, t, guide_logits = promote(student_logits, teacher_logits.detach(), guide_logits)
+    tau_s = as_dtype(temperatures(temperature, student_temperature), s.dtype)
+    where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
+    lam, delta = (torch.as_tensor(value, dtype=s.dtype, device=s.device) for value in (multiplier, budget))
+
+    log_probs = log_softmax(s, 1)
+    ce = where.weighted(cross_entropy(log_probs, target, where.label))
+    mask = scaffold_mask(t, top_k, where.label if record.scaffold_label else None)
+    parts = scaffold(
+        s,
+        t,
+        guide_logits.detach(),
+        mask,
+        temperature=temperature,
+        student_temperature=tau_s,
+        teacher_target=record.teacher_target,
+    )
+    distill = where.weighted(temperature * tau_s * parts.kl)
+    prediction = s.argmax(1)
+    budget_ce = budget_cross_entropy(log_probs, t, where, prediction != where.label, record)
+    budget_ce = budget_ce if record.student_feels_budget else budget_ce.detach()
+
+    # the student's half: the guide is detached
+    g = guide_logits.detach().sigmoid()
+    core = where.reduce(ce_weight * ce + distill_weight * distill, reduction)
+    spent = where.weighted(g * budget_ce)
+    budget_term = lam * hinge(spent, where, delta, reduction)
+
+    # the guide's half: the student is detached, the value carries no graph
+    slope = distill_weight * _distill_slope(temperature * tau_s, parts, guide_logits)
+    slope = slope + lam * (where.reduce(spent, "mean") > delta) * budget_ce * g * (1 - g)
+    guide_term = budget_term.detach()
+    if record.guide_penalty:
+        classes = min(top_k or s.shape[1], s.shape[1])
+        guide_term = guide_term + record.guide_penalty * where.reduce(
+            where.weighted(torch.log1p(classes * g)), reduction
+        )
+        slope = slope + record.guide_penalty * classes * g * (1 - g) / (1 + classes * g)
+    if guide_gradient_scale is not None:
+        slope = _well_scaled(slope, guide_logits) * guide_gradient_scale / (temperature * tau_s + lam)
+    guide_gradient = where.reduce(where.weighted(slope.detach() * _zero_valued(guide_logits)), reduction)
+
+    return DiSKTerms(
+        loss=core + budget_term + (guide_term - budget_term.detach()) + guide_gradient,
+        student_loss=core + budget_term if record.student_feels_budget else core,
+        guide_loss=where.reduce(distill_weight * distill.detach(), reduction) + guide_term + guide_gradient,
+        ce=where.reduce(ce.detach(), reduction),
+        distill=where.reduce(distill.detach(), reduction),
+        usage=where.reduce(spent.detach(), reduction),
+        guide=where.reduce(where.plain(g.detach()), reduction),
+        discount=where.reduce(where.plain(discount_of(parts)), reduction),
+        correct=where.reduce(where.plain((prediction == where.label).to(s.dtype)), reduction),
+        agreement=where.reduce(where.plain((prediction == t.argmax(1)).to(s.dtype)), reduction),
+    )
+
+
+def disk_loss(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, guide_logits: Tensor, **settings: object
+) -> Tensor:
+    """Return ``disk_terms(...).loss``: Kag et al. (ICLR 2023), eq. (5), with the arguments of :func:`disk_terms`."""
+    return disk_terms(student_logits, teacher_logits, target, guide_logits, **settings).loss  # type: ignore[arg-type]
+
+
+def _distill_slope(factor: float | Tensor, parts: Scaffold, guide_logits: Tensor) -> Tensor:
+    """Return d L_dist / d guide logit per position, in closed form.
+
+    d L_dist / d log g = -tau tau_s sum_k t_k g / (s_k + g), which the discount needs anyway, and d log g / d logit =
+    1 - g: the scaffold is evaluated and differentiated once, for the student, and the guide's half costs (N,) more.
+    """
+    return -factor * parts.removed * (-guide_logits).sigmoid()
+
+
+def _well_scaled(slope: Tensor, guide_logits: Tensor) -> Tensor:
+    """Turn the slope by the guide's logit into that by g (equal at g = 1/2), and zero it where it leads out of REACH.
+
+    By the logit, every slope carries the sigmoid's derivative g (1 - g). At a small multiplier (5) is least at g = 1 on
+    every sample; once there the derivative is 0 and no multiplier brings any g back: the guide has died. By g the pull
+    back keeps its strength (in terms of the logit: mirror descent with the binary entropy), and the logits do not run
+    on for as long as (5) is least at the border. Each sample's optimum stays where it was: only the size changes.
+    """
+    low, high = REACH
+    g = guide_logits.sigmoid()
+    steepness = (4 * g * (1 - g)).clamp(min=4 * math.exp(low))
+    outward = ((guide_logits > high) & (slope < 0)) | ((guide_logits < low) & (slope > 0))
+    return torch.where(outward, 0.0, slope / steepness)
+
+
+def _zero_valued(guide_logits: Tensor) -> Tensor:
+    """Zero with gradient one; an infinite guide logit (g exactly 0 or 1) has slope 0, and inf - inf would be NaN."""
+    finite = guide_logits.masked_fill(guide_logits.isinf(), 0.0)
+    return finite - finite.detach()

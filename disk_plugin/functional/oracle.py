@@ -1,0 +1,66 @@
+"""The per-sample guide that minimises (5) for a frozen student: what a trained guide can be held against."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax, softmax
+
+from .. import _checks
+from ._positions import label_cross_entropy, positions_of, promote
+from .scaffold import scaffold_mask, temperatures
+
+_HALVINGS = 60  # of [0, 1]: below the rounding of float64
+
+
+@torch.no_grad()
+def optimal_guide(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    multiplier: float | Tensor,
+    distill_weight: float = 0.9,
+    temperature: float = 4.0,
+    student_temperature: float | Tensor | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    r"""Return the g in [0, 1] that minimises (1-alpha) L_dist + multiplier * g * CE for each position by itself.
+
+    .. math:: \tau\tau_s (1-\alpha) \sum_{k \in K} t_k / (s_k + g) = \mu\, CE
+
+    The left side falls in g, so bisection finds the root; g is 1 where the left side is larger throughout, 0 where it
+    is smaller. The hinge of (3) acts as this multiplier while the budget binds. The paper's variant; a free g has no
+    smoothness in the teacher's features, which is part of the method: an oracle, not a replacement for the guide.
+
+    Args:
+        student_logits: before softmax.
+        teacher_logits: before softmax.
+        target: class indices, or probabilities of which the argmax counts.
+        multiplier: weight of g * CE, >= 0.
+        distill_weight: weight of the scaffolded divergence, >= 0.
+        temperature: divides the teacher's logits, > 0.
+        student_temperature: divides the student's logits, > 0; None for ``temperature``.
+        top_k: number of the teacher's largest classes that receive g; None for all.
+
+    Shape:
+        logits (N, C) or (N, C, d1, ...); returns (N,) or (N, d1, ...).
+
+    Raises:
+        ValueError: shapes that do not fit, values out of range.
+        TypeError: logits not floating-point, or a target that is neither int64 nor floating-point.
+    """
+    _checks.logits(student_logits, teacher_logits)
+    _checks.number("multiplier", multiplier, at_least=0)
+    _checks.number("distill_weight", distill_weight, at_least=0)
+    tau_s = temperatures(temperature, student_temperature)
+    student, teacher = promote(student_logits, teacher_logits)
+    s = softmax(student / tau_s, 1)
+    t = softmax(teacher / temperature, 1) * scaffold_mask(teacher, top_k)
+    label = positions_of(student, target).label
+    price = multiplier * label_cross_entropy(log_softmax(student, 1), label)
+
+    low, high = torch.zeros_like(price), torch.ones_like(price)
+    for _ in range(_HALVINGS):
+        g = (low + high) / 2
+        gain = distill_weight * temperature * tau_s * (t / (s + g.unsqueeze(1))).sum(1)
+        low, high = torch.where(gain > price, g, low), torch.where(gain > price, high, g)
+    return (low + high) / 2

@@ -1,0 +1,236 @@
+"""Equations (1) and (4): knowledge distillation, plain and scaffolded, and the discount the scaffold amounts to."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax, logsigmoid
+
+from .. import _checks
+from ._positions import Reduction, as_dtype, cross_entropy, positions_of, promote
+
+TeacherTarget = Literal["all", "scaffolded"]
+
+
+class Scaffold(NamedTuple):
+    """Per-position parts of the scaffolded divergence, (N, d1, ...) each."""
+
+    kl: Tensor  # sum_y t_y log(t_y / (s_y + g)), without the factor tau tau_s
+    removed: (
+        Tensor  # sum_k t_k g / (s_k + g) over the scaffolded classes: the share of t taken off, and -d kl / d log g
+    )
+    target_mass: Tensor  # sum_y t_y
+
+
+def temperatures(temperature: float, student_temperature: float | Tensor | None) -> float | Tensor:
+    """Check both temperatures and return the student's, which is the teacher's where None."""
+    tau_s = temperature if student_temperature is None else student_temperature
+    _checks.number("temperature", temperature, above=0)
+    _checks.number("student_temperature", tau_s, above=0)
+    return tau_s
+
+
+def scaffold_mask(teacher_logits: Tensor, top_k: int | None = None, label: Tensor | None = None) -> Tensor:
+    """Mark the classes that receive the guide: the teacher's top-K, and the label if given.
+
+    Exactly ``top_k`` classes are taken; among equal logits the lowest class index goes first, on every device.
+
+    Args:
+        teacher_logits: (N, C) or (N, C, d1, ...).
+        top_k: number of classes; None or >= C for all.
+        label: class indices (N, d1, ...) that are added to the top-K, as the authors' code does.
+
+    Returns:
+        Bool tensor of the shape of ``teacher_logits``.
+    """
+    if top_k is not None:
+        _checks.integer("top_k", top_k, at_least=1)
+    if top_k is None or top_k >= teacher_logits.shape[1]:
+        return torch.ones_like(teacher_logits, dtype=torch.bool)
+    threshold = teacher_logits.topk(top_k, dim=1).values[:, -1:]  # the K-th largest logit
+    above, tied = teacher_logits > threshold, teacher_logits == threshold
+    places_left = top_k - above.sum(1, keepdim=True)
+    mask = above | (tied & (tied.cumsum(1) <= places_left))
+    return mask if label is None else mask.scatter(1, label.unsqueeze(1), True)
+
+
+def scaffold(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    guide_logits: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float | Tensor,
+    student_temperature: float | Tensor,
+    teacher_target: TeacherTarget = "all",
+) -> Scaffold:
+    """Evaluate (4) per position in log space; gradients flow to the student and the guide through ``kl`` alone."""
+    softened = teacher_logits / temperature
+    if teacher_target == "scaffolded":
+        softened = torch.where(mask, softened, teacher_logits.amin(1, keepdim=True))
+    log_t = log_softmax(softened, 1)
+    # a product, not torch.where: an infinite teacher logit must end as NaN, not as a zero
+    t = log_t.exp() * mask if teacher_target == "scaffolded" else log_t.exp()
+    log_s = log_softmax(student_logits / student_temperature, 1)
+    log_g = logsigmoid(guide_logits).unsqueeze(1)  # g is never formed: log g stays finite where g underflows
+    scaffolded = torch.where(mask, torch.logaddexp(log_s, log_g), log_s)  # log(s_y + 1[y in K] g)
+    with torch.no_grad():
+        removed = (t * mask * (log_g - scaffolded).exp()).sum(1)
+    return Scaffold((t * (log_t - scaffolded)).sum(1), removed, t.sum(1))
+
+
+def scaffolded_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    guide_logits: Tensor,
+    *,
+    temperature: float = 4.0,
+    student_temperature: float | Tensor | None = None,
+    top_k: int | None = None,
+    label: Tensor | None = None,
+    teacher_target: TeacherTarget = "all",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Return the distillation loss under the guide's scaffold, Kag et al. (ICLR 2023), eq. (4).
+
+    .. math:: \frac{\tau\tau_s}{N}\sum_i\sum_y t^\tau_y \log\frac{t^\tau_y}{s^{\tau_s}_y + 1[y \in K]\, g}
+
+    It may be negative, as s + g sums to more than 1. The authors' code adds the label to K and zeroes the teacher's
+    target outside it (``label``, ``teacher_target="scaffolded"``); the defaults are the paper's.
+
+    Args:
+        student_logits: before softmax.
+        teacher_logits: before softmax; no gradient reaches them.
+        guide_logits: the guide before its sigmoid.
+        temperature: divides the teacher's logits, dimensionless, > 0.
+        student_temperature: divides the student's logits, > 0; None for ``temperature``.
+        top_k: number of the teacher's largest classes that receive g; None for all.
+        label: class indices added to the top-K.
+        teacher_target: ``"all"`` classes, or zeroed outside the ``"scaffolded"`` ones.
+        reduction: ``"mean"`` over positions, or ``"none"``.
+
+    Shape:
+        logits (N, C) or (N, C, d1, ...); guide_logits and label (N,) or (N, d1, ...); returns a scalar or (N, d1, ...).
+
+    Raises:
+        ValueError: shapes that do not fit, temperatures <= 0, top_k < 1.
+        TypeError: tensors that are not floating-point.
+    """
+    _checks.choice("reduction", reduction, ("mean", "none"))
+    tau_s = temperatures(temperature, student_temperature)
+    parts = _parts(student_logits, teacher_logits, guide_logits, temperature, tau_s, top_k, label, teacher_target)
+    loss = temperature * as_dtype(tau_s, parts.kl.dtype) * parts.kl
+    return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss
+
+
+def discount(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    guide_logits: Tensor,
+    *,
+    temperature: float = 4.0,
+    student_temperature: float | Tensor | None = None,
+    top_k: int | None = None,
+    label: Tensor | None = None,
+    teacher_target: TeacherTarget = "all",
+) -> Tensor:
+    r"""Return the share of the teacher's pull on the student that the scaffold takes off, per position, in [0, 1].
+
+    .. math:: d = 1 - \sum_y w_y / \sum_y t_y, \qquad w_y = t_y s_y / (s_y + 1[y \in K]\, g)
+
+    The student's gradient under (4) is that of a target w instead of t. 0: plain distillation. 1: the sample is left
+    out. Where s is far below g, a small g takes off nearly everything, so read this beside g. Not in the paper.
+
+    Args and Shape are those of :func:`scaffolded_kl`; the result (N, d1, ...) carries no gradient.
+
+    Raises:
+        ValueError: shapes that do not fit, temperatures <= 0, top_k < 1.
+        TypeError: tensors that are not floating-point.
+    """
+    tau_s = temperatures(temperature, student_temperature)
+    student_logits, guide_logits = student_logits.detach(), guide_logits.detach()
+    return discount_of(
+        _parts(student_logits, teacher_logits, guide_logits, temperature, tau_s, top_k, label, teacher_target)
+    )
+
+
+def _parts(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    guide_logits: Tensor,
+    temperature: float | Tensor,
+    student_temperature: float | Tensor,
+    top_k: int | None,
+    label: Tensor | None,
+    teacher_target: TeacherTarget,
+) -> Scaffold:
+    """Check, promote, mask and evaluate: what the public functions of (4) share."""
+    _checks.logits(student_logits, teacher_logits)
+    _checks.per_position("guide_logits", guide_logits, student_logits)
+    _checks.choice("teacher_target", teacher_target, ("all", "scaffolded"))
+    s, t, g = promote(student_logits, teacher_logits.detach(), guide_logits)
+    return scaffold(
+        s,
+        t,
+        g,
+        scaffold_mask(t, top_k, label),
+        temperature=temperature,
+        student_temperature=student_temperature,
+        teacher_target=teacher_target,
+    )
+
+
+def discount_of(parts: Scaffold) -> Tensor:
+    """Divide what is removed by the target's mass; a target that underflowed to nothing has nothing to take off."""
+    return parts.removed / parts.target_mass.clamp(min=torch.finfo(parts.removed.dtype).tiny)
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    ce_weight: float = 0.1,
+    distill_weight: float = 0.9,
+    temperature: float = 4.0,
+    student_temperature: float | Tensor | None = None,
+    ignore_index: int = -100,
+    sample_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Return plain knowledge distillation, Kag et al. (ICLR 2023), eq. (1): what DiSK becomes at g = 0.
+
+    .. math:: \alpha\, CE(s) + (1-\alpha)\, \tau\tau_s\, \frac1N \sum_i KL(t^\tau \| s^{\tau_s})
+
+    Args:
+        student_logits: before softmax.
+        teacher_logits: before softmax; no gradient reaches them.
+        target: class indices, or probabilities of the logits' shape.
+        ce_weight: weight of the cross-entropy, >= 0 (paper: alpha).
+        distill_weight: weight of the divergence, >= 0 (paper: 1 - alpha).
+        temperature: divides the teacher's logits, dimensionless, > 0.
+        student_temperature: divides the student's logits, > 0; None for ``temperature``.
+        ignore_index: class index of positions that take part in nothing.
+        sample_weight: weight per sample or position; the mean still divides by the count of positions.
+        reduction: ``"mean"`` over the positions not ignored, or ``"none"``.
+
+    Shape:
+        logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; sample_weight (N,) or (N, d1, ...);
+        returns a scalar, or (N, d1, ...) with 0 where ignored.
+
+    Raises:
+        ValueError: shapes that do not fit, temperatures <= 0, weights < 0.
+        TypeError: logits not floating-point, or a target that is neither int64 nor floating-point.
+    """
+    _checks.logits(student_logits, teacher_logits)
+    _checks.number("ce_weight", ce_weight, at_least=0)
+    _checks.number("distill_weight", distill_weight, at_least=0)
+    _checks.choice("reduction", reduction, ("mean", "none"))
+    tau_s = temperatures(temperature, student_temperature)
+    s, t = promote(student_logits, teacher_logits.detach())
+    where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
+    ce = cross_entropy(log_softmax(s, 1), target, where.label)
+    log_t = log_softmax(t / temperature, 1)
+    kl = (log_t.exp() * (log_t - log_softmax(s / tau_s, 1))).sum(1)
+    distill = temperature * as_dtype(tau_s, s.dtype) * kl
+    return where.reduce(where.weighted(ce_weight * ce + distill_weight * distill), reduction)

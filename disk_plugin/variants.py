@@ -1,0 +1,49 @@
+"""What the authors' two public scripts do differently from the paper, as data: one record per variant."""
+
+from typing import Literal, NamedTuple
+
+
+class Variant(NamedTuple):
+    """The choices in which the paper and the authors' CIFAR and ImageNet scripts differ.
+
+    ``VARIANTS["paper"]._replace(teacher_target="scaffolded")`` changes one choice for an ablation.
+
+    Attributes:
+        scaffold_label: the label's class receives the guide too, even outside the teacher's top-K.
+        teacher_target: ``"all"``: softmax over all classes. ``"scaffolded"``: the classes outside the scaffold enter
+            the softmax at the row's smallest (undivided) logit and are then set to zero, without renormalising.
+        budget_label: class whose cross-entropy the budget counts, the true ``"label"`` or the ``"teacher"``'s argmax.
+        budget_clamp: upper bound of that cross-entropy, nats; ``None`` for none.
+        budget_denominator: ``"samples"`` or ``"errors"``, the number of samples the student gets wrong (at least 1;
+            the authors divide by zero here on a batch without errors).
+        guide_penalty: weight of the extra term mean log(1 + K g).
+        student_feels_budget: the budget's gradient reaches the student.
+    """
+
+    scaffold_label: bool = False
+    teacher_target: Literal["all", "scaffolded"] = "all"
+    budget_label: Literal["label", "teacher"] = "label"
+    budget_clamp: float | None = None
+    budget_denominator: Literal["samples", "errors"] = "samples"
+    guide_penalty: float = 0.0
+    student_feels_budget: bool = False
+
+
+_OFFICIAL = Variant(
+    scaffold_label=True, teacher_target="scaffolded", budget_label="teacher", budget_denominator="errors"
+)
+
+VARIANTS: dict[str, Variant] = {
+    "paper": Variant(),
+    "official_cifar": _OFFICIAL._replace(budget_clamp=5.0, guide_penalty=0.9),
+    "official_imagenet": _OFFICIAL._replace(budget_clamp=2.0, student_feels_budget=True),
+}
+
+
+def resolve_variant(variant: str | Variant) -> Variant:
+    """Return the record of a name, or the record itself."""
+    if isinstance(variant, Variant):
+        return variant
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {sorted(VARIANTS)} or a Variant, got {variant!r}")
+    return VARIANTS[variant]
