@@ -1,0 +1,100 @@
+"""The guide network: teacher outputs in, one logit per sample out."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks
+
+
+class GuideHead(nn.Module):
+    """Guide g(x) of Kag et al. (ICLR 2023), appendix A.4: an MLP on the teacher's logits and pooled features.
+
+    Linear, norm and ReLU twice (64 and 128 wide), then Linear to one value, returned before its sigmoid. The paper's
+    norm is BatchNorm; the default here is LayerNorm, which also takes one-sample batches, behaves alike in training
+    and evaluation and needs no synchronisation between replicas. Inputs are cast to the parameters' dtype.
+
+    Args:
+        num_classes: C, >= 2.
+        feature_dim: D, width of the teacher's features; 0 for a guide that reads logits only.
+        use_logits: whether the guide reads the teacher's logits; False needs ``feature_dim`` > 0.
+        hidden_dims: widths of the hidden layers.
+        norm: ``"layer"``, or ``"batch"`` as in the paper.
+
+    Shape:
+        teacher_logits (N, C) or (N, C, d1, ...); teacher_features (N, D), shared by all positions of a sample, or
+        (N, D, d1, ...); returns guide logits (N,) or (N, d1, ...).
+
+    Raises:
+        ValueError: ``num_classes`` < 2, ``feature_dim`` < 0, an unknown norm, nothing to read, an empty
+            ``hidden_dims``; in ``forward`` inputs of another width or shape than the guide was built for.
+        TypeError: values or inputs of another type.
+
+    Example:
+        >>> import torch
+        >>> guide = GuideHead(num_classes=100, feature_dim=256)
+        >>> guide(torch.randn(8, 100), torch.randn(8, 256)).shape
+        torch.Size([8])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int = 0,
+        *,
+        use_logits: bool = True,
+        hidden_dims: tuple[int, ...] = (64, 128),
+        norm: Literal["layer", "batch"] = "layer",
+    ) -> None:
+        super().__init__()
+        _checks.integer("num_classes", num_classes, at_least=2)
+        _checks.integer("feature_dim", feature_dim, at_least=0)
+        _checks.choice("norm", norm, ("layer", "batch"))
+        if not use_logits and feature_dim == 0:
+            raise ValueError("use_logits=False needs feature_dim > 0, got feature_dim=0: the guide would read nothing")
+        if not hidden_dims:
+            raise ValueError("hidden_dims must name at least one layer, got ()")
+        for width in hidden_dims:
+            _checks.integer("hidden_dims", width, at_least=1)
+        self.num_classes, self.feature_dim, self.use_logits = num_classes, feature_dim, use_logits
+        width = feature_dim + (num_classes if use_logits else 0)
+        layers: list[nn.Module] = []
+        for hidden in hidden_dims:
+            layers += [nn.Linear(width, hidden), nn.LayerNorm(hidden) if norm == "layer" else nn.BatchNorm1d(hidden)]
+            layers += [nn.ReLU()]
+            width = hidden
+        self.mlp = nn.Sequential(*layers, nn.Linear(width, 1))
+
+    def forward(self, teacher_logits: Tensor, teacher_features: Tensor | None = None) -> Tensor:
+        """Return the guide before its sigmoid, one value per position."""
+        self._check(teacher_logits, teacher_features)
+        positions = teacher_logits.shape[2:]
+        inputs = [teacher_logits] if self.use_logits else []
+        if teacher_features is not None:
+            trailing = [1] * (teacher_logits.ndim - teacher_features.ndim)
+            inputs += [teacher_features.reshape(*teacher_features.shape, *trailing).expand(-1, -1, *positions)]
+        dtype = next(self.parameters()).dtype
+        joined = torch.cat([value.to(dtype) for value in inputs], 1).movedim(1, -1)  # (N, d1, ..., width)
+        logits: Tensor = self.mlp(joined.flatten(0, -2))
+        return logits.reshape(joined.shape[:-1])
+
+    def _check(self, teacher_logits: Tensor, teacher_features: Tensor | None) -> None:
+        _checks.tensor("teacher_logits", teacher_logits)
+        shape = tuple(teacher_logits.shape)
+        if len(shape) < 2 or shape[1] != self.num_classes:
+            raise ValueError(f"teacher_logits must have shape (N, {self.num_classes}, ...), got {shape}")
+        if teacher_features is None:
+            if self.feature_dim:
+                raise ValueError(f"the guide was built with feature_dim={self.feature_dim}, got no teacher_features")
+            return
+        _checks.tensor("teacher_features", teacher_features)
+        if not self.feature_dim:
+            raise ValueError(
+                f"the guide was built without features (feature_dim=0), got teacher_features of shape "
+                f"{tuple(teacher_features.shape)}"
+            )
+        pooled, dense = (shape[0], self.feature_dim), (shape[0], self.feature_dim, *shape[2:])
+        if tuple(teacher_features.shape) not in {pooled, dense}:
+            expected = f"{pooled}" if pooled == dense else f"{pooled} or {dense}"
+            raise ValueError(f"teacher_features must have shape {expected}, got {tuple(teacher_features.shape)}")
