@@ -1,0 +1,228 @@
+"""DiSKLoss: keeps the arguments, owns the guide, calls the functions."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks
+from .epoch_statistics import EpochStatistics, count_batch, no_statistics
+from .functional import DiSKTerms, disk_terms, student_temperature_step
+from .variants import Variant
+
+
+class DiSKLoss(nn.Module):
+    r"""DiSK as a criterion. **This loss has parameters**, those of its guide: give them to an optimizer.
+
+    .. math:: \alpha\,L_{CE}(s) + (1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+
+
+    is Kag et al. (ICLR 2023), eq. (5). One backward gives the student the gradient of CE and scaffold with the guide
+    held fixed, and the guide that of scaffold and budget with the student held fixed; Algorithm 1's alternation
+    backpropagates ``terms(...).guide_loss`` and ``terms(...).student_loss`` in turn. :class:`DualScheduler` drives
+    ``multiplier`` and ``budget``, which are buffers (and so override the constructor's when a checkpoint is loaded).
+    Where the authors' code differs from the paper, ``variant`` says whose rule is followed; the default is the paper's,
+    with all classes scaffolded (``top_k=None``, the paper: 20), as the tail outside the top-K would keep its full pull.
+
+    Autocast is off inside and half types are computed in float32. NaN or inf in any input ends as a NaN or inf loss.
+
+    Args:
+        guide: a module (teacher_logits[, teacher_features]) -> guide logits (N,) or (N, d1, ...).
+        ce_weight: weight of the cross-entropy, >= 0 (paper: alpha).
+        distill_weight: weight of the scaffolded divergence, >= 0 (paper: 1 - alpha).
+        temperature: divides the teacher's logits, dimensionless, > 0 (paper: tau).
+        student_temperature: divides the student's logits, > 0; None for ``temperature``; ``"fit"`` for the paper's
+            argmin of the KL divergence, followed by one Newton step per training batch and kept in a buffer.
+        top_k: number of the teacher's largest classes that receive g, >= 1; None for all (paper: K).
+        multiplier: weight of the budget's hinge, >= 0 (paper: lambda).
+        budget: nats per sample, >= 0 (paper: delta, the error rate of the CE-trained student:
+            :func:`disk_plugin.schedule.estimate_budget`).
+        variant: ``"paper"``, ``"official_cifar"``, ``"official_imagenet"`` or a ``Variant``.
+        guide_gradient_scale: c > 0: the guide's logit receives c / (4 (tau tau_s + multiplier)) times the derivative
+            by g, and none outward beyond g = .0009 and .982: without it a shared SGD drives the sigmoid into
+            saturation, from where it never returns. None: the plain derivative by the logit, as in the paper.
+        ignore_index: class index of positions that take part in nothing.
+
+    Shape:
+        student_logits, teacher_logits (N, C) or (N, C, d1, ...); target int64 (N, d1, ...) or probabilities of the
+        logits' shape; teacher_features (N, D) or (N, D, d1, ...); sample_weight (N,) or (N, d1, ...). Returns a scalar.
+
+    Raises:
+        ValueError: values out of range, an unknown variant; in ``forward`` shapes that do not fit.
+        TypeError: ``guide`` is not a module, values or tensors of another type.
+
+    Example:
+        >>> import torch
+        >>> from disk_plugin import DiSKLoss, GuideHead
+        >>> disk = DiSKLoss(GuideHead(num_classes=10))
+        >>> student_logits = torch.randn(4, 10, requires_grad=True)
+        >>> disk(student_logits, torch.randn(4, 10), torch.tensor([1, 2, 3, 4])).backward()
+    """
+
+    multiplier: Tensor
+    budget: Tensor
+    epoch_statistics: Tensor
+    fitted_student_temperature: Tensor
+    student_temperature_moments: Tensor
+
+    def __init__(
+        self,
+        guide: nn.Module,
+        *,
+        ce_weight: float = 0.1,
+        distill_weight: float = 0.9,
+        temperature: float = 4.0,
+        student_temperature: float | Literal["fit"] | None = None,
+        top_k: int | None = None,
+        multiplier: float = 50.0,
+        budget: float = 0.3,
+        variant: str | Variant = "paper",
+        guide_gradient_scale: float | None = 0.1,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        if not isinstance(guide, nn.Module):
+            raise TypeError(f"guide must be a Module such as GuideHead(num_classes), got {type(guide).__name__}")
+        if isinstance(student_temperature, str):
+            _checks.choice("student_temperature", student_temperature, ("fit",))
+        fitted = student_temperature == "fit"
+        self.variant = _checks.hyper_parameters(
+            ce_weight=ce_weight,
+            distill_weight=distill_weight,
+            temperature=temperature,
+            student_temperature=None if fitted else student_temperature,
+            top_k=top_k,
+            multiplier=multiplier,
+            budget=budget,
+            variant=variant,
+            guide_gradient_scale=guide_gradient_scale,
+            ignore_index=ignore_index,
+        )
+        self.guide = guide
+        self.ce_weight, self.distill_weight, self.temperature = ce_weight, distill_weight, temperature
+        self.top_k, self.guide_gradient_scale, self.ignore_index = top_k, guide_gradient_scale, ignore_index
+        self.fit_student_temperature = fitted
+        # float64, so that a schedule's 0.3 stays 0.3 in a float64 objective
+        self.register_buffer("multiplier", torch.tensor(float(multiplier), dtype=torch.float64))
+        self.register_buffer("budget", torch.tensor(float(budget), dtype=torch.float64))
+        self.register_buffer("epoch_statistics", no_statistics())
+        if fitted:
+            self.register_buffer("fitted_student_temperature", torch.tensor(float(temperature), dtype=torch.float64))
+            self.register_buffer("student_temperature_moments", torch.zeros(2, dtype=torch.float64))
+        # a number is a setting, not state: no checkpoint overrides it
+        self._fixed_student_temperature = temperature if student_temperature is None else student_temperature
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor,
+        teacher_features: Tensor | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Return the scalar objective (5): ``terms(...).loss``."""
+        return self.terms(student_logits, teacher_logits, target, teacher_features, sample_weight=sample_weight).loss
+
+    def terms(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor,
+        teacher_features: Tensor | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> DiSKTerms:
+        """Evaluate everything once: the loss, its two halves and what to log (see :class:`functional.DiSKTerms`).
+
+        In training mode each call adds to ``statistics()`` and, with ``student_temperature="fit"``, moves it a step.
+        """
+        _checks.logits(student_logits, teacher_logits)
+        with _without_autocast(student_logits):
+            guide_logits = self._guide_logits(teacher_logits, teacher_features)
+            if self.training and self.fit_student_temperature:
+                self._step_student_temperature(student_logits, teacher_logits)
+            terms = disk_terms(
+                student_logits,
+                teacher_logits,
+                target,
+                guide_logits,
+                ce_weight=self.ce_weight,
+                distill_weight=self.distill_weight,
+                temperature=self.temperature,
+                student_temperature=self.student_temperature,
+                top_k=self.top_k,
+                multiplier=self.multiplier,
+                budget=self.budget,
+                variant=self.variant,
+                guide_gradient_scale=self.guide_gradient_scale,
+                ignore_index=self.ignore_index,
+                sample_weight=sample_weight,
+                reduction=reduction,
+            )
+            if self.training:
+                self.epoch_statistics.copy_(
+                    count_batch(self.epoch_statistics, terms, target, guide_logits, self.ignore_index)
+                )
+        return terms
+
+    @property
+    def student_temperature(self) -> float | Tensor:
+        """The student temperature in force: the constructor's number, or the fitted buffer."""
+        if self.fit_student_temperature:
+            return self.fitted_student_temperature
+        return float(self._fixed_student_temperature)
+
+    def statistics(self) -> EpochStatistics:
+        """Read what the training batches since the last reset showed (waits for the device)."""
+        return EpochStatistics.read(self.epoch_statistics)
+
+    @torch.no_grad()
+    def reset_statistics(self) -> None:
+        """Forget the batches seen so far."""
+        self.epoch_statistics.copy_(no_statistics())
+
+    def extra_repr(self) -> str:
+        """Show the settings in ``print(loss)``."""
+        tau_s = self._fixed_student_temperature
+        return (
+            f"ce_weight={self.ce_weight}, distill_weight={self.distill_weight}, temperature={self.temperature}, "
+            f"student_temperature={tau_s!r}, top_k={self.top_k}, guide_gradient_scale={self.guide_gradient_scale}"
+        )
+
+    def _guide_logits(self, teacher_logits: Tensor, teacher_features: Tensor | None) -> Tensor:
+        """(N, d1, ...) guide before its sigmoid; the teacher's outputs are constants."""
+        inputs = [teacher_logits.detach()]
+        if teacher_features is not None:
+            _checks.tensor("teacher_features", teacher_features)
+            inputs.append(teacher_features.detach())
+        guide_logits: Tensor = self.guide(*inputs)
+        return guide_logits
+
+    @torch.no_grad()
+    def _step_student_temperature(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
+        """One Newton step towards the fitted student temperature, in place."""
+        temperature, moments = student_temperature_step(
+            student_logits,
+            teacher_logits,
+            self.student_temperature_moments,
+            self.fitted_student_temperature,
+            temperature=self.temperature,
+        )
+        self.fitted_student_temperature.copy_(temperature)
+        self.student_temperature_moments.copy_(moments)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DiSKLoss":
+        """Move the module; where the new device has no float64 (MPS), the scalars go to float32 first."""
+        if fn(torch.empty(0)).device.type == "mps":
+            for name, buffer in self._buffers.items():
+                self._buffers[name] = buffer.float() if buffer is not None else None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Switch autocast off for the tensor's device, where that device has it."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
