@@ -1,0 +1,233 @@
+"""The multiplier and the budget over training, the watch over the guide's health, and where a budget comes from."""
+
+import math
+import warnings
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks
+from .epoch_statistics import EpochStatistics
+from .loss import DiSKLoss
+from .taps import logits_of
+
+_DEAD_BELOW, _DEAD_ABOVE = 0.01, 0.99
+
+
+class DualScheduler:
+    r"""Drive a :class:`DiSKLoss`'s ``multiplier`` and ``budget`` as ``LRScheduler`` drives an optimizer.
+
+    .. math:: \lambda(r) = \lambda_{min} + (\lambda_{max} - \lambda_{min})\,(1 - \cos(\pi\,(r \bmod A)/A))/2
+
+    is line 8 of Algorithm 1, Kag et al. (ICLR 2023). Construction writes epoch 0's values; ``step()``, once per epoch
+    beside the learning rate's, writes those of the next. An incomplete last period is merged into the one before it,
+    and the last period runs on to its end, so that the last ``step()`` leaves exactly ``multiplier[1]``.
+
+    ``step()`` warns once if the guide is dead: g < .01 or g > .99 on every sample of the finished epoch.
+
+    Args:
+        loss: the loss to drive.
+        epochs: how many times ``step()`` will be called: whole epochs, or outer iterations of Algorithm 1.
+        multiplier: (smallest, largest) multiplier, 0 <= smallest <= largest (paper: .1 and 50).
+        period: epochs from one restart to the next, >= 1; None for ceil(epochs / 4), as in Algorithm 1 (R = 4 A).
+        budget: nats per sample: None for the loss's own, a constant, or (upper, lower) for a cosine from upper to
+            lower within each ``budget_period``, as the authors' CIFAR script has it.
+        budget_period: epochs from one restart of the budget to the next; None for ``period``.
+        budget_decay: the upper budget is multiplied by this at each restart, in (0, 1], but never below the lower.
+        rule: ``"cosine"``; ``"adaptive"``: the same, and the largest multiplier doubles at the end of a period whose
+            last epoch spent more than the budget (the paper updates its bounds "to enforce the constraint" without
+            saying how; this is our reading), up to ``multiplier_cap``; ``"ascent"``: dual ascent, multiplier +=
+            ascent_rate * (mean usage - budget) of the finished epoch, within ``multiplier``, from its smaller end.
+        ascent_rate: step of the ascent, per nat, > 0.
+        multiplier_cap: bound of the doubling.
+
+    With several processes every process must see the same statistics for ``"adaptive"`` and ``"ascent"``.
+
+    Raises:
+        ValueError: values out of range.
+        TypeError: ``loss`` is not a ``DiSKLoss``, or values of another type.
+        RuntimeError: ``dual(epoch)`` under ``"ascent"``, where the multiplier depends on the run; ``step()`` under
+            ``"adaptive"`` or ``"ascent"`` without a training batch since the last one.
+
+    Example:
+        >>> from disk_plugin import DiSKLoss, DualScheduler, GuideHead
+        >>> dual = DualScheduler(DiSKLoss(GuideHead(10)), epochs=8, multiplier=(0.0, 40.0))
+        >>> [round(dual(epoch)[0]) for epoch in range(9)]
+        [0, 20, 0, 20, 0, 20, 0, 20, 40]
+    """
+
+    def __init__(
+        self,
+        loss: DiSKLoss,
+        *,
+        epochs: int,
+        multiplier: tuple[float, float] = (0.1, 50.0),
+        period: int | None = None,
+        budget: float | tuple[float, float] | None = None,
+        budget_period: int | None = None,
+        budget_decay: float = 1.0,
+        rule: Literal["cosine", "adaptive", "ascent"] = "cosine",
+        ascent_rate: float = 1.0,
+        multiplier_cap: float = 1000.0,
+    ) -> None:
+        if not isinstance(loss, DiSKLoss):
+            raise TypeError(f"loss must be a DiSKLoss (not a wrapper around it), got {type(loss).__name__}")
+        _checks.integer("epochs", epochs, at_least=1)
+        self.multiplier_min, self.multiplier_max = _pair("multiplier", multiplier)
+        if self.multiplier_min > self.multiplier_max:
+            raise ValueError(f"multiplier must be (smallest, largest), got {multiplier}")
+        for name, value in {"period": period, "budget_period": budget_period}.items():
+            if value is not None:
+                _checks.integer(name, value, at_least=1)
+        budget = loss.budget.item() if budget is None else budget
+        self.budget_high, self.budget_low = _pair(
+            "budget", budget if isinstance(budget, tuple | list) else (budget,) * 2
+        )
+        if self.budget_high < self.budget_low:
+            raise ValueError(f"budget must be a number or (upper, lower), got {budget}")
+        _checks.number("budget_decay", budget_decay, above=0, at_most=1)
+        _checks.number("ascent_rate", ascent_rate, above=0)
+        _checks.number("multiplier_cap", multiplier_cap, at_least=self.multiplier_max if rule == "adaptive" else 0)
+        _checks.choice("rule", rule, ("cosine", "adaptive", "ascent"))
+        self.loss, self.epochs, self.rule, self.budget_decay = loss, epochs, rule, budget_decay
+        self.period = math.ceil(epochs / 4) if period is None else period
+        self.budget_period = self.period if budget_period is None else budget_period
+        self.ascent_rate, self.multiplier_cap = ascent_rate, multiplier_cap
+        self.epoch = 0
+        self._ascent_multiplier = self.multiplier_min
+        self._warned = False
+        loss.reset_statistics()
+        self._write()
+
+    def __call__(self, epoch: int) -> tuple[float, float]:
+        """Return (multiplier, budget) of an epoch counted from 0: a pure function of ``epoch`` and the bounds."""
+        if self.rule == "ascent":
+            raise RuntimeError("under rule='ascent' the multiplier depends on the run: read loss.multiplier instead")
+        _checks.integer("epoch", epoch, at_least=0)
+        return self._cosine_multiplier(epoch), self._budget(epoch)
+
+    def step(self) -> None:
+        """End an epoch: judge the guide, move on, write the next multiplier and budget in place."""
+        seen = self.loss.statistics()
+        self._warn_if_dead(seen)
+        if self.rule != "cosine" and not seen.positions:
+            raise RuntimeError(f"step() with rule={self.rule!r} needs a training batch since the last step, got none")
+        violation = seen.usage - self._budget(self.epoch)
+        self.epoch += 1
+        if self.rule == "ascent":
+            moved = self._ascent_multiplier + self.ascent_rate * violation
+            self._ascent_multiplier = min(max(moved, self.multiplier_min), self.multiplier_max)
+        elif self.rule == "adaptive" and violation > 0 and self._starts_period(self.epoch):
+            self.multiplier_max = min(2 * self.multiplier_max, self.multiplier_cap)
+        self._write()
+        self.loss.reset_statistics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the progress, numbers only; the settings are the constructor's. The loss has its own state_dict."""
+        return {
+            "epoch": self.epoch,
+            "multiplier_max": self.multiplier_max,
+            "ascent_multiplier": self._ascent_multiplier,
+            "warned": self._warned,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up saved progress and write its multiplier and budget into the loss.
+
+        Raises:
+            RuntimeError: entries missing or unknown.
+        """
+        if set(state) != set(self.state_dict()):
+            raise RuntimeError(f"expected a state with {sorted(self.state_dict())}, got {sorted(state)}")
+        self.epoch, self.multiplier_max = state["epoch"], state["multiplier_max"]
+        self._ascent_multiplier, self._warned = state["ascent_multiplier"], state["warned"]
+        self._write()
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        ascent = self.rule == "ascent"
+        self.loss.multiplier.fill_(self._ascent_multiplier if ascent else self._cosine_multiplier(self.epoch))
+        self.loss.budget.fill_(self._budget(self.epoch))
+
+    def _last_start(self) -> int:
+        """First epoch of the last period, which takes the incomplete one in."""
+        return max(self.epochs // self.period - 1, 0) * self.period
+
+    def _starts_period(self, epoch: int) -> bool:
+        return epoch % self.period == 0 and epoch <= self._last_start()
+
+    def _cosine_multiplier(self, epoch: int) -> float:
+        """Line 8 of Algorithm 1."""
+        start, length = epoch - epoch % self.period, self.period
+        if epoch >= self._last_start():
+            start, length = self._last_start(), self.epochs - self._last_start()
+        if epoch - start >= length:
+            return self.multiplier_max  # exactly, whatever the cosine rounds to
+        rise = (1 - math.cos(math.pi * (epoch - start) / length)) / 2
+        return self.multiplier_min + (self.multiplier_max - self.multiplier_min) * rise
+
+    def _budget(self, epoch: int) -> float:
+        """Cosine from the decayed upper budget to the lower, anew each period; constant where both are equal."""
+        restarts, position = divmod(epoch, self.budget_period)
+        high = max(self.budget_high * self.budget_decay**restarts, self.budget_low)
+        fall = (1 + math.cos(math.pi * position / self.budget_period)) / 2
+        return self.budget_low + (high - self.budget_low) * fall
+
+    def _warn_if_dead(self, seen: EpochStatistics) -> None:
+        if self._warned or not seen.positions:
+            return
+        for dead, rule in ((seen.guide_max < _DEAD_BELOW, "<"), (seen.guide_min > _DEAD_ABOVE, ">")):
+            if dead:
+                self._warned = True
+                bound = _DEAD_BELOW if rule == "<" else _DEAD_ABOVE
+                warnings.warn(
+                    f"the guide is dead: g {rule} {bound} on every sample of epoch {self.epoch} (smallest "
+                    f"{seen.guide_min:.3g}, largest {seen.guide_max:.3g}). It no longer tells samples apart and may "
+                    f"never recover; lower guide_gradient_scale or the guide's learning rate, or narrow multiplier",
+                    stacklevel=3,
+                )
+
+
+@torch.no_grad()
+def estimate_budget(student: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the student's error rate, the paper's heuristic for the budget (Kag et al., ICLR 2023, section 3.2).
+
+    "A good initialization for the budget is the error of [the] cross-entropy trained model": warm-start the student,
+    hold some training data out and measure there; an error on the data it was fitted to is too small, one on the test
+    set is a look at the test set. The student's mode is restored afterwards.
+
+    Args:
+        student: a classifier, see :func:`disk_plugin.taps.logits_of` for its outputs.
+        loader: batches (x, target) with class indices (N, ...).
+
+    Returns:
+        Share of positions predicted wrong, in [0, 1]: use it as ``budget`` in nats per sample.
+
+    Raises:
+        ValueError: the loader is empty.
+    """
+    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
+    training = student.training
+    student.eval()
+    wrong = count = 0.0
+    try:
+        for x, target in loader:
+            target = target.to(device)
+            wrong += (logits_of(student(x.to(device))).argmax(1) != target).sum().item()
+            count += target.numel()
+    finally:
+        student.train(training)
+    if not count:
+        raise ValueError("loader must yield at least one sample, got none")
+    return wrong / count
+
+
+def _pair(name: str, values: Any) -> tuple[float, float]:
+    """Two numbers >= 0."""
+    if not isinstance(values, tuple | list) or len(values) != 2:
+        raise ValueError(f"{name} must be two numbers, got {values!r}")
+    for value in values:
+        _checks.number(name, value, at_least=0)
+    return float(values[0]), float(values[1])
