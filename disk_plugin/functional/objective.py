@@ -16,6 +16,7 @@ from .scaffold import Scaffold, discount_of, scaffold, scaffold_mask, temperatur
 # Guide logits between which the scaled gradient is at work, g = .0009 to .982. The ends differ because g counts against
 # the student's probabilities: .98 is as good as 1, while s_k << .01 (many classes) still tells g = .01 from .001.
 REACH = (-7.0, 4.0)
+SPRING = 0.1  # per unit of logit beyond REACH; the scaffold's own scaled slope is at most about 1
 
 
 class DiSKTerms(NamedTuple):
@@ -50,7 +51,7 @@ def disk_terms(
     multiplier: float | Tensor = 50.0,
     budget: float | Tensor = 0.3,
     variant: str | Variant = "paper",
-    guide_gradient_scale: float | None = 0.1,
+    guide_gradient_scale: float | None = 0.3,
     ignore_index: int = -100,
     sample_weight: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -80,8 +81,8 @@ def disk_terms(
         budget: nats per sample, >= 0 (paper: delta).
         variant: ``"paper"``, ``"official_cifar"``, ``"official_imagenet"`` or a ``Variant``.
         guide_gradient_scale: c > 0: the guide's logit receives c / (4 (tau tau_s + multiplier)) times the derivative
-            by g, and none outward beyond g = .0009 and .982, which keeps the guide alive under the student's
-            optimizer; no value and no sample's optimum changes. None: the plain derivative by the logit (the paper).
+            by g, and beyond g = .0009 and .982 a pull back, which keeps the guide alive under the student's optimizer;
+            no value changes, and no sample's optimum between them. None: the plain derivative by the logit (the paper).
         ignore_index: class index of positions that take part in nothing.
         sample_weight: weight per sample or position; means still divide by the count of positions not ignored.
         reduction: ``"mean"``, or ``"none"`` for per-position values with value.sum() / count equal to the mean.
@@ -148,7 +149,7 @@ def disk_terms(
         )
         slope = slope + record.guide_penalty * classes * g * (1 - g) / (1 + classes * g)
     if guide_gradient_scale is not None:
-        slope = _well_scaled(slope, guide_logits) * guide_gradient_scale / (temperature * tau_s + lam)
+        slope = guide_gradient_scale * _well_scaled(slope, guide_logits.detach(), 1 / (temperature * tau_s + lam))
     guide_gradient = where.reduce(where.weighted(slope.detach() * _zero_valued(guide_logits)), reduction)
 
     return DiSKTerms(
@@ -181,19 +182,18 @@ def _distill_slope(factor: float | Tensor, parts: Scaffold, guide_logits: Tensor
     return -factor * parts.removed * (-guide_logits).sigmoid()
 
 
-def _well_scaled(slope: Tensor, guide_logits: Tensor) -> Tensor:
-    """Turn the slope by the guide's logit into that by g (equal at g = 1/2), and zero it where it leads out of REACH.
+def _well_scaled(slope: Tensor, guide_logits: Tensor, scale: Tensor) -> Tensor:
+    """Turn the slope by the guide's logit into that by g (equal at g = 1/2), and hold the logits within REACH.
 
     By the logit, every slope carries the sigmoid's derivative g (1 - g). At a small multiplier (5) is least at g = 1 on
     every sample; once there the derivative is 0 and no multiplier brings any g back: the guide has died. By g the pull
-    back keeps its strength (in terms of the logit: mirror descent with the binary entropy), and the logits do not run
-    on for as long as (5) is least at the border. Each sample's optimum stays where it was: only the size changes.
+    back keeps its strength (in terms of the logit: mirror descent with the binary entropy); it changes the size of each
+    sample's slope, not the g at which it is zero. Beyond REACH, where momentum may carry the logits and where (5) may
+    be least for a while, a spring leads back.
     """
-    low, high = REACH
-    g = guide_logits.sigmoid()
-    steepness = (4 * g * (1 - g)).clamp(min=4 * math.exp(low))
-    outward = ((guide_logits > high) & (slope < 0)) | ((guide_logits < low) & (slope > 0))
-    return torch.where(outward, 0.0, slope / steepness)
+    held = guide_logits.clamp(*REACH)
+    g = held.sigmoid()
+    return scale * slope / (4 * g * (1 - g)) + SPRING * (guide_logits - held)
 
 
 def _zero_valued(guide_logits: Tensor) -> Tensor:
