@@ -1,7 +1,7 @@
 """The small real problem that the examples share: scikit-learn's handwritten digits, a teacher and a tiny student.
 
 1,797 images of 8 x 8 pixels come inside scikit-learn: nothing is downloaded. The teacher is an MLP that gets nearly
-everything right; the student has a handful of hidden units, a real capacity gap.
+everything right; the student has four hidden units, a real capacity gap.
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 NUM_CLASSES = 10
-STUDENT_WIDTH = 5
+STUDENT_WIDTH = 4
 BATCH_SIZE = 100
 
 
@@ -50,8 +50,8 @@ def make_teacher() -> nn.Module:
 
 
 def make_student() -> nn.Module:
-    """64-5-10 MLP: 385 parameters."""
-    return nn.Sequential(nn.Linear(64, STUDENT_WIDTH), nn.ReLU(), nn.Linear(STUDENT_WIDTH, NUM_CLASSES))
+    """64-4-10 MLP: 310 parameters; GELU, as a dead ReLU would cost it a quarter of its width."""
+    return nn.Sequential(nn.Linear(64, STUDENT_WIDTH), nn.GELU(), nn.Linear(STUDENT_WIDTH, NUM_CLASSES))
 
 
 def accuracy(model: nn.Module, split: Split) -> float:

@@ -2,12 +2,13 @@
 
 (1) :func:`kd_loss`; (3) :func:`usage`, :func:`violation`, :func:`budget_loss`; (4) :func:`scaffolded_kl`,
 :func:`scaffold_mask`, :func:`discount`, :func:`fit_student_temperature`, :func:`student_temperature_step`;
-(5) :func:`disk_loss`, :func:`disk_terms`; the guide that (5) would choose sample by sample: :func:`optimal_guide`.
+(5) :func:`disk_loss`, :func:`disk_terms`; the guide that (5) would choose sample by sample: :func:`optimal_guide`,
+:func:`optimal_multiplier`.
 """
 
 from .budget import budget_loss, usage, violation
 from .objective import DiSKTerms, disk_loss, disk_terms
-from .oracle import optimal_guide
+from .oracle import optimal_guide, optimal_multiplier
 from .scaffold import discount, kd_loss, scaffold_mask, scaffolded_kl
 from .temperature import fit_student_temperature, student_temperature_step
 
@@ -20,6 +21,7 @@ __all__ = [
     "fit_student_temperature",
     "kd_loss",
     "optimal_guide",
+    "optimal_multiplier",
     "scaffold_mask",
     "scaffolded_kl",
     "student_temperature_step",

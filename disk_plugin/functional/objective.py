@@ -1,6 +1,5 @@
 """Equation (5): the whole objective, its two halves and what to watch, evaluated once."""
 
-import math
 from typing import NamedTuple
 
 import torch

@@ -1,4 +1,6 @@
-"""The per-sample guide that minimises (5) for a frozen student: what a trained guide can be held against."""
+"""What (5) would choose sample by sample for a frozen student: what a trained guide can be held against."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -6,6 +8,7 @@ from torch.nn.functional import log_softmax, softmax
 
 from .. import _checks
 from ._positions import label_cross_entropy, positions_of, promote
+from .budget import usage
 from .scaffold import scaffold_mask, temperatures
 
 _HALVINGS = 60  # of [0, 1]: below the rounding of float64
@@ -64,3 +67,51 @@ def optimal_guide(
         gain = distill_weight * temperature * tau_s * (t / (s + g.unsqueeze(1))).sum(1)
         low, high = torch.where(gain > price, g, low), torch.where(gain > price, high, g)
     return (low + high) / 2
+
+
+@torch.no_grad()
+def optimal_multiplier(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    budget: float | Tensor,
+    distill_weight: float = 0.9,
+    temperature: float = 4.0,
+    student_temperature: float | Tensor | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """Return the multiplier under which :func:`optimal_guide` spends exactly the budget; 0 if g = 1 spends less.
+
+    The optimum's usage falls as the multiplier rises, so bisection of its logarithm finds it, between 1e-6 and 1e6.
+
+    Args and Shape are those of :func:`optimal_guide`, with ``budget`` in nats per sample, > 0, instead of
+    ``multiplier``; returns a scalar tensor.
+
+    Raises:
+        ValueError: shapes that do not fit, values out of range.
+        TypeError: logits not floating-point, or a target that is neither int64 nor floating-point.
+    """
+    _checks.number("budget", budget, above=0)
+
+    def spent(multiplier: Tensor) -> Tensor:
+        g = optimal_guide(
+            student_logits,
+            teacher_logits,
+            target,
+            multiplier=multiplier,
+            distill_weight=distill_weight,
+            temperature=temperature,
+            student_temperature=student_temperature,
+            top_k=top_k,
+        )
+        return usage(student_logits, target, torch.logit(g))
+
+    (student,) = promote(student_logits)
+    zero = student.new_zeros(())
+    low, high = zero - 6 * math.log(10), zero + 6 * math.log(10)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        too_much = spent(middle.exp()) > budget
+        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+    return torch.where(spent(zero) <= budget, zero, ((low + high) / 2).exp())
