@@ -15,7 +15,7 @@ from .scaffold import Scaffold, discount_of, scaffold, scaffold_mask, temperatur
 # Guide logits between which the scaled gradient is at work, g = .0009 to .982. The ends differ because g counts against
 # the student's probabilities: .98 is as good as 1, while s_k << .01 (many classes) still tells g = .01 from .001.
 REACH = (-7.0, 4.0)
-SPRING = 0.1  # per unit of logit beyond REACH; the scaffold's own scaled slope is at most about 1
+SPRING = 0.1  # per unit of logit beyond REACH, at most 1 in all; the scaled slope of (5) is of order 1 too
 
 
 class DiSKTerms(NamedTuple):
@@ -192,7 +192,7 @@ def _well_scaled(slope: Tensor, guide_logits: Tensor, scale: Tensor) -> Tensor:
     """
     held = guide_logits.clamp(*REACH)
     g = held.sigmoid()
-    return scale * slope / (4 * g * (1 - g)) + SPRING * (guide_logits - held)
+    return scale * slope / (4 * g * (1 - g)) + (SPRING * (guide_logits - held)).clamp(-1, 1)
 
 
 def _zero_valued(guide_logits: Tensor) -> Tensor:
