@@ -30,7 +30,7 @@ METHODS = ("CE", "KD", "DiSK")
 SEARCH_FILE = Path(__file__).parent / "results" / "quickstart_search.json"
 SEARCH_SEEDS = (100, 101, 102)  # never those of the report
 TRIALS = 36
-LEARNING_RATES, CE_WEIGHTS, TEMPERATURES = (0.03, 0.1, 0.3), (0.0, 0.1, 0.5, 0.9), (1.0, 2.0, 4.0)
+LEARNING_RATES, CE_WEIGHTS, TEMPERATURES = (0.1, 0.3, 1.0), (0.0, 0.1, 0.5, 0.9), (1.0, 2.0, 4.0)
 BUDGETS = (None, 0.02, 0.05, 0.2, 0.5)  # None: estimate_budget, the paper's heuristic
 SCAFFOLDS = ((None, "all"), (3, "scaffolded"))  # (top_k, teacher_target)
 
@@ -39,7 +39,9 @@ class Data:
     """The splits, the trained teacher and its outputs on the training split."""
 
     def __init__(self, *, dry_run: bool) -> None:
-        self.passes = {"teacher": 3, "warm": 3, "student": 3} if dry_run else {"teacher": 40, "warm": 30, "student": 60}
+        self.passes = {"teacher": 40, "warm": 30, "student": 120}
+        if dry_run:
+            self.passes = dict.fromkeys(self.passes, 3)
         self.splits = digits.splits()
         self.teacher: FeatureTap = with_features(digits.trained_teacher(self.splits["train"], self.passes["teacher"]))
         with torch.no_grad():
