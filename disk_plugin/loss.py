@@ -39,7 +39,7 @@ class DiSKLoss(nn.Module):
             :func:`disk_plugin.schedule.estimate_budget`).
         variant: ``"paper"``, ``"official_cifar"``, ``"official_imagenet"`` or a ``Variant``.
         guide_gradient_scale: c > 0: the guide's logit receives c / (4 (tau tau_s + multiplier)) times the derivative
-            by g, and beyond g = .0009 and .982 a pull back: without it a shared SGD drives the sigmoid into saturation,
+            by g, and beyond g = .0009 and .953 a pull back: without it a shared SGD drives the sigmoid into saturation,
             from where it never returns. None: the plain derivative by the logit, as in the paper.
         ignore_index: class index of positions that take part in nothing.
 

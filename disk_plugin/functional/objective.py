@@ -12,9 +12,9 @@ from ._positions import Reduction, as_dtype, cross_entropy, positions_of, promot
 from .budget import budget_cross_entropy, hinge
 from .scaffold import Scaffold, discount_of, scaffold, scaffold_mask, temperatures
 
-# Guide logits between which the scaled gradient is at work, g = .0009 to .982. The ends differ because g counts against
-# the student's probabilities: .98 is as good as 1, while s_k << .01 (many classes) still tells g = .01 from .001.
-REACH = (-7.0, 4.0)
+# Guide logits between which the scaled gradient is at work, g = .0009 to .953. The ends differ because g counts against
+# the student's probabilities: .95 is as good as 1, while s_k << .01 (many classes) still tells g = .01 from .001.
+REACH = (-7.0, 3.0)
 SPRING = 0.1  # per unit of logit beyond REACH, at most 1 in all; the scaled slope of (5) is of order 1 too
 
 
@@ -80,7 +80,7 @@ def disk_terms(
         budget: nats per sample, >= 0 (paper: delta).
         variant: ``"paper"``, ``"official_cifar"``, ``"official_imagenet"`` or a ``Variant``.
         guide_gradient_scale: c > 0: the guide's logit receives c / (4 (tau tau_s + multiplier)) times the derivative
-            by g, and beyond g = .0009 and .982 a pull back, which keeps the guide alive under the student's optimizer;
+            by g, and beyond g = .0009 and .953 a pull back, which keeps the guide alive under the student's optimizer;
             no value changes, and no sample's optimum between them. None: the plain derivative by the logit (the paper).
         ignore_index: class index of positions that take part in nothing.
         sample_weight: weight per sample or position; means still divide by the count of positions not ignored.
