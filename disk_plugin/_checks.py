@@ -82,19 +82,27 @@ def tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be floating-point, got {value.dtype}")
 
 
-def logits(student_logits: Any, teacher_logits: Any) -> None:
-    """Both (N, C) or (N, C, d1, ...), of one shape, C >= 2."""
-    tensor("student_logits", student_logits)
+def logits(student_logits: Any, teacher_logits: Any, student: str = "student_logits") -> None:
+    """Both (N, C) or (N, C, d1, ...), of one shape, C >= 2; ``student`` is the name to use for the first."""
+    tensor(student, student_logits)
     tensor("teacher_logits", teacher_logits)
     shape = tuple(student_logits.shape)
     if tuple(teacher_logits.shape) != shape:
-        raise ValueError(
-            f"teacher_logits must have the shape of student_logits {shape}, got {tuple(teacher_logits.shape)}"
-        )
+        raise ValueError(f"teacher_logits must have the shape of {student} {shape}, got {tuple(teacher_logits.shape)}")
     if len(shape) < 2:
-        raise ValueError(f"student_logits must have shape (N, C) or (N, C, d1, ...), got {shape}")
+        raise ValueError(f"{student} must have shape (N, C) or (N, C, d1, ...), got {shape}")
     if shape[1] < 2:
-        raise ValueError(f"student_logits must have at least 2 classes along dimension 1, got shape {shape}")
+        raise ValueError(f"{student} must have at least 2 classes along dimension 1, got shape {shape}")
+
+
+def label(value: Any, student_logits: Tensor) -> None:
+    """Class indices, int64, one per position."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"label must be a Tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"label must be int64 class indices, got {value.dtype}")
+    if tuple(value.shape) != positions(student_logits):
+        raise ValueError(f"label must have shape {positions(student_logits)}, got {tuple(value.shape)}")
 
 
 def per_position(name: str, value: Any, student_logits: Tensor) -> None:

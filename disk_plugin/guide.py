@@ -51,8 +51,12 @@ class GuideHead(nn.Module):
         _checks.integer("num_classes", num_classes, at_least=2)
         _checks.integer("feature_dim", feature_dim, at_least=0)
         _checks.choice("norm", norm, ("layer", "batch"))
+        if not isinstance(use_logits, bool):
+            raise TypeError(f"use_logits must be a bool, got {type(use_logits).__name__} {use_logits!r}")
         if not use_logits and feature_dim == 0:
             raise ValueError("use_logits=False needs feature_dim > 0, got feature_dim=0: the guide would read nothing")
+        if not isinstance(hidden_dims, tuple | list):
+            raise TypeError(f"hidden_dims must be a tuple of ints, got {type(hidden_dims).__name__} {hidden_dims!r}")
         if not hidden_dims:
             raise ValueError("hidden_dims must name at least one layer, got ()")
         for width in hidden_dims:

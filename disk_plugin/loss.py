@@ -142,7 +142,7 @@ class DiSKLoss(nn.Module):
         with _without_autocast(student_logits):
             guide_logits = self._guide_logits(teacher_logits, teacher_features)
             if self.training and self.fit_student_temperature:
-                self._step_student_temperature(student_logits, teacher_logits)
+                self._step_student_temperature(student_logits, teacher_logits, target)
             terms = disk_terms(
                 student_logits,
                 teacher_logits,
@@ -201,14 +201,16 @@ class DiSKLoss(nn.Module):
         return guide_logits
 
     @torch.no_grad()
-    def _step_student_temperature(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
+    def _step_student_temperature(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> None:
         """One Newton step towards the fitted student temperature, in place."""
+        _checks.target(target, student_logits)
         temperature, moments = student_temperature_step(
             student_logits,
             teacher_logits,
             self.student_temperature_moments,
             self.fitted_student_temperature,
             temperature=self.temperature,
+            valid=None if target.is_floating_point() else target != self.ignore_index,
         )
         self.fitted_student_temperature.copy_(temperature)
         self.student_temperature_moments.copy_(moments)

@@ -21,36 +21,47 @@ class FeatureTap(nn.Module):
         self.model, self.layer, self.feature_dim = model, layer, feature_dim
         self._check_output, self._checked = check_output, False
         tapped = model.get_submodule(layer)
-        tapped.register_forward_pre_hook(_keep_input)
+        tapped._disk_seen = None  # type: ignore[assignment]
+        tapped.register_forward_pre_hook(_keep_input, with_kwargs=True)
         tapped.register_forward_hook(_keep_output)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Call the model; return its logits and the tapped layer's input."""
-        # looked up anew and kept on the layer itself: DataParallel replicas and copies of the model have their own
+        # looked up anew and kept on the layer itself: DataParallel replicas and copies of the model have their own;
+        # kept during this call only, so that nothing holds a graph and a direct call of the model keeps nothing
         tapped = self.model.get_submodule(self.layer)
-        tapped._disk_input = tapped._disk_output = None  # type: ignore[assignment]
-        logits = logits_of(self.model(*args, **kwargs))
-        features, output = tapped._disk_input, tapped._disk_output
-        tapped._disk_input = tapped._disk_output = None  # type: ignore[assignment]
+        seen: dict[str, Any] = {}
+        tapped._disk_seen = seen  # type: ignore[assignment]
+        try:
+            logits = logits_of(self.model(*args, **kwargs))
+        finally:
+            tapped._disk_seen = None  # type: ignore[assignment]
+        features = seen.get("input")
         if not isinstance(features, Tensor):
-            raise RuntimeError(f"layer {self.layer!r} was not called with a Tensor in the model's forward pass")
+            raise RuntimeError(
+                f"layer {self.layer!r} was not called with a Tensor in the model's forward pass (a compiled model must "
+                f"be wrapped before its first call)"
+            )
         if not self._checked:
-            self._check(logits, features, output)
-            self._checked = True
+            self._checked = self._check(logits, features, seen.get("output"))
         return logits, features
 
-    def _check(self, logits: Tensor, features: Tensor, output: Any) -> None:
-        """Once, on the first batch: the features fit the logits, and a layer we chose ourselves makes the logits."""
-        if features.ndim < 2 or features.shape[0] != logits.shape[0]:
+    def _check(self, logits: Tensor, features: Tensor, output: Any) -> bool:
+        """On the first batch that can tell: the features fit, and a layer we chose ourselves makes the logits."""
+        if features.ndim < 2 or features.shape[0] != logits.shape[0] or self.feature_dim not in features.shape[1:]:
             raise RuntimeError(
                 f"layer {self.layer!r} reads a tensor of shape {tuple(features.shape)}, expected "
                 f"({logits.shape[0]}, {self.feature_dim}, ...) beside logits of shape {tuple(logits.shape)}"
             )
-        if self._check_output and not _same(output, logits):
+        size = logits.detach().float().norm()
+        if not self._check_output or not size.isfinite() or size == 0:
+            return not self._check_output  # an empty, all-zero or NaN batch tells nothing: the next one will
+        if not _same(output, logits):
             raise RuntimeError(
                 f"the last Linear layer {self.layer!r} does not make the model's logits of shape "
                 f"{tuple(logits.shape)}: pass layer=NAME, one of {_linear_names(self.model)}"
             )
+        return True
 
 
 def with_features(model: nn.Module, layer: str | None = None) -> FeatureTap:
@@ -96,7 +107,8 @@ def with_features(model: nn.Module, layer: str | None = None) -> FeatureTap:
     if not isinstance(width, int):
         raise TypeError(f"layer {name!r} must have in_features or in_channels, got {type(tapped).__name__}")
     tap = FeatureTap(model, name, width, check_output=layer is None)
-    return tap.train(model.training)
+    tap.training = model.training  # not train(): that would reach the submodules, whose modes are the caller's
+    return tap
 
 
 def logits_of(output: Any) -> Tensor:
@@ -109,7 +121,8 @@ def logits_of(output: Any) -> Tensor:
         return output
     found = getattr(output, "logits", None)
     if found is None and isinstance(output, Mapping):
-        found = output.get("logits", output.get("out"))
+        found = output.get("logits")
+        found = output.get("out") if found is None else found
     if found is None and isinstance(output, tuple | list) and output:
         found = output[0]
     if not isinstance(found, Tensor):
@@ -121,12 +134,16 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def _keep_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-    module._disk_input = args[0] if args else None  # type: ignore[assignment]
+def _keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    seen: Any = module._disk_seen
+    if seen is not None:
+        seen["input"] = args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _keep_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    module._disk_output = output
+    seen: Any = module._disk_seen
+    if seen is not None:
+        seen["output"] = output
 
 
 def _linear_names(model: nn.Module) -> list[str]:

@@ -1,4 +1,7 @@
-"""Equation (5): the whole objective, its two halves and what to watch, evaluated once."""
+"""Equation (5): the whole objective, its two halves and what to watch.
+
+``disk_terms`` is longer than a function should be because it evaluates each (N, C) quantity once for all of them.
+"""
 
 from typing import NamedTuple
 
@@ -135,26 +138,23 @@ def disk_terms(
     g = guide_logits.detach().sigmoid()
     core = where.reduce(ce_weight * ce + distill_weight * distill, reduction)
     spent = where.weighted(g * budget_ce)
-    budget_term = lam * hinge(spent, where, delta, reduction)
+    over_budget = lam * hinge(spent, where, delta, reduction)
 
-    # the guide's half: the student is detached, the value carries no graph
-    slope = distill_weight * _distill_slope(temperature * tau_s, parts, guide_logits)
-    slope = slope + lam * (where.reduce(spent, "mean") > delta) * budget_ce * g * (1 - g)
-    guide_term = budget_term.detach()
-    if record.guide_penalty:
-        classes = min(top_k or s.shape[1], s.shape[1])
-        guide_term = guide_term + record.guide_penalty * where.reduce(
-            where.weighted(torch.log1p(classes * g)), reduction
-        )
-        slope = slope + record.guide_penalty * classes * g * (1 - g) / (1 + classes * g)
+    # the guide's half: the student is detached, values carry no graph, the gradient is in closed form
+    penalty, penalty_slope = _penalty(record.guide_penalty, g, min(top_k or s.shape[1], s.shape[1]))
+    penalty = where.reduce(where.weighted(penalty), reduction)
+    gate = where.reduce(spent.detach(), "mean") > delta
+    slope = distill_weight * _distill_slope(temperature * tau_s, parts, guide_logits.detach())
+    slope = slope + (lam * gate * budget_ce.detach() + penalty_slope) * g * (1 - g)
     if guide_gradient_scale is not None:
         slope = guide_gradient_scale * _well_scaled(slope, guide_logits.detach(), 1 / (temperature * tau_s + lam))
-    guide_gradient = where.reduce(where.weighted(slope.detach() * _zero_valued(guide_logits)), reduction)
+    guide_gradient = where.reduce(where.weighted(slope * _zero_valued(guide_logits)), reduction)
+    guide_loss = where.reduce(distill_weight * distill.detach(), reduction) + over_budget.detach() + penalty
 
     return DiSKTerms(
-        loss=core + budget_term + (guide_term - budget_term.detach()) + guide_gradient,
-        student_loss=core + budget_term if record.student_feels_budget else core,
-        guide_loss=where.reduce(distill_weight * distill.detach(), reduction) + guide_term + guide_gradient,
+        loss=core + over_budget + penalty + guide_gradient,
+        student_loss=core + over_budget if record.student_feels_budget else core,
+        guide_loss=guide_loss + guide_gradient,
         ce=where.reduce(ce.detach(), reduction),
         distill=where.reduce(distill.detach(), reduction),
         usage=where.reduce(spent.detach(), reduction),
@@ -170,6 +170,13 @@ def disk_loss(
 ) -> Tensor:
     """Return ``disk_terms(...).loss``: Kag et al. (ICLR 2023), eq. (5), with the arguments of :func:`disk_terms`."""
     return disk_terms(student_logits, teacher_logits, target, guide_logits, **settings).loss  # type: ignore[arg-type]
+
+
+def _penalty(weight: float, g: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Return the authors' extra term weight * log(1 + K g) per position, and its slope by g."""
+    if not weight:
+        return torch.zeros_like(g), torch.zeros_like(g)
+    return weight * torch.log1p(classes * g), weight * classes / (1 + classes * g)
 
 
 def _distill_slope(factor: float | Tensor, parts: Scaffold, guide_logits: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ def optimal_multiplier(
         ValueError: shapes that do not fit, values out of range.
         TypeError: logits not floating-point, or a target that is neither int64 nor floating-point.
     """
+    _checks.logits(student_logits, teacher_logits)
     _checks.number("budget", budget, above=0)
 
     def spent(multiplier: Tensor) -> Tensor:

@@ -42,7 +42,14 @@ def scaffold_mask(teacher_logits: Tensor, top_k: int | None = None, label: Tenso
 
     Returns:
         Bool tensor of the shape of ``teacher_logits``.
+
+    Raises:
+        ValueError: shapes that do not fit, top_k < 1.
+        TypeError: logits not floating-point, label not int64.
     """
+    _checks.logits(teacher_logits, teacher_logits, student="teacher_logits")
+    if label is not None:
+        _checks.label(label, teacher_logits)
     if top_k is not None:
         _checks.integer("top_k", top_k, at_least=1)
     if top_k is None or top_k >= teacher_logits.shape[1]:
@@ -75,7 +82,8 @@ def scaffold(
     log_g = logsigmoid(guide_logits).unsqueeze(1)  # g is never formed: log g stays finite where g underflows
     scaffolded = torch.where(mask, torch.logaddexp(log_s, log_g), log_s)  # log(s_y + 1[y in K] g)
     with torch.no_grad():
-        removed = (t * mask * (log_g - scaffolded).exp()).sum(1)
+        # g / (s + g) <= 1 on the scaffold; off it, where it could overflow, it is not used
+        removed = (t * mask * (log_g - scaffolded).clamp(max=0).exp()).sum(1)
     return Scaffold((t * (log_t - scaffolded)).sum(1), removed, t.sum(1))
 
 
@@ -148,10 +156,10 @@ def discount(
         TypeError: tensors that are not floating-point.
     """
     tau_s = temperatures(temperature, student_temperature)
-    student_logits, guide_logits = student_logits.detach(), guide_logits.detach()
-    return discount_of(
-        _parts(student_logits, teacher_logits, guide_logits, temperature, tau_s, top_k, label, teacher_target)
-    )
+    with torch.no_grad():
+        return discount_of(
+            _parts(student_logits, teacher_logits, guide_logits, temperature, tau_s, top_k, label, teacher_target)
+        )
 
 
 def _parts(

@@ -16,12 +16,18 @@ SPAN = 4.0  # tau_s is kept within [tau / SPAN, tau * SPAN]
 _MAX_STEPS = 60
 
 
-def _slope_and_curvature(student_logits: Tensor, teacher_mean: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second derivative of the mean divergence by beta; ``teacher_mean`` is E_t[l_S] per position."""
+def _slopes_and_curvatures(student_logits: Tensor, teacher_mean: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second derivative of each position's divergence by beta; ``teacher_mean`` is E_t[l_S] per position."""
     s = softmax(student_logits * beta.to(student_logits.dtype), 1)
     mean = (s * student_logits).sum(1, keepdim=True)
     variance = (s * (student_logits - mean).square()).sum(1)
-    return (mean.squeeze(1) - teacher_mean).mean(), variance.mean()
+    return mean.squeeze(1) - teacher_mean, variance
+
+
+def _slope_and_curvature(student_logits: Tensor, teacher_mean: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second derivative of the mean divergence by beta."""
+    slopes, curvatures = _slopes_and_curvatures(student_logits, teacher_mean, beta)
+    return slopes.mean(), curvatures.mean()
 
 
 def _inputs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -92,6 +98,7 @@ def student_temperature_step(
     *,
     temperature: float = 4.0,
     momentum: float = 0.1,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the student temperature after one Newton step on a batch, and the running moments it rests on.
 
@@ -106,13 +113,28 @@ def student_temperature_step(
         student_temperature: the current one, a scalar tensor; start at ``temperature``.
         temperature: divides the teacher's logits, dimensionless, > 0.
         momentum: weight of the new batch in the running means, in (0, 1].
+        valid: bool, (N,) or (N, d1, ...): the positions that count; None for all.
 
     Returns:
-        The new student temperature and the new moments, as new tensors without gradient.
+        The new student temperature and the new moments, as new tensors without gradient. Both are the old ones where
+        the batch has no valid position or is not finite.
+
+    Raises:
+        ValueError: shapes that do not fit, temperature <= 0, momentum outside (0, 1].
+        TypeError: logits that are not floating-point.
     """
+    _checks.logits(student_logits, teacher_logits)
+    _checks.number("temperature", temperature, above=0)
+    _checks.number("momentum", momentum, above=0, at_most=1)
     s, teacher_mean = _inputs(student_logits, teacher_logits, temperature)
     beta = 1 / student_temperature
-    slope, curvature = (moment.to(moments.dtype) for moment in _slope_and_curvature(s, teacher_mean, beta))
+    slopes, curvatures = _slopes_and_curvatures(s, teacher_mean, beta)
+    if valid is None:
+        valid = torch.ones_like(slopes, dtype=torch.bool)
+    count = valid.sum()  # 0 / 0 is NaN, which keeps the old moments below
+    slope, curvature = (
+        torch.where(valid, value, 0.0).to(moments.dtype).sum() / count for value in (slopes, curvatures)
+    )
     updated = torch.lerp(moments, torch.stack([curvature, curvature * beta - slope]), momentum)
     root = torch.where(updated[0] > 0, updated[1] / updated[0], beta)  # a flat student has no preference
     new = 1 / root.clamp(1 / (SPAN * temperature), SPAN / temperature)
