@@ -1,9 +1,9 @@
 """Which classes to scaffold: the measurement behind the default ``top_k=None``.
 
 A synthetic problem with a wide gap: 100 classes of three Gaussian clusters each in 16 dimensions, which the teacher
-solves and the student (12 hidden units) cannot. CE, KD at several temperatures and DiSK under several choices of the
-scaffolded classes and of the teacher's target outside them, all from the same CE-trained student with the same number
-of passes; accuracy is on validation data, as this is a choice of settings, not a result.
+solves and the student (12 hidden units) cannot. CE, KD at several temperatures and weights, and DiSK under several
+choices of the scaffolded classes and of the teacher's target outside them, all from the same CE-trained student with
+the same number of passes; accuracy is on validation data, as this is a choice of settings, not a result.
 
 Usage: python examples/scaffold_target.py [--dry-run] [--seeds N] [--out DIR]
 """
@@ -24,13 +24,20 @@ from disk_plugin.schedule import estimate_budget
 from disk_plugin.taps import with_features
 from disk_plugin.variants import VARIANTS
 
-CLASSES, CLUSTERS, DIM, BUDGET_SHARE = 100, 3, 16, 1000
+CLASSES, CLUSTERS, DIM, HELD_OUT = 100, 3, 16, 1000
 SCAFFOLDED = VARIANTS["paper"]._replace(teacher_target="scaffolded")
 ROWS: dict[str, dict[str, Any]] = {
     "CE": {"method": "CE"},
-    "KD, temperature 1": {"method": "KD", "temperature": 1.0},
-    "KD, temperature 2": {"method": "KD", "temperature": 2.0},
-    "KD, temperature 4": {"method": "KD", "temperature": 4.0},
+    **{
+        f"KD, temperature {temperature:g}, ce_weight {weight:g}": {
+            "method": "KD",
+            "temperature": temperature,
+            "ce_weight": weight,
+            "distill_weight": 1 - weight,
+        }
+        for temperature in (1.0, 2.0, 4.0)
+        for weight in (0.1, 0.5)
+    },
     "DiSK, all classes (default)": {"method": "DiSK"},
     "DiSK, top-20, full target (paper)": {"method": "DiSK", "top_k": 20},
     "DiSK, top-5, full target": {"method": "DiSK", "top_k": 5},
@@ -104,7 +111,7 @@ def train(problem: Problem, warm: nn.Module, seed: int, method: str, scheduled: 
         return problem.accuracy(student), None, None
     torch.manual_seed(seed)
     guide = GuideHead(CLASSES, problem.teacher.feature_dim)
-    held_out = tuple(part[:BUDGET_SHARE] for part in problem.validation)
+    held_out = tuple(part[:HELD_OUT] for part in problem.validation)
     disk = DiSKLoss(guide, budget=estimate_budget(student, [held_out]), **settings)
     dual = DualScheduler(disk, epochs=problem.passes, period=max(problem.passes // 2, 1)) if scheduled else None
     problem.fit(
@@ -120,6 +127,18 @@ def train(problem: Problem, warm: nn.Module, seed: int, method: str, scheduled: 
             student(problem.train[0]), problem.logits, problem.train[1], problem.features, reduction="none"
         )
     return problem.accuracy(student), (terms.usage.mean() / disk.budget).item(), terms.guide.std().item()
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return one Markdown row per setting, its values seed by seed."""
+    lines = ["| setting | validation accuracy, per seed | usage / budget | std of g |", "|---|---|---|---|"]
+    for name, row in results["rows"].items():
+        cells = []
+        for key, digits in {"accuracy": 1, "usage_over_budget": 2, "std_of_g": 3}.items():
+            cells.append(" / ".join(f"{value:.{digits}f}" for value in row[key] if value is not None))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    warm = " / ".join(f"{value:.1f}" for value in results["warm_start"])
+    return "\n".join([*lines, "", f"Teacher {results['teacher']:.1f}; warm start {warm}."])
 
 
 def main() -> None:
@@ -140,13 +159,7 @@ def main() -> None:
     for name, settings in tqdm(ROWS.items(), desc="settings"):
         accuracy, usage, spread = zip(*(train(problem, warm[seed], seed, **settings) for seed in seeds), strict=True)
         results["rows"][name] = {"accuracy": accuracy, "usage_over_budget": usage, "std_of_g": spread}
-    print("| setting | validation accuracy, per seed | usage / budget | std of g |\n|---|---|---|---|")
-    for name, row in results["rows"].items():
-        cells = (
-            " / ".join("-" if v is None else f"{v:.{d}f}" for v in row[key])
-            for key, d in (("accuracy", 1), ("usage_over_budget", 2), ("std_of_g", 3))
-        )
-        print(f"| {name} | {' | '.join(cells)} |")
+    print(table(results))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "scaffold_target.json").write_text(json.dumps(results, indent=1) + "\n")
 
