@@ -24,7 +24,8 @@ class DiSKLoss(nn.Module):
     Where the authors' code differs from the paper, ``variant`` says whose rule is followed; the default is the paper's,
     with all classes scaffolded (``top_k=None``, the paper: 20), as the tail outside the top-K would keep its full pull.
 
-    Autocast is off inside and half types are computed in float32. NaN or inf in any input ends as a NaN or inf loss.
+    Autocast is off inside and half types are computed in float32. NaN in an input, or inf in the teacher's logits, ends
+    as a NaN or inf loss, never hidden.
 
     Args:
         guide: a module (teacher_logits[, teacher_features]) -> guide logits (N,) or (N, d1, ...).

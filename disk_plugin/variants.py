@@ -40,10 +40,20 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+_CHOICES = {
+    "teacher_target": ("all", "scaffolded"),
+    "budget_label": ("label", "teacher"),
+    "budget_denominator": ("samples", "errors"),
+}
+
+
 def resolve_variant(variant: str | Variant) -> Variant:
-    """Return the record of a name, or the record itself."""
+    """Return the record of a name, or the record itself after a check of its choices."""
     if isinstance(variant, Variant):
+        for field, known in _CHOICES.items():
+            if getattr(variant, field) not in known:
+                raise ValueError(f"variant.{field} must be one of {list(known)}, got {getattr(variant, field)!r}")
         return variant
-    if variant not in VARIANTS:
+    if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"variant must be one of {sorted(VARIANTS)} or a Variant, got {variant!r}")
     return VARIANTS[variant]

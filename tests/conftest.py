@@ -1,7 +1,9 @@
-"""What every test starts from: one seed, one thread count, no network."""
+"""What every test starts from: one seed, one thread (busy machines slow small tensors on many threads tenfold)."""
 
 import pytest
 import torch
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

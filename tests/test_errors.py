@@ -12,6 +12,7 @@ from torch import nn
 
 import disk_plugin
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead, functional
+from disk_plugin.variants import VARIANTS
 
 N, C, D = 4, 5, 3
 INDICES = torch.zeros(N, dtype=torch.int64)
@@ -171,6 +172,9 @@ CALLS_WITH_LOGITS = {
     "optimal_guide": lambda student, teacher: functional.optimal_guide(student, teacher, INDICES, multiplier=1.0),
     "optimal_multiplier": lambda student, teacher: functional.optimal_multiplier(student, teacher, INDICES, budget=0.3),
     "fit_student_temperature": functional.fit_student_temperature,
+    "student_temperature_step": lambda student, teacher: functional.student_temperature_step(
+        student, teacher, torch.zeros(2), torch.tensor(4.0)
+    ),
 }
 
 
@@ -394,6 +398,9 @@ FUNCTIONS = {
         logits(), logits(), INDICES, **{"budget": 0.3} | settings
     ),
     "fit_student_temperature": lambda **settings: functional.fit_student_temperature(logits(), logits(), **settings),
+    "student_temperature_step": lambda **settings: functional.student_temperature_step(
+        logits(), logits(), torch.zeros(2), torch.tensor(4.0), **settings
+    ),
     "scaffold_mask": lambda **settings: functional.scaffold_mask(logits(), **settings),
 }
 TAKES = {
@@ -404,6 +411,7 @@ TAKES = {
         "optimal_guide",
         "optimal_multiplier",
         "fit_student_temperature",
+        "student_temperature_step",
     ),
     "student_temperature": ("kd_loss", "scaffolded_kl", "discount", "optimal_guide", "optimal_multiplier"),
     "top_k": ("scaffolded_kl", "discount", "optimal_guide", "optimal_multiplier", "scaffold_mask"),
@@ -426,6 +434,12 @@ def test_bad_value_passed_a_function(function, name, value, error, message):
 def test_a_budget_that_no_multiplier_meets_passed(budget):
     with refuses(ValueError, f"budget must be > 0, got {budget}"):
         FUNCTIONS["optimal_multiplier"](budget=budget)
+
+
+@pytest.mark.parametrize(("momentum", "rule"), [(0.0, "> 0"), (-0.1, "> 0"), (1.1, "<= 1"), (math.nan, "> 0")])
+def test_bad_momentum_passed_student_temperature_step(momentum, rule):
+    with refuses(ValueError, f"momentum must be {rule}, got {momentum}"):
+        FUNCTIONS["student_temperature_step"](momentum=momentum)
 
 
 @pytest.mark.parametrize("function", ["scaffolded_kl", "discount"])
@@ -608,3 +622,23 @@ def test_the_library_asserts_or_prints(path):
 
 def test_the_sources_were_found():
     assert {"loss.py", "guide.py", "schedule.py", "objective.py", "scaffold.py"} <= {path.name for path in SOURCES}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("teacher_target", "x"), ("budget_label", "foo"), ("budget_denominator", "bar")]
+)
+def test_a_hand_made_variant_with_an_unknown_choice_is_refused(field, value):
+    with pytest.raises(ValueError, match=rf"variant\.{field} must be one of \[.*\], got '{value}'"):
+        DiSKLoss(GuideHead(5), variant=VARIANTS["paper"]._replace(**{field: value}))
+
+
+def test_a_variant_of_another_type_is_refused():
+    with pytest.raises(ValueError, match=r"variant must be one of \[.*\] or a Variant, got \['paper'\]"):
+        DiSKLoss(GuideHead(5), variant=["paper"])
+
+
+def test_nan_is_not_hidden_by_the_optimal_guide():
+    student, teacher = torch.randn(4, 5), torch.randn(4, 5)
+    teacher[2, 1] = torch.nan
+    found = functional.optimal_guide(student, teacher, torch.arange(4), multiplier=5.0)
+    assert found.isnan().tolist() == [False, False, True, False]

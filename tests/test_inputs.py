@@ -34,6 +34,15 @@ every_position = pytest.mark.parametrize("positions", [(), (3,), (3, 2)], ids=["
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors this small gain nothing from a second thread, which on a busy machine costs eight times the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def batch(positions=(), *, n=N, dtype=torch.float64):
     """Student logits, teacher logits, class indices, guide logits; leaves where a player takes a gradient."""
     student = (2 * torch.randn(n, C, *positions)).to(dtype).requires_grad_()
@@ -756,7 +765,7 @@ def test_per_position_terms_sum_to_the_mean_and_so_do_their_gradients(variant, p
 
 
 @every_variant
-@pytest.mark.parametrize("share", [0.5, 2.0], ids=["violated", "slack"])
+@pytest.mark.parametrize("share", [0.5, 1.2], ids=["violated", "slack"])
 def test_the_budget_is_that_of_the_batch_and_not_of_each_position(variant, share):
     student, teacher, target, guide = batch()
     settings = SETTINGS | {"variant": variant, "guide_gradient_scale": None}

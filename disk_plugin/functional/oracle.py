@@ -33,6 +33,7 @@ def optimal_guide(
     The left side falls in g, so bisection finds the root; g is 1 where the left side is larger throughout, 0 where it
     is smaller. The hinge of (3) acts as this multiplier while the budget binds. The paper's variant; a free g has no
     smoothness in the teacher's features, which is part of the method: an oracle, not a replacement for the guide.
+    There is no ``ignore_index``: leave such positions out.
 
     Args:
         student_logits: before softmax.
@@ -66,7 +67,7 @@ def optimal_guide(
         g = (low + high) / 2
         gain = distill_weight * temperature * tau_s * (t / (s + g.unsqueeze(1))).sum(1)
         low, high = torch.where(gain > price, g, low), torch.where(gain > price, high, g)
-    return (low + high) / 2
+    return (low + high) / 2 + 0 * (gain + price)  # NaN where an input is
 
 
 @torch.no_grad()
