@@ -101,6 +101,7 @@ def test_compiles_without_graph_breaks(settings):
     torch.testing.assert_close(disk.state_dict(), twin.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch 2.13's own
 def test_terms_compile_with_inductor_where_a_compiler_exists():
     torch.compiler.reset()
     disk = make_loss()
