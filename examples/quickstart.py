@@ -272,7 +272,7 @@ def figure(results: dict[str, Any], runs: dict[str, list[Run]], data: Data, path
         values = torch.tensor([[entry[name] for entry in run.curve] for run in runs["DiSK"]])
         axes.plot(epochs, values.nanmean(0), style, label=name)
     axes.set(xlabel="epoch", title="guide on right and wrong samples", ylim=(0, 1))
-    axes.legend()
+    middle.legend(loc="outside lower center", ncols=2)
     discount = runs["DiSK"][0].guide_terms().discount
     grid = right.subplots(4, 4)
     right.suptitle("largest discount: label, discount")
