@@ -1,6 +1,7 @@
 """Checks of arguments: O(1), no look at tensor values, messages that say what was expected and what came."""
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ def number(
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor with one element, got shape {tuple(value.shape)}")
         return
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    size = float(value)
     bounds = [
-        (above is not None and not value > above, f"> {above}"),
-        (at_least is not None and not value >= at_least, f">= {at_least}"),
-        (at_most is not None and not value <= at_most, f"<= {at_most}"),
-        (not math.isfinite(value), "finite"),
+        (above is not None and not size > above, f"> {above}"),
+        (at_least is not None and not size >= at_least, f">= {at_least}"),
+        (at_most is not None and not size <= at_most, f"<= {at_most}"),
+        (not math.isfinite(size), "finite"),
     ]
     for broken, rule in bounds:
         if broken:
@@ -32,7 +34,7 @@ def number(
 
 def integer(name: str, value: Any, *, at_least: int) -> None:
     """Refuse what is not an integer of at least ``at_least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < at_least:
         raise ValueError(f"{name} must be >= {at_least}, got {value}")

@@ -111,7 +111,7 @@ class DiSKLoss(nn.Module):
             self.register_buffer("fitted_student_temperature", torch.tensor(float(temperature), dtype=torch.float64))
             self.register_buffer("student_temperature_moments", torch.zeros(2, dtype=torch.float64))
         # a number is a setting, not state: no checkpoint overrides it
-        self._fixed_student_temperature = temperature if student_temperature is None else student_temperature
+        self._fixed_student_temperature = student_temperature
 
     def forward(
         self,
@@ -173,7 +173,8 @@ class DiSKLoss(nn.Module):
         """The student temperature in force: the constructor's number, or the fitted buffer."""
         if self.fit_student_temperature:
             return self.fitted_student_temperature
-        return float(self._fixed_student_temperature)
+        fixed = self._fixed_student_temperature
+        return float(self.temperature if fixed is None else fixed)
 
     def statistics(self) -> EpochStatistics:
         """Read what the training batches since the last reset showed (waits for the device)."""
@@ -189,7 +190,8 @@ class DiSKLoss(nn.Module):
         tau_s = self._fixed_student_temperature
         return (
             f"ce_weight={self.ce_weight}, distill_weight={self.distill_weight}, temperature={self.temperature}, "
-            f"student_temperature={tau_s!r}, top_k={self.top_k}, guide_gradient_scale={self.guide_gradient_scale}"
+            f"student_temperature={tau_s!r}, top_k={self.top_k}, guide_gradient_scale={self.guide_gradient_scale}, "
+            f"ignore_index={self.ignore_index}, {self.variant}"
         )
 
     def _guide_logits(self, teacher_logits: Tensor, teacher_features: Tensor | None) -> Tensor:
@@ -217,11 +219,15 @@ class DiSKLoss(nn.Module):
         self.student_temperature_moments.copy_(moments)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DiSKLoss":
-        """Move the module; where the new device has no float64 (MPS), the scalars go to float32 first."""
+        """Move the module; its scalars keep float64 through a cast (counts!), float32 where MPS has no float64."""
+        buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         if fn(torch.empty(0)).device.type == "mps":
-            for name, buffer in self._buffers.items():
-                self._buffers[name] = buffer.float() if buffer is not None else None
+            self._buffers.update({name: buffer.float() for name, buffer in buffers.items()})
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in buffers.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype and after.device.type != "mps":
+                self._buffers[name] = before.to(after.device)
         return self
 
 

@@ -23,7 +23,8 @@ class DualScheduler:
 
     is line 8 of Algorithm 1, Kag et al. (ICLR 2023). Construction writes epoch 0's values; ``step()``, once per epoch
     beside the learning rate's, writes those of the next. An incomplete last period is merged into the one before it,
-    and the last period runs on to its end, so that the last ``step()`` leaves exactly ``multiplier[1]``.
+    and the last period runs on to its end, so that the last ``step()`` leaves exactly ``multiplier[1]``; the last epoch
+    trained sees the cosine one epoch earlier. The loss's own ``multiplier`` is overwritten, its ``budget`` is kept.
 
     ``step()`` warns once if the guide is dead: g < .01 or g > .99 on every sample of the finished epoch.
 
@@ -81,6 +82,7 @@ class DualScheduler:
         for name, value in {"period": period, "budget_period": budget_period}.items():
             if value is not None:
                 _checks.integer(name, value, at_least=1)
+        self._budget_is_the_losss = budget is None
         budget = loss.budget.item() if budget is None else budget
         self.budget_high, self.budget_low = _pair(
             "budget", budget if isinstance(budget, tuple | list) else (budget,) * 2
@@ -129,6 +131,7 @@ class DualScheduler:
         return {
             "epoch": self.epoch,
             "multiplier_max": self.multiplier_max,
+            "budget": [self.budget_high, self.budget_low],
             "ascent_multiplier": self._ascent_multiplier,
             "warned": self._warned,
         }
@@ -141,7 +144,11 @@ class DualScheduler:
         """
         if set(state) != set(self.state_dict()):
             raise RuntimeError(f"expected a state with {sorted(self.state_dict())}, got {sorted(state)}")
-        self.epoch, self.multiplier_max = state["epoch"], state["multiplier_max"]
+        self.epoch = state["epoch"]
+        if self.rule == "adaptive":  # progress only there; elsewhere a setting
+            self.multiplier_max = state["multiplier_max"]
+        if self._budget_is_the_losss:  # the fresh loss may not know the budget that the saved one was built with
+            self.budget_high, self.budget_low = state["budget"]
         self._ascent_multiplier, self._warned = state["ascent_multiplier"], state["warned"]
         self._write()
 

@@ -333,3 +333,34 @@ def test_a_moving_average_of_the_student_can_teach():
     assert torch.equal(teacher(x)[0], average(x))
     assert all(parameter.grad is None for parameter in average.parameters())
     assert not torch.equal(average(x), student(x))
+
+
+def test_summed_batches_and_a_step_before_backward_do_not_break_the_graph():
+    disk = make_loss(student_temperature="fit", variant="official_imagenet").double()
+    dual = DualScheduler(disk, epochs=4)
+    inputs = [[x.double() if x.is_floating_point() else x for x in batch()] for _ in range(2)]
+    loss = sum(disk(*values) for values in inputs)
+    dual.step()
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in disk.parameters())
+
+
+def test_a_cast_of_the_loss_keeps_its_scalars_exact():
+    disk = make_loss(multiplier=0.1).bfloat16()
+    for _ in range(300):
+        disk(*batch(8))
+    assert disk.statistics().positions == 2400
+    assert disk.multiplier.item() == 0.1
+
+
+def test_resuming_takes_up_the_budget_that_the_saved_loss_was_built_with():
+    disk = make_loss(budget=0.61)
+    dual = DualScheduler(disk, epochs=8)
+    dual.step()
+    fresh = make_loss()
+    resumed = DualScheduler(fresh, epochs=8)
+    fresh.load_state_dict(disk.state_dict())
+    resumed.load_state_dict(dual.state_dict())
+    assert fresh.budget.item() == 0.61
+    resumed.step()
+    assert fresh.budget.item() == 0.61

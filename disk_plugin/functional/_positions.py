@@ -19,8 +19,11 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def as_dtype(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """Cast a scalar tensor: a float64 one would promote a float32 loss, which is a scalar too."""
-    return value.to(dtype) if isinstance(value, Tensor) else value
+    """Cast a scalar tensor: a float64 one would promote a float32 loss, which is a scalar too.
+
+    Always a copy: the graph must not hold a buffer that the next batch or the scheduler changes in place.
+    """
+    return value.detach().to(dtype, copy=True) if isinstance(value, Tensor) else value
 
 
 class Positions(NamedTuple):

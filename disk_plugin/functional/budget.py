@@ -70,7 +70,7 @@ def budget_cross_entropy(
     return ce
 
 
-def hinge(spent: Tensor, where: Positions, budget: Tensor, reduction: Reduction) -> Tensor:
+def hinge(spent: Tensor, where: Positions, budget: float | Tensor, reduction: Reduction) -> Tensor:
     """Equation (3) from g * CE per position; with "none" a vector whose sum / count is the hinge of the whole batch."""
     mean = where.reduce(spent, "mean")
     if reduction == "mean":

@@ -115,7 +115,7 @@ def disk_terms(
     s, t, guide_logits = promote(student_logits, teacher_logits.detach(), guide_logits)
     tau_s = as_dtype(temperatures(temperature, student_temperature), s.dtype)
     where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
-    lam, delta = (torch.as_tensor(value, dtype=s.dtype, device=s.device) for value in (multiplier, budget))
+    lam, delta = as_dtype(multiplier, s.dtype), as_dtype(budget, s.dtype)
 
     log_probs = log_softmax(s, 1)
     ce = where.weighted(cross_entropy(log_probs, target, where.label))
@@ -188,7 +188,7 @@ def _distill_slope(factor: float | Tensor, parts: Scaffold, guide_logits: Tensor
     return -factor * parts.removed * (-guide_logits).sigmoid()
 
 
-def _well_scaled(slope: Tensor, guide_logits: Tensor, scale: Tensor) -> Tensor:
+def _well_scaled(slope: Tensor, guide_logits: Tensor, scale: float | Tensor) -> Tensor:
     """Turn the slope by the guide's logit into that by g (equal at g = 1/2), and hold the logits within REACH.
 
     By the logit, every slope carries the sigmoid's derivative g (1 - g). At a small multiplier (5) is least at g = 1 on
