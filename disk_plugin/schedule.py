@@ -82,7 +82,7 @@ class DualScheduler:
         for name, value in {"period": period, "budget_period": budget_period}.items():
             if value is not None:
                 _checks.integer(name, value, at_least=1)
-        self._budget_is_the_losss = budget is None
+        self._budget_from_loss = budget is None
         budget = loss.budget.item() if budget is None else budget
         self.budget_high, self.budget_low = _pair(
             "budget", budget if isinstance(budget, tuple | list) else (budget,) * 2
@@ -127,7 +127,7 @@ class DualScheduler:
         self.loss.reset_statistics()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the progress, numbers only; the settings are the constructor's. The loss has its own state_dict."""
+        """Return the progress and the budget, numbers only; other settings are the constructor's. The loss has its own."""
         return {
             "epoch": self.epoch,
             "multiplier_max": self.multiplier_max,
@@ -137,7 +137,7 @@ class DualScheduler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up saved progress and write its multiplier and budget into the loss.
+        """Take up saved progress and write its multiplier and budget into the loss; a budget given here stays.
 
         Raises:
             RuntimeError: entries missing or unknown.
@@ -147,7 +147,7 @@ class DualScheduler:
         self.epoch = state["epoch"]
         if self.rule == "adaptive":  # progress only there; elsewhere a setting
             self.multiplier_max = state["multiplier_max"]
-        if self._budget_is_the_losss:  # the fresh loss may not know the budget that the saved one was built with
+        if self._budget_from_loss:  # the fresh loss may not know the budget that the saved one was built with
             self.budget_high, self.budget_low = state["budget"]
         self._ascent_multiplier, self._warned = state["ascent_multiplier"], state["warned"]
         self._write()
