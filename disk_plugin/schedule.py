@@ -127,7 +127,7 @@ class DualScheduler:
         self.loss.reset_statistics()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the progress and the budget, numbers only; other settings are the constructor's. The loss has its own."""
+        """Return the progress and the budget, numbers only; other settings are the constructor's."""
         return {
             "epoch": self.epoch,
             "multiplier_max": self.multiplier_max,
