@@ -78,7 +78,7 @@ class GuideHead(nn.Module):
         if teacher_features is not None:
             trailing = [1] * (teacher_logits.ndim - teacher_features.ndim)
             inputs += [teacher_features.reshape(*teacher_features.shape, *trailing).expand(-1, -1, *positions)]
-        dtype = next(self.parameters()).dtype
+        dtype = next(layer.weight.dtype for layer in self.mlp if isinstance(layer, nn.Linear))
         joined = torch.cat([value.to(dtype) for value in inputs], 1).movedim(1, -1)  # (N, d1, ..., width)
         logits: Tensor = self.mlp(joined.flatten(0, -2))
         return logits.reshape(joined.shape[:-1])
