@@ -1,0 +1,104 @@
+"""Feature matching weighted by the guide: Kag et al. (ICLR 2023), A.7, the same for every feature-matching method."""
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from .. import _checks
+from ..functional import DiSKTerms
+from ..loss import DiSKLoss
+
+FeatureWeight = Literal["one_minus_guide", "one_minus_discount", "guide", "uniform"]
+FEATURE_WEIGHTS: tuple[str, ...] = ("one_minus_guide", "one_minus_discount", "guide", "uniform")
+
+
+class GuidedFeatureTerms(NamedTuple):
+    """What :func:`guided_feature_terms` gives: scalars, or (N,) with ``reduction="none"``. ``feature`` is detached."""
+
+    loss: Tensor  # student_loss + guide_loss
+    student_loss: Tensor  # feature_weight w(g) ||Psi f_S - f_T||^2 [+ DiSK's student half], guide detached
+    guide_loss: Tensor  # distill_weight L_dist + multiplier (usage - budget)_+, student detached
+    feature: Tensor  # w(g) ||Psi f_S - f_T||^2, before feature_weight
+    disk: DiSKTerms  # of the student's prediction
+
+
+def feature_weights(terms: DiSKTerms, weight: FeatureWeight) -> Tensor:
+    """Return w(g) per sample, detached, in [0, 1].
+
+    The paper writes w(g(x)) and reads g near 1 as "discount this sample", hence ``"one_minus_guide"``. As a trained g
+    is high on easy samples, ``"one_minus_discount"`` (the share of the teacher's pull that is left) and ``"guide"``
+    are there to compare; ``"uniform"`` is w = 1, the host method itself.
+
+    Args:
+        terms: of ``DiSKLoss.terms(..., reduction="none")``.
+        weight: one of ``FEATURE_WEIGHTS``.
+
+    Raises:
+        ValueError: an unknown ``weight``.
+    """
+    _checks.choice("weight", weight, FEATURE_WEIGHTS)
+    if weight == "one_minus_guide":
+        return 1 - terms.guide
+    if weight == "one_minus_discount":
+        return 1 - terms.discount
+    return terms.guide if weight == "guide" else terms.guide.new_ones(terms.guide.shape)
+
+
+def guided_feature_terms(
+    disk: DiSKLoss,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    teacher_features: Tensor | None,
+    feature_error: Tensor,
+    *,
+    weight: FeatureWeight = "one_minus_guide",
+    feature_weight: float = 1.0,
+    logit_loss: bool = False,
+    reduction: Literal["mean", "none"] = "mean",
+) -> GuidedFeatureTerms:
+    r"""Evaluate a feature-matching loss weighted by the guide: Kag et al. (ICLR 2023), A.7, eq. (6).
+
+    .. math:: \beta\,\tfrac1N\sum_i w(g(x_i))\,\|\Psi(f_S(x_i)) - f_T(x_i)\|^2
+
+    normalised by N, not by the sum of w. Student and connector Psi feel this term, with g held fixed, and DiSK's own
+    student half if ``logit_loss``. The guide feels the scaffold and the budget of eq. (5), with the student held fixed,
+    and **not** the feature term, which would push g to where w = 0 for free. With ``"uniform"``, or wherever w = 1, the
+    student's gradient is that of the feature-matching method itself, bit for bit.
+
+    Args:
+        disk: the loss that owns the guide.
+        student_logits: the prediction that inference will use (of SimKD: the teacher's classifier on Psi f_S).
+        teacher_logits: before softmax.
+        target: class indices or probabilities.
+        teacher_features: what the guide reads beside the logits, or None.
+        feature_error: squared distance per sample, already a mean over its elements.
+        weight: which w, see :func:`feature_weights`.
+        feature_weight: beta, >= 0.
+        logit_loss: add ce_weight CE + distill_weight L_dist of ``student_logits`` to the student's loss.
+        reduction: ``"mean"`` over samples, or ``"none"``.
+
+    Shape:
+        logits (N, C); target (N,) or (N, C); teacher_features (N, D); feature_error (N,).
+
+    Raises:
+        ValueError: an unknown ``weight``, shapes that do not fit, ``feature_weight`` < 0.
+        TypeError: ``disk`` is not a ``DiSKLoss``.
+    """
+    if not isinstance(disk, DiSKLoss):
+        raise TypeError(f"disk must be a DiSKLoss, got {type(disk).__name__}")
+    _checks.number("feature_weight", feature_weight, at_least=0)
+    _checks.choice("reduction", reduction, ("mean", "none"))
+    if feature_error.shape != student_logits.shape[:1]:
+        raise ValueError(
+            f"feature_error must have shape ({student_logits.shape[0]},), got {tuple(feature_error.shape)}"
+        )
+    terms = disk.terms(student_logits, teacher_logits, target, teacher_features, reduction="none")
+    feature = feature_weights(terms, weight).to(feature_error.dtype) * feature_error
+    student_loss = feature_weight * feature
+    if logit_loss:
+        student_loss = student_loss + terms.student_loss
+    if reduction == "mean":
+        student_loss, feature = student_loss.mean(), feature.mean()
+        terms = DiSKTerms(*(term.mean() for term in terms))
+    return GuidedFeatureTerms(student_loss + terms.guide_loss, student_loss, terms.guide_loss, feature.detach(), terms)

@@ -1,0 +1,162 @@
+"""SimKD (Chen et al., CVPR 2022): match the teacher's last feature map, then reuse the teacher's classifier."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from .. import _checks
+
+# a wrong map or classifier is off by the logits' own size; pooling in another order is off by rounding
+_RELATIVE_TOLERANCE = 1e-3
+
+
+class SimKDOutput(NamedTuple):
+    """A batch's ``logits`` (N, C) by the reused classifier and ``feature_error`` (N,), mean square over a map."""
+
+    logits: Tensor
+    feature_error: Tensor
+
+
+class SimKD(nn.Module):
+    """SimKD's projector and reused classifier (Chen et al., CVPR 2022).
+
+    **This module has parameters**, its projector's: give ``trainable_parameters()`` to an optimizer. That projector
+    (1x1, 3x3 and 1x1 convolutions, BatchNorm, ReLU) turns the student's last feature map into one with the teacher's
+    channels; the loss is the mean square of its difference from the teacher's map; the teacher's own classifier reads
+    the projected map, at inference too: ``student -> projector -> classifier`` is the model. Where the maps differ in
+    size, the larger is average-pooled to the smaller, as in the authors' code.
+
+    Args:
+        student_channels: channels of the student's last map.
+        teacher_channels: channels of the teacher's.
+        classifier: the teacher's classifier, a module from a map (N, teacher_channels, H, W) to logits (N, C), such as
+            ``pooled_classifier(teacher.fc)``. Copied and frozen; it stays in evaluation mode.
+        teacher_size: (H, W) of the teacher's map, to which a larger student map is pooled, at inference too.
+        factor: the projector's inner width is ``teacher_channels // factor``.
+
+    Shape:
+        student_map (N, student_channels, H, W); teacher_map (N, teacher_channels, *teacher_size).
+
+    Raises:
+        ValueError: sizes that are not positive, or ``factor`` above ``teacher_channels``; in ``forward`` maps of
+            another shape.
+        TypeError: ``classifier`` is not a module.
+
+    Example:
+        >>> import torch
+        >>> from disk_plugin.features.simkd import SimKD, pooled_classifier
+        >>> simkd = SimKD(32, 64, pooled_classifier(torch.nn.Linear(64, 10)), teacher_size=(8, 8))
+        >>> logits, feature_error = simkd(torch.randn(4, 32, 8, 8), torch.randn(4, 64, 8, 8))
+        >>> logits.shape, feature_error.shape
+        (torch.Size([4, 10]), torch.Size([4]))
+    """
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        classifier: nn.Module,
+        *,
+        teacher_size: tuple[int, int],
+        factor: int = 2,
+    ) -> None:
+        super().__init__()
+        _checks.integer("student_channels", student_channels, at_least=1)
+        _checks.integer("teacher_channels", teacher_channels, at_least=1)
+        _checks.integer("factor", factor, at_least=1)
+        if not isinstance(teacher_size, tuple | list) or len(teacher_size) != 2:
+            raise ValueError(f"teacher_size must be (height, width), got {teacher_size!r}")
+        for side in teacher_size:
+            _checks.integer("teacher_size", side, at_least=1)
+        if factor > teacher_channels:
+            raise ValueError(f"factor must be at most teacher_channels {teacher_channels}, got {factor}")
+        if not isinstance(classifier, nn.Module):
+            raise TypeError(f"classifier must be a Module from a map to logits, got {type(classifier).__name__}")
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
+        self.teacher_size = (int(teacher_size[0]), int(teacher_size[1]))
+        inner = teacher_channels // factor
+        widths = ((student_channels, inner, 1), (inner, inner, 3), (inner, teacher_channels, 1))
+        layers: list[nn.Module] = []
+        for width_in, width_out, kernel in widths:
+            layers += [nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2, bias=False)]
+            layers += [nn.BatchNorm2d(width_out), nn.ReLU(inplace=True)]
+        self.projector = nn.Sequential(*layers)
+        self.classifier = copy.deepcopy(classifier).eval().requires_grad_(False)
+
+    def forward(self, student_map: Tensor, teacher_map: Tensor) -> SimKDOutput:
+        """Return the prediction and the distance to the teacher's map, per sample."""
+        expected = (student_map.shape[0], self.teacher_channels, *self.teacher_size)
+        if tuple(teacher_map.shape) != expected:
+            raise ValueError(f"teacher_map must have shape {expected}, got {tuple(teacher_map.shape)}")
+        projected = self.project(student_map)
+        height, width = projected.shape[2:]
+        aligned = adaptive_avg_pool2d(teacher_map.detach(), (height, width))
+        # in float32 at least: a sum of squares overflows float16
+        difference = (projected - aligned).to(torch.promote_types(projected.dtype, torch.float32))
+        return SimKDOutput(self.classifier(projected), difference.square().flatten(1).mean(1))
+
+    def project(self, student_map: Tensor) -> Tensor:
+        """Return the student's map in the teacher's channels, at the smaller of both sizes."""
+        if student_map.ndim != 4 or student_map.shape[1] != self.student_channels:
+            raise ValueError(
+                f"student_map must have shape (N, {self.student_channels}, H, W), got {tuple(student_map.shape)}"
+            )
+        if student_map.shape[2] > self.teacher_size[0]:
+            student_map = adaptive_avg_pool2d(student_map, self.teacher_size)
+        projected: Tensor = self.projector(student_map)
+        return projected
+
+    def predict(self, student_map: Tensor) -> Tensor:
+        """Return the logits (N, C) of inference, where there is no teacher."""
+        logits: Tensor = self.classifier(self.project(student_map))
+        return logits
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the projector's parameters; the classifier is frozen."""
+        return list(self.projector.parameters())
+
+    def train(self, mode: bool = True) -> "SimKD":
+        """Set the projector's mode; the teacher's classifier stays in evaluation mode."""
+        super().train(mode)
+        self.classifier.eval()
+        return self
+
+
+def pooled_classifier(linear: nn.Module) -> nn.Sequential:
+    """Return the usual classifier of a map: global average pooling, then the teacher's own last layer."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+
+
+@torch.no_grad()
+def check_classifier(classifier: nn.Module, teacher_map: Tensor, teacher_logits: Tensor) -> None:
+    """Raise ValueError, saying why, unless ``classifier(teacher_map)`` reproduces the teacher's logits.
+
+    The comparison is relative to the logits' size, as deep networks amplify rounding. Check trained weights on an input
+    that is not constant: at its initial values a BatchNorm between map and classifier goes unnoticed.
+
+    Args:
+        classifier: a module from a map to logits.
+        teacher_map: (N, D, H, W), the map the classifier is to read.
+        teacher_logits: (N, C), what the teacher makes of the same input.
+    """
+    if teacher_map.ndim != 4:
+        raise ValueError(f"teacher_map must have shape (N, D, H, W), got {tuple(teacher_map.shape)}")
+    widths = [layer.in_features for layer in classifier.modules() if isinstance(layer, nn.Linear)]
+    if widths and widths[0] != teacher_map.shape[1]:
+        raise ValueError(
+            f"the classifier reads {widths[0]} features, but the teacher's last map has {teacher_map.shape[1]} channels"
+        )
+    logits = classifier(teacher_map)
+    if logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"the classifier makes logits of shape {tuple(logits.shape)}, the teacher {tuple(teacher_logits.shape)}"
+        )
+    error = ((logits - teacher_logits).norm() / teacher_logits.norm()).item()
+    if not error <= _RELATIVE_TOLERANCE:
+        raise ValueError(
+            f"the classifier on the teacher's last map does not reproduce the teacher's logits: relative difference "
+            f"{error:.2g}, expected at most {_RELATIVE_TOLERANCE:g}; something else lies between map and classifier"
+        )
