@@ -1,0 +1,143 @@
+"""``python -m disk_plugin.integrations.mdistiller``: the host's own ``tools/train.py``, with DiSK registered."""
+
+import argparse
+import importlib.util
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from . import checkout, register
+
+_CONFIGS = Path(__file__).parent
+_EPILOG = """\
+KEY VALUE pairs override the YAML file, as in the host: SOLVER.EPOCHS 100 DISK.VARIANT official_cifar. The configuration
+that results is printed. Everything of a run lies in LOG.PREFIX/EXPERIMENT.PROJECT/NAME-HASH, where HASH stands for the
+settings that define it. A resumed or evaluated run needs the same flags as the run itself."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prepare the host, then run its script or evaluate a checkpoint."""
+    args = _parser().parse_intermixed_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            cfg, folder = _prepare(args, Path(scratch))
+            if args.evaluate is not None:
+                _evaluate(args, cfg, folder)
+                return
+        except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+            sys.exit(f"error: {error}")
+        if args.seed is not None:
+            from .trainers import seed_everything
+
+            seed_everything(args.seed)  # initial weights; every epoch is seeded anew
+        print(f"experiment folder: {folder.path}")  # noqa: T201
+        script = str(Path(args.host).expanduser().resolve() / "tools" / "train.py")
+        sys.argv = [script, "--cfg", str(Path(scratch, "config.yaml")), *(["--resume"] if args.resume else [])]
+        runpy.run_path(script, run_name="__main__")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m disk_plugin.integrations.mdistiller",
+        description="Train with DiSK, SimKD, SimKD+DiSK or any of mdistiller's own distillers by its tools/train.py.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--host", metavar="DIR", help="a checkout of mdistiller, the folder that contains tools/ and mdistiller/")
+    add("--distiller", metavar="NAME", help="DISK, SIMKD, DISK_SIMKD, KD, ...; over the YAML's DISTILLER.TYPE")
+    add(
+        "--cfg",
+        metavar="FILE",
+        help="YAML file: a path, one in the checkout, or one shipped here (configs/cifar100/disk/...)",
+    )
+    add("--resume", action="store_true", help="go on from the experiment's latest checkpoint")
+    add("--overwrite", action="store_true", help="delete the experiment's folder first, checkpoints and all")
+    add("--allow-changed-settings", action="store_true", help="resume a run whose settings were others")
+    add("--evaluate", metavar="WHAT", help="validate a checkpoint: best or latest of the experiment, or a file")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="where to run (default: %(default)s)")
+    add(
+        "--data-root",
+        metavar="DIR",
+        help="folder that holds cifar-100-python/ (official or not: no md5 is asked for), or "
+        "ImageNet's or Tiny-ImageNet's train/ and val/; default: data/ in the checkout, downloaded by the host",
+    )
+    add(
+        "--teacher-checkpoint",
+        metavar="FILE",
+        help="the teacher's weights, {'model': state dict} or a bare state dict; "
+        "default: the host's own in its download_ckpts/",
+    )
+    add(
+        "--trust-checkpoint",
+        action="store_true",
+        help="load the teacher's checkpoint even if it holds arbitrary objects, "
+        "which can run code: only if you trust its source",
+    )
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed epoch e with N + e: process, loader, workers; for any distiller (default: unseeded, as the host)",
+    )
+    add("options", nargs="*", metavar="KEY VALUE", help="options of the configuration")
+    return parser
+
+
+def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
+    """Everything before the host's script, so that what is wrong is said before anything is written."""
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite deletes it: give one of them")
+    root = checkout.open_checkout(args.host)
+    register()
+    from mdistiller.distillers import distiller_dict
+
+    from . import experiment, host
+
+    checkout.use_device(args.device)
+    if args.distiller is not None and args.distiller not in distiller_dict:
+        raise ValueError(f"--distiller must be one of {', '.join(sorted(distiller_dict))}, got {args.distiller!r}")
+    cfg = experiment.merge(_config_file(args.cfg, root), args.options, distiller=args.distiller, seed=args.seed)
+    experiment.check_names(cfg, host.models(cfg))
+    if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
+        raise ValueError("LOG.WANDB True needs wandb: pip install wandb, or set LOG.WANDB False")
+    if args.data_root is not None:
+        host.use_data(cfg, args.data_root)
+    if args.evaluate not in (None, "best", "latest"):
+        return cfg, None
+    teacher = "none"
+    if cfg.DISTILLER.TYPE != "NONE":
+        teacher = host.use_teacher(cfg, args.teacher_checkpoint, scratch, trust=args.trust_checkpoint)
+    settings = experiment.settings_of(cfg, teacher=teacher, warm_start=host.check_warm_start(cfg))
+    host.rehearse(cfg)
+    folder = experiment.Folder(cfg, settings)
+    if args.resume or args.evaluate is not None:
+        folder.resume(allow_changed_settings=args.allow_changed_settings)
+    else:
+        folder.start(overwrite=args.overwrite)
+    experiment.dump(cfg, folder, scratch / "config.yaml")
+    return cfg, folder
+
+
+def _config_file(given: str | None, root: Path) -> Path:
+    if not given:
+        raise ValueError("--cfg must name a YAML file, got none")
+    places = [Path(given), root / given, _CONFIGS / given]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(f"--cfg must name a YAML file, found none at {', '.join(map(str, places))}")
+
+
+def _evaluate(args: argparse.Namespace, cfg: Any, folder: Any) -> None:
+    from .evaluate import checkpoint_path, evaluate
+
+    path = checkpoint_path(cfg, args.evaluate, None if folder is None else folder.path)
+    top1, top5, loss = evaluate(cfg, path)
+    print(f"{path}: top-1 {top1:.2f}, top-5 {top5:.2f}, cross-entropy {loss:.4f}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Checkpoints: read what others wrote, check it against the model, write so that nothing is ever half-written."""
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from disk_plugin.features.simkd import SimKD, pooled_classifier
+
+from .feature_maps import student_map
+
+Weights = dict[str, Tensor]
+
+
+def save_atomically(content: Any, path: str) -> None:
+    """Replace ``path`` by the new checkpoint once that is on the disk; an interrupted write leaves the old one."""
+    partial = f"{path}.partial"
+    with open(partial, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_file(path: str, *, key: str, trust: bool = False) -> Any:
+    """Load a checkpoint; ``key`` is the flag or configuration key that named it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint, or one that holds more than tensors and numbers and is not trusted.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{key} must name a checkpoint file, found none at {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        if trust:
+            raise ValueError(f"{key} must be a checkpoint written by torch.save, got {path}: {reason}") from error
+        raise ValueError(
+            f"{key} must hold tensors and numbers only, got {path} ({reason}): if you trust where it comes from, "
+            f"--trust-checkpoint loads the teacher's whatever it holds (that can run code)"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{key} must be a checkpoint written by torch.save, got {path}: {error}") from error
+
+
+def read_checkpoint(path: str, *, key: str, trust: bool = False) -> Weights:
+    """Return the weights in a checkpoint: the host's ``{"model": ...}``, ``{"state_dict": ...}`` or a bare state dict.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no checkpoint, or none with weights.
+    """
+    content = load_file(path, key=key, trust=trust)
+    for name in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if isinstance(content, dict):  # a whole run of DiSK holds its schedule's state among the weights
+        content = {name: value for name, value in content.items() if not str(name).endswith("_extra_state")}
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        kind = f"a dict with {sorted(map(str, content))[:5]}" if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f'{key} must hold {{"model": state dict}} or a bare state dict, got {kind} in {path}')
+    if all(name.startswith("module.") for name in content):
+        content = {name.removeprefix("module."): value for name, value in content.items()}
+    return content
+
+
+def fingerprint(weights: Weights) -> str:
+    """Return a short hash of names, shapes and values, whatever file they came in."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(f"{name}{weights[name].dtype}{tuple(weights[name].shape)}".encode())
+        digest.update(weights[name].detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_weights(model: nn.Module, weights: Weights, what: str, role: str) -> None:
+    """Load strictly.
+
+    Raises:
+        ValueError: the weights are another architecture's; the message says where they differ.
+    """
+    own = model.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if own[name].shape != weights[name].shape
+    ]
+    differences = [
+        f"{label} {len(names)} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for label, names in (("lacks", missing), ("has unknown", unknown), ("has of another shape", shapes))
+        if names
+    ]
+    if differences:
+        raise ValueError(
+            f"{what} is not of the {role}'s architecture: of {len(own)} tensors it {'; '.join(differences)}"
+        )
+    model.load_state_dict(weights)
+
+
+class SimKDStudent(nn.Module):
+    """What inference needs of SimKD: the student, its projector and the teacher's classifier."""
+
+    def __init__(self, student: nn.Module, simkd: SimKD) -> None:
+        super().__init__()
+        self.student, self.simkd = student, simkd
+
+    def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Return logits (N, C) and the student's features, as the host's models do."""
+        _, features = self.student(image)
+        return self.simkd.predict(student_map(features)), features
+
+
+def simkd_state(distiller: Any, cfg: CfgNode) -> dict[str, Any]:
+    """Return a checkpoint that can be evaluated without the teacher: see :func:`simkd_student`."""
+    return {
+        "model": SimKDStudent(distiller.student, distiller.simkd).state_dict(),
+        "student": cfg.DISTILLER.STUDENT,
+        "teacher_size": list(distiller.simkd.teacher_size),
+    }
+
+
+def simkd_student(student: nn.Module, content: dict[str, Any]) -> SimKDStudent:
+    """Rebuild from the checkpoint of :func:`simkd_state` what it holds, around a fresh student."""
+    weights = content["model"]
+    first, last = weights["simkd.projector.0.weight"], weights["simkd.projector.6.weight"]
+    linear = next(name for name in weights if name.startswith("simkd.classifier.") and name.endswith(".weight"))
+    classes, width = weights[linear].shape
+    classifier = pooled_classifier(nn.Linear(width, classes, bias=linear.removesuffix("weight") + "bias" in weights))
+    simkd = SimKD(
+        first.shape[1],
+        last.shape[0],
+        classifier,
+        teacher_size=tuple(content["teacher_size"]),
+        factor=last.shape[0] // first.shape[0],
+    )
+    model = SimKDStudent(student, simkd)
+    load_weights(model, weights, "the checkpoint", "student")
+    return model

@@ -1,0 +1,105 @@
+"""The host's configuration: which keys DiSK adds, and what it hands to DiSK's constructors. No default of its own.
+
+A key is the upper case of an argument; defaults are those of the signatures and of the paper's recipe.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mdistiller.engine.cfg import CFG
+from yacs.config import CfgNode
+
+from disk_plugin import DiSKLoss, DualScheduler, GuideHead
+from disk_plugin.features.guided import guided_feature_terms
+from disk_plugin.features.simkd import SimKD
+from disk_plugin.presets import PAPER
+
+
+def add_defaults() -> None:
+    """Add the sections and keys to the host's ``CFG``; what is there already stays."""
+    if "DISK" in CFG:
+        return
+    recipe = PAPER["recipe"]
+    # the scheduler owns the multiplier: two equal ends make it constant
+    CFG.DISK = _section(DiSKLoss, without=("multiplier",))
+    CFG.DISK.GUIDE = _section(GuideHead)
+    CFG.DISK.GUIDE.USE_FEATURES = True  # the teacher's pooled features, beside its logits
+    CFG.DISK.DUAL = _section(DualScheduler)
+    CFG.DISK.DUAL.EPOCHS = None  # length of the schedules; None for SOLVER.EPOCHS
+    CFG.DISK.ALTERNATING = CfgNode()  # SOLVER.TRAINER "disk"
+    CFG.DISK.ALTERNATING.GUIDE_PASSES = recipe["guide_passes"]  # before each group of student passes
+    CFG.DISK.ALTERNATING.STUDENT_PASSES = recipe["student_passes"]  # epochs of the host
+    CFG.DISK.ALTERNATING.GUIDE_WARMUP_EPOCHS = 0  # guide passes before anything else
+    CFG.DISK.ALTERNATING.OPTIMIZER = "SGD"  # of the guide: SGD or Adam
+    CFG.DISK.ALTERNATING.LR = recipe["lr"]  # decays by the factor of the student's
+    CFG.DISK.ALTERNATING.MOMENTUM = recipe["momentum"]  # of SGD
+    CFG.DISK.ALTERNATING.WEIGHT_DECAY = recipe["weight_decay"]
+    CFG.SIMKD = _section(SimKD, only=("factor",))
+    CFG.SIMKD.FEATURE_WEIGHT = inspect.signature(guided_feature_terms).parameters["feature_weight"].default
+    CFG.DISK_SIMKD = _section(guided_feature_terms, without=("reduction",))  # its guide and budget: the section DISK
+    CFG.DISK_SIMKD.FACTOR = CFG.SIMKD.FACTOR
+    CFG.DISTILLER.WARM_START = ""  # checkpoint of a CE-trained student, for any distiller
+    CFG.SOLVER.SEED = None  # epoch e is seeded with SEED + e, for any distiller and trainer
+    CFG.LOG.WANDB = False
+
+
+def build_loss(cfg: CfgNode, num_classes: int, feature_dim: int) -> DiSKLoss:
+    """Turn ``cfg.DISK`` into a loss and its guide."""
+    guide = _arguments(cfg.DISK.GUIDE)
+    feature_dim = feature_dim if guide.pop("use_features") else 0
+    return DiSKLoss(GuideHead(num_classes, feature_dim, **guide), **_arguments(cfg.DISK))
+
+
+def build_dual(cfg: CfgNode, loss: DiSKLoss) -> DualScheduler:
+    """Turn ``cfg.DISK.DUAL`` into the schedule of multiplier and budget over the host's epochs."""
+    dual = _arguments(cfg.DISK.DUAL)
+    epochs = dual.pop("epochs")
+    return DualScheduler(loss, epochs=cfg.SOLVER.EPOCHS if epochs is None else epochs, **dual)
+
+
+def build_guide_optimizer(cfg: CfgNode, disk: DiSKLoss) -> torch.optim.Optimizer:
+    """Check ``cfg.DISK.ALTERNATING`` and turn it into the guide's own optimizer.
+
+    Raises:
+        ValueError: too few passes, or an unknown optimizer.
+    """
+    settings = cfg.DISK.ALTERNATING
+    for name, least in (("GUIDE_PASSES", 1), ("STUDENT_PASSES", 1), ("GUIDE_WARMUP_EPOCHS", 0)):
+        if settings[name] < least:
+            raise ValueError(f"DISK.ALTERNATING.{name} must be >= {least}, got {settings[name]}")
+    if settings.OPTIMIZER == "SGD":
+        return torch.optim.SGD(
+            disk.parameters(), settings.LR, momentum=settings.MOMENTUM, weight_decay=settings.WEIGHT_DECAY
+        )
+    if settings.OPTIMIZER == "Adam":
+        return torch.optim.Adam(disk.parameters(), settings.LR, weight_decay=settings.WEIGHT_DECAY)
+    raise ValueError(f"DISK.ALTERNATING.OPTIMIZER must be SGD or Adam, got {settings.OPTIMIZER!r}")
+
+
+def feature_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Turn ``cfg.DISK_SIMKD`` into keywords of ``guided_feature_terms``."""
+    arguments = _arguments(cfg.DISK_SIMKD)
+    arguments.pop("factor")
+    return arguments
+
+
+def _section(target: Callable[..., Any], *, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> CfgNode:
+    """One key per keyword-only argument that has a default."""
+    section = CfgNode()
+    for name, parameter in inspect.signature(target).parameters.items():
+        wanted = name in only if only else name not in without
+        if wanted and parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
+            section[name.upper()] = (
+                list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+            )
+    return section
+
+
+def _arguments(section: CfgNode) -> dict[str, Any]:
+    return {
+        key.lower(): tuple(value) if isinstance(value, list) else value
+        for key, value in section.items()
+        if not isinstance(value, CfgNode)
+    }

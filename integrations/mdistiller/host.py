@@ -1,0 +1,138 @@
+"""The host's data, models and weights: pointed elsewhere and checked without changing one of its files."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import mdistiller.models as host_models
+from mdistiller.dataset import cifar100, imagenet, tiny_imagenet
+from mdistiller.distillers import distiller_dict
+from torch import nn
+from yacs.config import CfgNode
+
+from .checkpoints import fingerprint, load_weights, read_checkpoint, save_atomically
+from .config import build_guide_optimizer
+
+_CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet": 1000}
+
+
+def use_data(cfg: CfgNode, folder: str) -> None:
+    """Read the data set from ``folder``; of CIFAR-100 whatever files lie there, official or not.
+
+    Raises:
+        FileNotFoundError: the folder does not hold the data set.
+    """
+    root, kind = Path(folder).expanduser().resolve(), cfg.DATASET.TYPE
+    if kind == "cifar100":
+        _need("cifar100", [root / "cifar-100-python" / name for name in ("train", "test", "meta")])
+        cifar100.get_data_folder = lambda: str(root)
+        dataset = cifar100.datasets.CIFAR100
+        dataset.train_list = [[name, None] for name, _ in dataset.train_list]
+        dataset.test_list = [[name, None] for name, _ in dataset.test_list]
+        dataset.meta = {**dataset.meta, "md5": None}
+        return
+    module, name = {"imagenet": (imagenet, "imagenet"), "tiny_imagenet": (tiny_imagenet, "tiny-imagenet-200")}[kind]
+    root = root / name if (root / name).is_dir() else root
+    _need(kind, [root / "train", root / "val"])
+    module.data_folder = str(root)
+
+
+def _need(kind: str, paths: list[Path]) -> None:
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"--data-root must hold {kind}, found no {', '.join(missing)}")
+
+
+def models(cfg: CfgNode) -> dict[str, Any]:
+    """Return the host's dictionary of models for the data set."""
+    return {
+        "cifar100": host_models.cifar_model_dict,
+        "tiny_imagenet": host_models.tiny_imagenet_model_dict,
+        "imagenet": host_models.imagenet_model_dict,
+    }[cfg.DATASET.TYPE]
+
+
+def build_model(cfg: CfgNode, name: str) -> nn.Module:
+    """Build one of the host's models for the data set, untrained."""
+    entry = models(cfg)[name]
+    if cfg.DATASET.TYPE == "imagenet":
+        return entry(pretrained=False)
+    return entry[0](num_classes=_CLASSES[cfg.DATASET.TYPE])
+
+
+def use_teacher(cfg: CfgNode, checkpoint: str | None, scratch: Path, *, trust: bool) -> str:
+    """Check the teacher's weights and give them to the host in the form it reads, in a file under ``scratch``.
+
+    Returns:
+        What tells these weights from others: part of an experiment's settings.
+
+    Raises:
+        FileNotFoundError: no checkpoint where the host or the user says.
+        ValueError: it cannot be read, or is another architecture's.
+    """
+    name, known = cfg.DISTILLER.TEACHER, models(cfg)
+    if cfg.DATASET.TYPE == "imagenet":
+        if checkpoint is None:
+            return "the host's"  # downloaded by it
+        weights = read_checkpoint(checkpoint, key="--teacher-checkpoint", trust=trust)
+        teacher = build_model(cfg, name)
+        load_weights(teacher, weights, f"--teacher-checkpoint {checkpoint}", f"teacher {name}")
+        untrained = known[name]
+
+        def trained(pretrained: bool = False, **settings: Any) -> nn.Module:
+            model = untrained(pretrained=False, **settings)
+            if pretrained:
+                model.load_state_dict(weights)
+            return model
+
+        known[name] = trained
+        return fingerprint(weights)
+    path = checkpoint or known[name][1]
+    if path is None:
+        raise FileNotFoundError(f"the host has no weights of teacher {name}: pass --teacher-checkpoint FILE")
+    if checkpoint is None and not Path(path).is_file():
+        raise FileNotFoundError(
+            f"the teacher's checkpoint is missing, expected at {os.path.normpath(path)} (the host's README says where "
+            f"to download it): put it there or pass --teacher-checkpoint FILE"
+        )
+    weights = read_checkpoint(path, key="--teacher-checkpoint", trust=trust)
+    load_weights(build_model(cfg, name), weights, f"--teacher-checkpoint {path}", f"teacher {name}")
+    converted = str(scratch / "teacher")
+    save_atomically({"model": weights}, converted)
+    known[name] = (known[name][0], converted)
+    return fingerprint(weights)
+
+
+def check_warm_start(cfg: CfgNode) -> str:
+    """Check the weights that ``DISTILLER.WARM_START`` names, and return what tells them from others.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read, or is another architecture's.
+    """
+    path = cfg.DISTILLER.WARM_START
+    if not path:
+        return ""
+    weights = read_checkpoint(path, key="DISTILLER.WARM_START")
+    student = cfg.DISTILLER.STUDENT
+    load_weights(build_model(cfg, student), weights, f"DISTILLER.WARM_START {path}", f"student {student}")
+    return fingerprint(weights)
+
+
+def rehearse(cfg: CfgNode) -> None:
+    """Construct the distiller as the host's script will, so that what it refuses is said before anything is written.
+
+    Raises:
+        ValueError: a setting out of range, or a pair of models that the method cannot use.
+    """
+    if cfg.DISTILLER.TYPE not in ("DISK", "SIMKD", "DISK_SIMKD"):
+        return
+    if cfg.DATASET.TYPE == "imagenet":
+        teacher = models(cfg)[cfg.DISTILLER.TEACHER](pretrained=True)
+    else:
+        teacher = build_model(cfg, cfg.DISTILLER.TEACHER)
+        weights = read_checkpoint(models(cfg)[cfg.DISTILLER.TEACHER][1], key="--teacher-checkpoint")
+        teacher.load_state_dict(weights)
+    distiller = distiller_dict[cfg.DISTILLER.TYPE](build_model(cfg, cfg.DISTILLER.STUDENT), teacher, cfg)
+    if cfg.SOLVER.TRAINER == "disk":
+        build_guide_optimizer(cfg, distiller.disk)

@@ -1,0 +1,182 @@
+"""The host's trainers, and Algorithm 1 as one more: ``SOLVER.TRAINER disk``."""
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from mdistiller.engine import trainer as host
+from mdistiller.engine import trainer_dict
+from mdistiller.engine.utils import log_msg
+from tqdm import tqdm
+
+from . import config
+from .checkpoints import load_weights, read_checkpoint, save_atomically, simkd_state
+from .distillers import DISK_SIMKD, SIMKD, GuidedDistiller
+from .epoch_report import EpochReport
+
+
+class CompleteTrainer:
+    """Mixed into each of the host's trainers, whose loops stay: seeds, warm start, DiSK's loss and log.
+
+    A guided distiller's loss is evaluated here, once, over the outputs gathered from all replicas: one hinge, one
+    student temperature, right statistics, on however many devices.
+    """
+
+    def __init__(self, experiment_name: str, distiller: Any, train_loader: Any, val_loader: Any, cfg: Any) -> None:
+        module = distiller.module
+        if cfg.DISTILLER.WARM_START:
+            weights = read_checkpoint(cfg.DISTILLER.WARM_START, key="DISTILLER.WARM_START")
+            load_weights(module.student, weights, f"DISTILLER.WARM_START {cfg.DISTILLER.WARM_START}", "student")
+        super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
+        self.report = EpochReport()
+        self.guided = isinstance(module, GuidedDistiller)
+        self.guide_turn = False
+        if self.guided:
+            module.gathers = True
+            distiller.register_forward_hook(self._evaluate_losses, with_kwargs=True)
+
+    def train_epoch(self, epoch: int) -> None:
+        """Seed the epoch and run the host's: training, validation, log, checkpoints."""
+        self._seed(epoch)
+        self.report = EpochReport()
+        self.before_epoch(epoch)
+        super().train_epoch(epoch)
+        if isinstance(self.distiller.module, SIMKD | DISK_SIMKD):
+            self._save_simkd()
+
+    def before_epoch(self, epoch: int) -> None:
+        """Run what comes before the host's epoch: nothing here."""
+
+    def train_iter(self, data: Any, epoch: int, train_meters: Any) -> str:
+        """Run the host's step; add DiSK's means to its progress line."""
+        message = super().train_iter(data, epoch, train_meters)
+        return message + self._epoch_message()
+
+    def log(self, lr: float, epoch: int, log_dict: dict[str, Any]) -> None:
+        """Log as the host does, with DiSK's means and the multiplier and budget in force; end the epoch's schedule."""
+        log_dict.update(self._epoch_values())
+        self.improved = log_dict["test_acc"] >= self.best_acc  # the host's rule for its own "best"
+        super().log(lr, epoch, log_dict)
+        if self.guided:
+            # before the host saves: "latest" then holds the next epoch's state
+            self.distiller.module.dual.step()
+
+    def _epoch_values(self) -> dict[str, float]:
+        if not self.guided:
+            return {}
+        disk = self.distiller.module.disk
+        return {**self.report.means(), "multiplier": disk.multiplier.item(), "budget": disk.budget.item()}
+
+    def _epoch_message(self) -> str:
+        return "".join(f"| {name}:{value:.3f}" for name, value in self._epoch_values().items())
+
+    def _evaluate_losses(self, _: Any, __: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Turn the gathered outputs of a training forward into the losses that the host sums up."""
+        if self.guide_turn or not self.distiller.training:
+            return None
+        module, (logits, inputs) = self.distiller.module, output
+        terms = module.terms(logits, kwargs["target"], inputs, kwargs["epoch"])
+        self.report.add(terms)
+        return logits, {"loss_disk": terms.loss if module.joint else terms.student_loss}
+
+    def _seed(self, epoch: int) -> None:
+        if self.cfg.SOLVER.SEED is not None:
+            seed_everything(self.cfg.SOLVER.SEED + epoch)
+
+    def _save_simkd(self) -> None:
+        state = simkd_state(self.distiller.module, self.cfg)
+        save_atomically(state, os.path.join(self.log_path, "simkd_latest"))
+        if self.improved:
+            save_atomically(state, os.path.join(self.log_path, "simkd_best"))
+
+
+class DISKTrainer(CompleteTrainer, host.BaseTrainer):
+    """Algorithm 1 of Kag et al. (ICLR 2023): guide passes with the student fixed, then student passes (epochs).
+
+    Section ``DISK.ALTERNATING``. ``SOLVER.EPOCHS`` counts student passes, so that learning rates and comparisons stay
+    the host's; before the first of each ``STUDENT_PASSES`` epochs come ``GUIDE_PASSES`` passes of the guide's own
+    optimizer over the same loader, and before the first epoch also ``GUIDE_WARMUP_EPOCHS``. Multiplier and budget
+    change from epoch to epoch. In a guide pass the student is in evaluation mode.
+    """
+
+    def __init__(self, experiment_name: str, distiller: Any, train_loader: Any, val_loader: Any, cfg: Any) -> None:
+        module = distiller.module
+        if not isinstance(module, GuidedDistiller):
+            raise ValueError(f"SOLVER.TRAINER disk needs DISTILLER.TYPE DISK or DISK_SIMKD, got {cfg.DISTILLER.TYPE}")
+        self.guide_optimizer = config.build_guide_optimizer(cfg, module.disk)
+        module.stateful["guide_optimizer"] = self.guide_optimizer
+        super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
+
+    def before_epoch(self, epoch: int) -> None:
+        """Run the guide's passes where an outer iteration of Algorithm 1 begins."""
+        settings, module = self.cfg.DISK.ALTERNATING, self.distiller.module
+        passes = settings.GUIDE_WARMUP_EPOCHS if epoch == 1 else 0
+        if (epoch - 1) % settings.STUDENT_PASSES == 0:
+            passes += settings.GUIDE_PASSES
+        lr = host.adjust_learning_rate(epoch, self.cfg, self.optimizer)
+        for group in self.guide_optimizer.param_groups:
+            group["lr"] = settings.LR * lr / self.cfg.SOLVER.LR
+        for number in range(1, passes + 1):
+            self._guide_pass(epoch, f"{number}/{passes}")
+        # the statistics that judge the epoch are those of the student's pass
+        module.disk.reset_statistics()
+        self.report = EpochReport()
+
+    def _guide_pass(self, epoch: int, name: str) -> None:
+        """Pass over the data once with the student fixed: g <- argmin of (5)."""
+        module = self.distiller.module
+        self.distiller.train()
+        module.student.eval()
+        if isinstance(module, DISK_SIMKD):
+            module.simkd.eval()
+        self.guide_turn = True
+        bar = tqdm(self.train_loader)
+        for image, target, *_ in bar:
+            image, target = image.float().cuda(non_blocking=True), target.cuda(non_blocking=True)
+            with torch.no_grad():
+                logits, inputs = self.distiller(image=image, target=target, epoch=epoch)
+            terms = module.terms(logits, target, inputs, epoch)
+            self.report.add(terms)
+            self.guide_optimizer.zero_grad()
+            terms.guide_loss.mean().backward()
+            self.guide_optimizer.step()
+            bar.set_description(log_msg(f"Epoch:{epoch}| Guide pass:{name}{self._epoch_message()}", "TRAIN"))
+        bar.close()
+        self.guide_optimizer.zero_grad()
+        self.guide_turn = False
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the process; the loader takes its order, and its workers their seeds, from torch's generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (the host's own generator)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False  # it would choose kernels by their time, and so rounding by chance
+    torch.backends.cudnn.deterministic = True
+
+
+def add() -> None:
+    """Complete the host's trainers and add ``disk``; cure what keeps the host from saving and resuming."""
+    for name, trainer in list(trainer_dict.items()):
+        if not issubclass(trainer, CompleteTrainer):
+            trainer_dict[name] = type(trainer.__name__, (CompleteTrainer, trainer), {"__doc__": trainer.__doc__})
+    trainer_dict["disk"] = DISKTrainer
+    if host.save_checkpoint is save_atomically:
+        return
+    host.save_checkpoint = save_atomically
+    host.adjust_learning_rate = _with_float_rates(host.adjust_learning_rate)
+
+
+def _with_float_rates(adjust: Callable[..., float]) -> Callable[..., float]:
+    """Let the host decay its rates, and keep them Python floats: torch refuses to load a NumPy scalar."""
+
+    def adjust_learning_rate(epoch: int, cfg: Any, optimizer: torch.optim.Optimizer) -> float:
+        rate = float(adjust(epoch, cfg, optimizer))
+        for group in optimizer.param_groups:
+            group["lr"] = float(group["lr"])
+        return rate
+
+    return adjust_learning_rate
