@@ -304,6 +304,24 @@ def test_the_map_of_a_network_that_normalises_before_pooling_gives_its_logits(ho
     )
 
 
+def test_every_model_serves_simkd_as_student_and_as_teacher_if_its_classifier_reads_its_last_map(host):
+    modules = registered(host)
+    image, known = torch.randn(2, 3, 32, 32), modules.models.cifar_model_dict
+    for teacher, student in [(name, host.student) for name in known] + [(host.teacher, name) for name in known]:
+        cfg = configured(host, modules, "SIMKD", "DISTILLER.STUDENT", student, teacher=teacher)
+        pair = [known[name][0](num_classes=100) for name in (student, teacher)]
+        if teacher in ("unusable", "MobileNetV2", "ShuffleV2"):
+            with pytest.raises(ValueError, match=f"classifier of teacher {teacher}, student {student}: "):
+                modules.distillers.distiller_dict["SIMKD"](*pair, cfg)
+            continue
+        distiller = modules.distillers.distiller_dict["SIMKD"](*pair, cfg).eval()
+        with torch.no_grad():
+            logits, losses = distiller.forward_train(image, torch.zeros(2, dtype=torch.long))
+            assert torch.equal(logits, distiller(image=image))
+        assert logits.shape == (2, 100)
+        assert torch.isfinite(losses["loss_feature"]).all()
+
+
 BAD = [
     (["--host", "/nowhere"], {}, "--host must name a checkout of mdistiller, which contains tools/train.py"),
     (["--host", "/nowhere"], {}, "git clone https://github.com/megvii-research/mdistiller"),
