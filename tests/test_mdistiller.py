@@ -332,6 +332,8 @@ BAD = [
     (["DISK.CE_WEIGHT", "much"], {}, "Type mismatch"),
     (["DISK.CE_WEIGHT"], {}, "options must be pairs KEY VALUE"),
     (["DISK.VARIANT", "imagenet"], {}, "variant must be one of"),
+    (["DISK.TOP_K", "five"], {}, "top_k must be an int, got str 'five'"),
+    (["DATASET.TYPE", "cifar10"], {}, "DATASET.TYPE must be one of cifar100, tiny_imagenet, imagenet, got 'cifar10'"),
     (["DISK.DUAL.RULE", "linear"], {}, "rule must be one of"),
     (["DISTILLER.STUDENT", "nobody"], {}, "DISTILLER.STUDENT must be one of"),
     (["SOLVER.TRAINER", "disc"], {}, "SOLVER.TRAINER must be one of base, "),
@@ -348,6 +350,7 @@ BAD = [
     (["--resume", "--overwrite"], {}, "give one of them"),
     (["LOG.WANDB", "True"], {}, "pip install wandb"),
     (["--evaluate", "/nowhere"], {}, "--evaluate must name a checkpoint file"),
+    (["--evaluate", "best"], {}, "--evaluate needs an earlier run"),
 ]
 
 
@@ -458,6 +461,13 @@ def test_with_the_stock_trainer_multiplier_and_budget_follow_the_epoch(host):
     for epoch in (1, 3):
         distiller(image=image, target=target, epoch=epoch)
         assert (distiller.disk.multiplier.item(), distiller.disk.budget.item()) == distiller.dual(epoch - 1)
+
+
+def test_a_schedule_that_learns_from_the_run_refuses_a_trainer_that_never_ends_an_epoch(host):
+    _, _, distiller = distiller_of(host, "DISK", "DISK.DUAL.RULE", "ascent")
+    image, target = image_batch()
+    with pytest.raises(RuntimeError, match="RULE ascent learns from each epoch and so needs a trainer out of trainer_"):
+        distiller(image=image, target=target, epoch=1)
 
 
 class Split(nn.Module):
@@ -576,7 +586,7 @@ def test_the_guide_may_have_adam_and_read_the_logits_alone(host):
 
 
 def test_disk_refuses_a_trainer_that_splits_its_loss(host):
-    with pytest.raises(ValueError, match=r"needs SOLVER.TRAINER base .* or disk .* got 'dot'"):
+    with pytest.raises(ValueError, match=r"needs SOLVER.TRAINER base or, with a guide, disk .* got 'dot'"):
         distiller_of(host, "DISK", "SOLVER.TRAINER", "dot")
 
 

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.evaluate is not None:
                 _evaluate(args, cfg, folder)
                 return
-        except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+        except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError) as error:
             sys.exit(f"error: {error}")
         if args.seed is not None:
             from .trainers import seed_everything
@@ -92,13 +92,9 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
         raise ValueError("--resume goes on with a run and --overwrite deletes it: give one of them")
     root = checkout.open_checkout(args.host)
     register()
-    from mdistiller.distillers import distiller_dict
-
     from . import experiment, host
 
     checkout.use_device(args.device)
-    if args.distiller is not None and args.distiller not in distiller_dict:
-        raise ValueError(f"--distiller must be one of {', '.join(sorted(distiller_dict))}, got {args.distiller!r}")
     cfg = experiment.merge(_config_file(args.cfg, root), args.options, distiller=args.distiller, seed=args.seed)
     experiment.check_names(cfg, host.models(cfg))
     if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
@@ -113,7 +109,9 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
     settings = experiment.settings_of(cfg, teacher=teacher, warm_start=host.check_warm_start(cfg))
     host.rehearse(cfg)
     folder = experiment.Folder(cfg, settings)
-    if args.resume or args.evaluate is not None:
+    if args.evaluate is not None:
+        folder.find("--evaluate", allow_changed_settings=args.allow_changed_settings)
+    elif args.resume:
         folder.resume(allow_changed_settings=args.allow_changed_settings)
     else:
         folder.start(overwrite=args.overwrite)

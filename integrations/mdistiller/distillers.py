@@ -34,12 +34,8 @@ class GuidedDistiller(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> None:
         super().__init__(student, teacher)
         teacher.requires_grad_(False)
-        if cfg.SOLVER.TRAINER not in ("base", "disk"):
-            raise ValueError(
-                f"{cfg.DISTILLER.TYPE} needs SOLVER.TRAINER base (guide and student in one step) or disk (Algorithm 1, "
-                f"alternating), got {cfg.SOLVER.TRAINER!r}"
-            )
-        self.joint = cfg.SOLVER.TRAINER == "base"
+        _refuse_trainers(cfg)
+        self.joint = cfg.SOLVER.TRAINER != "disk"
         logits, features = probe(teacher, cfg)
         self._use_features = bool(cfg.DISK.GUIDE.USE_FEATURES)
         self.disk = config.build_loss(cfg, logits.shape[1], pooled(features).shape[1] if self._use_features else 0)
@@ -55,13 +51,16 @@ class GuidedDistiller(Distiller):
         """Evaluate the losses of these samples, in an epoch counted from 1."""
         raise NotImplementedError
 
-    def forward_train(
-        self, image: Tensor, target: Tensor, epoch: int = 1, **_: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward_train(self, image: Tensor, target: Tensor, epoch: int, **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the prediction and the losses per sample, or, if ``gathers``, what the trainer needs for them."""
         logits, inputs = self.outputs(image)
         if self.gathers:
             return logits, inputs
+        if self.dual.rule != "cosine":
+            raise RuntimeError(
+                f"DISK.DUAL.RULE {self.dual.rule} learns from each epoch and so needs a trainer out of trainer_dict, "
+                f"as it is after register(): this one never tells the schedule that an epoch has ended"
+            )
         return logits, {"loss_disk": self.terms(logits, target, inputs, epoch).loss}
 
     @torch.no_grad()
@@ -126,8 +125,7 @@ class SIMKD(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> None:
         super().__init__(student, teacher)
         teacher.requires_grad_(False)
-        if cfg.SOLVER.TRAINER != "base":
-            raise ValueError(f"SIMKD needs SOLVER.TRAINER base, got {cfg.SOLVER.TRAINER!r}")
+        _refuse_trainers(cfg)
         self.simkd, self.teacher_map = build_simkd(student, teacher, cfg, factor=cfg.SIMKD.FACTOR)
         self.feature_weight = cfg.SIMKD.FEATURE_WEIGHT
 
@@ -185,12 +183,20 @@ class DISK_SIMKD(GuidedDistiller):  # noqa: N801 (the host names a class as its 
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         """Return student, projector and, unless Algorithm 1 gives it its own optimizer, guide."""
-        student = Distiller.get_learnable_parameters(self)
-        return student + self.simkd.trainable_parameters() + (list(self.disk.parameters()) if self.joint else [])
+        return super().get_learnable_parameters() + self.simkd.trainable_parameters()
 
     def get_extra_parameters(self) -> int:
         """Count projector, classifier and guide."""
         return super().get_extra_parameters() + sum(parameter.numel() for parameter in self.simkd.parameters())
+
+
+def _refuse_trainers(cfg: CfgNode) -> None:
+    """Refuse the host's trainers that want two named losses, or batches with negative samples."""
+    if cfg.SOLVER.TRAINER in ("crd", "dot", "crd_dot"):
+        raise ValueError(
+            f"{cfg.DISTILLER.TYPE} needs SOLVER.TRAINER base or, with a guide, disk (Algorithm 1), got "
+            f"{cfg.SOLVER.TRAINER!r}"
+        )
 
 
 def add() -> None:

@@ -112,7 +112,18 @@ class Folder:
         self._write()
 
     def resume(self, *, allow_changed_settings: bool) -> None:
-        """Find the run to go on with: the same settings', or one of the same name if changed settings are allowed.
+        """Go on with an earlier run: see :meth:`find`."""
+        before = self.find("--resume", allow_changed_settings=allow_changed_settings)
+        epochs, now = before.get("SOLVER.EPOCHS"), self.settings["SOLVER.EPOCHS"]
+        if epochs != now and self.settings.get("DISK.DUAL.EPOCHS", now) is None:
+            print(  # noqa: T201
+                f"SOLVER.EPOCHS was {epochs} and is {now}: from here multiplier and budget follow the schedule of {now}"
+                f" epochs (DISK.DUAL.EPOCHS sets its length apart)"
+            )
+        self._write()
+
+    def find(self, flag: str, *, allow_changed_settings: bool) -> Settings:
+        """Turn to the run with these settings, or the latest of the name if others are allowed; return the run's.
 
         Raises:
             FileNotFoundError: there is none.
@@ -122,24 +133,21 @@ class Folder:
         for path, settings in runs:
             if _defining(settings) == _defining(self.settings):
                 self.path = path
-                self._note_new_length(settings)
-                self._write()
-                return
+                return settings
         if not runs:
             raise FileNotFoundError(
-                f"--resume needs an earlier run with a checkpoint 'latest' in {self.path}, found none: start it "
-                f"without --resume, or with --overwrite if it ended before its first checkpoint"
+                f"{flag} needs an earlier run with a checkpoint 'latest' in {self.path}, found none: start it without "
+                f"{flag}, or with --overwrite if it ended before its first checkpoint"
             )
-        path, settings = runs[0]
+        self.path, settings = runs[0]
         differences = _differences(_defining(settings), _defining(self.settings))
         if not allow_changed_settings:
             raise ValueError(
-                f"--resume found {path}, whose settings differ:\n{differences}\nGive it the settings it had, start "
-                f"another run without --resume, or go on with the new ones by --allow-changed-settings"
+                f"{flag} found {self.path}, whose settings differ:\n{differences}\nGive it the settings it had, start "
+                f"another run without {flag}, or go on with the new ones by --allow-changed-settings"
             )
-        print(f"going on with {path} under changed settings:\n{differences}")  # noqa: T201
-        self.path = path
-        self._write()
+        print(f"going on with {self.path} under changed settings:\n{differences}")  # noqa: T201
+        return settings
 
     def _runs(self) -> list[tuple[Path, Settings]]:
         """Runs of this name that have a checkpoint, the latest first."""
@@ -148,14 +156,6 @@ class Folder:
         found = [path for path in found if (path / SETTINGS).is_file()]
         found.sort(key=lambda path: (path / "latest").stat().st_mtime, reverse=True)
         return [(path, yaml.safe_load((path / SETTINGS).read_text())) for path in found]
-
-    def _note_new_length(self, before: Settings) -> None:
-        epochs, now = before.get("SOLVER.EPOCHS"), self.settings["SOLVER.EPOCHS"]
-        if epochs != now and self.settings.get("DISK.DUAL.EPOCHS", now) is None:
-            print(  # noqa: T201
-                f"SOLVER.EPOCHS was {epochs} and is {now}: from here multiplier and budget follow the schedule of {now}"
-                f" epochs (DISK.DUAL.EPOCHS sets its length apart)"
-            )
 
     def _write(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -44,12 +44,19 @@ def _need(kind: str, paths: list[Path]) -> None:
 
 
 def models(cfg: CfgNode) -> dict[str, Any]:
-    """Return the host's dictionary of models for the data set."""
-    return {
+    """Return the host's dictionary of models for the data set.
+
+    Raises:
+        ValueError: an unknown data set.
+    """
+    known = {
         "cifar100": host_models.cifar_model_dict,
         "tiny_imagenet": host_models.tiny_imagenet_model_dict,
         "imagenet": host_models.imagenet_model_dict,
-    }[cfg.DATASET.TYPE]
+    }
+    if cfg.DATASET.TYPE not in known:
+        raise ValueError(f"DATASET.TYPE must be one of {', '.join(known)}, got {cfg.DATASET.TYPE!r}")
+    return known[cfg.DATASET.TYPE]
 
 
 def build_model(cfg: CfgNode, name: str) -> nn.Module:
