@@ -18,7 +18,7 @@ from .distillers import DISK_SIMKD, SIMKD, GuidedDistiller
 from .epoch_report import EpochReport
 
 
-class CompleteTrainer:
+class CompleteTrainer(host.BaseTrainer):
     """Mixed into each of the host's trainers, whose loops stay: seeds, warm start, DiSK's loss and log.
 
     A guided distiller's loss is evaluated here, once, over the outputs gathered from all replicas: one hinge, one
@@ -44,8 +44,6 @@ class CompleteTrainer:
         self.report = EpochReport()
         self.before_epoch(epoch)
         super().train_epoch(epoch)
-        if isinstance(self.distiller.module, SIMKD | DISK_SIMKD):
-            self._save_simkd()
 
     def before_epoch(self, epoch: int) -> None:
         """Run what comes before the host's epoch: nothing here."""
@@ -58,11 +56,15 @@ class CompleteTrainer:
     def log(self, lr: float, epoch: int, log_dict: dict[str, Any]) -> None:
         """Log as the host does, with DiSK's means and the multiplier and budget in force; end the epoch's schedule."""
         log_dict.update(self._epoch_values())
-        self.improved = log_dict["test_acc"] >= self.best_acc  # the host's rule for its own "best"
+        improved = bool(log_dict["test_acc"] >= self.best_acc)  # the host's rule for its own "best"
         super().log(lr, epoch, log_dict)
+        # the host saves next: "latest" is to hold the next epoch's schedule, and never to be newer than SimKD's files
         if self.guided:
-            # before the host saves: "latest" then holds the next epoch's state
             self.distiller.module.dual.step()
+        if isinstance(self.distiller.module, SIMKD | DISK_SIMKD):
+            state = simkd_state(self.distiller.module, self.cfg)
+            for name in ("simkd_latest", "simkd_best")[: 1 + improved]:
+                save_atomically(state, os.path.join(self.log_path, name))
 
     def _epoch_values(self) -> dict[str, float]:
         if not self.guided:
@@ -86,14 +88,8 @@ class CompleteTrainer:
         if self.cfg.SOLVER.SEED is not None:
             seed_everything(self.cfg.SOLVER.SEED + epoch)
 
-    def _save_simkd(self) -> None:
-        state = simkd_state(self.distiller.module, self.cfg)
-        save_atomically(state, os.path.join(self.log_path, "simkd_latest"))
-        if self.improved:
-            save_atomically(state, os.path.join(self.log_path, "simkd_best"))
 
-
-class DISKTrainer(CompleteTrainer, host.BaseTrainer):
+class DISKTrainer(CompleteTrainer):
     """Algorithm 1 of Kag et al. (ICLR 2023): guide passes with the student fixed, then student passes (epochs).
 
     Section ``DISK.ALTERNATING``. ``SOLVER.EPOCHS`` counts student passes, so that learning rates and comparisons stay
