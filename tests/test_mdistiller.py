@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import os
 import pickle
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,20 +103,21 @@ def teacher_checkpoint(host, name):
     return str(path)
 
 
-def launch(host, *words, distiller="DISK", out="out", teacher=None, epochs=2):
+def launch(host, *words, distiller="DISK", out="out", teacher=None, epochs=2, seed=1, find=True):
     """Run the launcher in this process, the checkout imported afresh."""
     teacher = teacher or host.teacher
     checkpoint = [] if "--teacher-checkpoint" in words else ["--teacher-checkpoint", teacher_checkpoint(host, teacher)]
     purge()
     main = importlib.import_module("disk_plugin.integrations.mdistiller.__main__").main
-    command = ["--host", str(host.root), "--distiller", distiller, "--cfg", host.cfg, "--device", "cpu", "--seed", "1"]
-    command += ["--data-root", str(host.folder / "data"), *checkpoint]
+    command = ["--host", str(host.root), "--distiller", distiller, "--cfg", host.cfg, "--device", "cpu"]
+    command += checkpoint if "--data-root" in words else [*checkpoint, "--data-root", str(host.folder / "data")]
+    command += [] if seed is None else ["--seed", str(seed)]
     options = {"DISTILLER.TEACHER": teacher, "DISTILLER.STUDENT": host.student, "SOLVER.BATCH_SIZE": 8}
     options |= {"SOLVER.EPOCHS": epochs, "DATASET.NUM_WORKERS": 0, "SOLVER.LR_DECAY_STAGES": "[1]"}
     for key, value in options.items():
         command += [] if key in words else [key, str(value)]
     main([*command, "LOG.PREFIX", str(host.folder / out), *words])
-    return run_folder(host, out)
+    return run_folder(host, out) if find else None
 
 
 def refused(host, *words, **settings):
@@ -167,11 +169,12 @@ def test_disk_trains_logs_and_leaves_a_student_with_the_hosts_keys_and_the_host_
         assert log.count(f"\n{name}: ") == 2, name
     assert "multiplier: 0.10" in log
     assert "budget: 0.50" in log
-    assert "multiplier: 3.44" in log  # .1 + 49.9 (1 - cos(pi / 6)) / 2
+    # .1 + 49.9 (1 - cos(pi / 6)) / 2 in the second epoch; the first three are one outer iteration of Algorithm 1
+    assert ("multiplier: 3.44" in log) == (trainer == "base")
     plain = registered(host).models.cifar_model_dict[host.student][0](num_classes=100)
     assert load(folder / "student_best")["model"].keys() == plain.state_dict().keys()
     state = load(folder / "latest")["model"]
-    assert state["module._extra_state"]["dual"]["epoch"] == 2
+    assert state["module._extra_state"]["dual"]["epoch"] == (2 if trainer == "base" else 0)
     assert ("guide_optimizer" in state["module._extra_state"]) == (trainer == "disk")
     from disk_plugin import GuideHead
 
@@ -235,7 +238,9 @@ def printed_loss(capsys):
 def test_a_whole_checkpoint_evaluates_as_its_student_and_simkd_without_its_projector_is_refused(host):
     folder = launch(host, distiller="DISK_SIMKD")
     assert "simkd_best" in refused(host, "--evaluate", str(folder / "student_best"), distiller="DISK_SIMKD")
-    launch(host, "--evaluate", str(folder / "latest"), distiller="KD")
+    assert "simkd_best" in refused(host, "--evaluate", str(folder / "student_best"), distiller="KD")
+    folder = launch(host, distiller="DISK", out="disk")
+    launch(host, "--evaluate", str(folder / "latest"))
 
 
 def test_a_warm_start_is_where_the_student_begins_whatever_the_distiller(host):
@@ -278,13 +283,84 @@ def test_the_experiments_folder_is_stable_and_told_apart_by_what_defines_the_run
     message = refused(host, "--resume", "DISK.BUDGET", "1")
     assert "DISK.BUDGET: 0.3 then, 1.0 now" in message
     assert "--allow-changed-settings" in message
-    assert launch(host, "--resume", "DISK.BUDGET", "1", "--allow-changed-settings") == folder
+    before = folder
+    folder = launch(host, "--resume", "DISK.BUDGET", "1", "--allow-changed-settings")
+    assert folder != before  # renamed: its name stays the hash of what defines it
     assert load(folder / "latest")["epoch"] == 2
-    launch(host, "--resume", "DISK.BUDGET", "1", epochs=3)
+    assert launch(host, "--resume", "DISK.BUDGET", "1", epochs=3) == folder
     assert load(folder / "latest")["epoch"] == 3
-    with pytest.raises(ValueError, match="too many values"):
-        launch(host, "DISK.BUDGET", "2", epochs=1)
+    launch(host, "DISK.BUDGET", "2", out="out", epochs=1, find=False)
     assert len(list((host.folder / "out").glob("*/*"))) == 2
+
+
+def test_changed_settings_that_are_allowed_take_effect_and_lasting_ones_are_refused(host):
+    words = ["SOLVER.TRAINER", "disk"]
+    launch(host, *words, epochs=1)
+    changed = [
+        "SOLVER.LR",
+        "0.001",
+        "SOLVER.WEIGHT_DECAY",
+        "0.125",
+        "SOLVER.LR_DECAY_STAGES",
+        "[9]",
+        "DISK.BUDGET",
+        "0.75",
+    ]
+    changed += ["DISK.ALTERNATING.WEIGHT_DECAY", "0.25"]
+    folder = launch(host, *words, *changed, "--resume", "--allow-changed-settings")
+    state = load(folder / "latest")
+    assert [state["optimizer"]["param_groups"][0][name] for name in ("lr", "weight_decay")] == [0.001, 0.125]
+    assert state["model"]["module._extra_state"]["guide_optimizer"]["param_groups"][0]["weight_decay"] == 0.25
+    assert state["model"]["module.disk.budget"] == 0.75
+    assert "budget: 0.75" in (folder / "worklog.txt").read_text()
+    for key, value in (
+        ("DISK.ALTERNATING.OPTIMIZER", "Adam"),
+        ("SOLVER.TRAINER", "base"),
+        ("DISK.GUIDE.NORM", "batch"),
+    ):
+        message = refused(host, *words, *changed, key, value, "--resume", "--allow-changed-settings")
+        assert f"{key} cannot change within a run" in message
+    other = host.folder / "other.pth"
+    weights = torch.load(teacher_checkpoint(host, host.teacher))["model"]
+    torch.save({name: value + 1 for name, value in weights.items()}, other)
+    message = refused(
+        host, *words, *changed, "--resume", "--teacher-checkpoint", str(other), "--allow-changed-settings"
+    )
+    assert "teacher weights cannot change within a run" in message
+
+
+def test_an_overwritten_run_comes_back_if_the_new_one_fails_before_its_first_checkpoint(host):
+    folder = launch(host, epochs=1)
+    (folder / "mark").touch()
+    broken = host.folder / "broken" / "cifar-100-python"
+    shutil.copytree(host.folder / "data" / "cifar-100-python", broken)
+    (broken / "test").write_bytes(bytes((broken / "test").stat().st_size))  # the host finds out when it reads it
+    with pytest.raises(pickle.UnpicklingError):
+        launch(host, "--data-root", str(broken.parent), "--overwrite", epochs=1, find=False)
+    assert launch(host, "--resume", epochs=2) == folder
+    assert (folder / "mark").exists()
+    launch(host, "--overwrite", epochs=1)
+    assert [path for path in folder.parent.iterdir() if path != folder] == []
+    assert not (folder / "mark").exists()
+
+
+def test_a_run_too_short_for_its_multiplier_to_rise_says_so(host, capsys):
+    launch(host, epochs=2)
+    assert "in the 2 steps of its schedule the multiplier comes to at most 0.1 of 50" in capsys.readouterr().out
+    launch(host, "DISK.DUAL.MULTIPLIER", "[50, 50]", "--overwrite", epochs=2, out="constant")
+    assert "comes to at most" not in capsys.readouterr().out
+
+
+def test_the_seed_may_stand_in_the_configuration_and_crd_finds_its_trainer(host):
+    settings = importlib.import_module("disk_plugin.integrations.mdistiller.settings") if registered(host) else None
+    path = host.root / host.cfg
+    assert settings.merge(path, ["SOLVER.SEED", "3"], distiller="CRD", seed=None).SOLVER.TRAINER == "crd"
+    assert settings.merge(path, ["SOLVER.SEED", "3"], distiller="KD", seed=4).SOLVER.SEED == 4
+    states = []
+    for out in ("a", "b"):
+        folder = launch(host, "SOLVER.SEED", "3", distiller="KD", out=out, epochs=1, seed=None)
+        states.append(load(folder / "latest"))
+    assert_same(*states)
 
 
 def test_a_pair_whose_classifier_cannot_be_reused_is_refused_with_the_reason(host):
@@ -348,6 +424,11 @@ BAD = [
     (["--data-root", "/nowhere"], {}, "--data-root must hold cifar100, found no /nowhere/cifar-100-python/train"),
     (["--resume"], {}, "--resume needs an earlier run with a checkpoint 'latest' in "),
     (["--resume", "--overwrite"], {}, "give one of them"),
+    (["--overwrite", "--evaluate", "best"], {}, "give one of them"),
+    (["SOLVER.SEED", "abc"], {"seed": None}, "SOLVER.SEED must be an int, got 'abc'"),
+    (["SOLVER.LR.X", "1"], {}, "SOLVER.LR.X must name a key"),
+    (["SOLVER.TRAINER", "crd"], {"distiller": "KD"}, "SOLVER.TRAINER "),
+    ([], {"distiller": "NONE"}, "--teacher-checkpoint needs a distiller with a teacher, got NONE"),
     (["LOG.WANDB", "True"], {}, "pip install wandb"),
     (["--evaluate", "/nowhere"], {}, "--evaluate must name a checkpoint file"),
     (["--evaluate", "best"], {}, "--evaluate needs an earlier run"),
@@ -372,6 +453,15 @@ def test_a_checkpoint_that_holds_objects_needs_trust(host):
     torch.save({"model": weights, "accuracy": np.float64(70.0), "arguments": SimpleNamespace(lr=0.1)}, path)
     assert "--trust-checkpoint" in refused(host, "--teacher-checkpoint", str(path))
     launch(host, "--teacher-checkpoint", str(path), "--trust-checkpoint", epochs=1)
+
+
+@pytest.mark.parametrize("content", [b"text", b"", pickle.dumps(3)[:-1]])
+def test_a_file_that_is_no_checkpoint_is_refused(host, content):
+    path = host.folder / "broken.pth"
+    path.write_bytes(content)
+    message = refused(host, "--teacher-checkpoint", str(path))
+    assert f"must be a checkpoint written by torch.save, got {path}" in message
+    assert "--trust" not in message
 
 
 def test_an_interrupted_write_leaves_the_old_checkpoint(host, tmp_path):
@@ -604,14 +694,14 @@ def test_every_argument_of_disk_has_a_key_with_its_default(host):
 
 def test_the_shipped_configurations_merge_and_name_models_of_the_host(host):
     modules = registered(host)
-    experiment = importlib.import_module("disk_plugin.integrations.mdistiller.experiment")
-    configs = sorted(Path(experiment.__file__).parent.glob("configs/**/*.yaml"))
+    settings = importlib.import_module("disk_plugin.integrations.mdistiller.settings")
+    configs = sorted(Path(settings.__file__).parent.glob("configs/**/*.yaml"))
     assert len(configs) >= 8
     for path in configs:
-        cfg = experiment.merge(path, [], distiller=None, seed=None)
+        cfg = settings.merge(path, [], distiller=None, seed=None)
         if host.root != STANDIN:
             known = {"cifar100": modules.models.cifar_model_dict, "imagenet": modules.models.imagenet_model_dict}
-            experiment.check_names(cfg, known[cfg.DATASET.TYPE])
+            settings.check_names(cfg, known[cfg.DATASET.TYPE])
 
 
 def test_without_the_host_the_import_error_says_how_to_get_it(monkeypatch):

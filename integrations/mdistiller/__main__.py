@@ -12,9 +12,9 @@ from . import checkout, register
 
 _CONFIGS = Path(__file__).parent
 _EPILOG = """\
-KEY VALUE pairs override the YAML file, as in the host: SOLVER.EPOCHS 100 DISK.VARIANT official_cifar. The configuration
-that results is printed. Everything of a run lies in LOG.PREFIX/EXPERIMENT.PROJECT/NAME-HASH, where HASH stands for the
-settings that define it. A resumed or evaluated run needs the same flags as the run itself."""
+KEY VALUE pairs override the YAML file, as in the host: SOLVER.EPOCHS 100 DISK.VARIANT official_cifar. All of a run
+lies in LOG.PREFIX/EXPERIMENT.PROJECT/NAME-HASH, where HASH stands for the settings that define it, which are written to
+settings.yaml there. A resumed run needs the same flags as the run itself, an evaluated one the same settings."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,16 +26,19 @@ def main(argv: list[str] | None = None) -> None:
             if args.evaluate is not None:
                 _evaluate(args, cfg, folder)
                 return
-        except (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError) as error:
+        except (ValueError, TypeError, OSError, ImportError) as error:
             sys.exit(f"error: {error}")
-        if args.seed is not None:
+        if cfg.SOLVER.SEED is not None:
             from .trainers import seed_everything
 
-            seed_everything(args.seed)  # initial weights; every epoch is seeded anew
+            seed_everything(cfg.SOLVER.SEED)  # initial weights; every epoch is seeded anew
         print(f"experiment folder: {folder.path}")  # noqa: T201
         script = str(Path(args.host).expanduser().resolve() / "tools" / "train.py")
         sys.argv = [script, "--cfg", str(Path(scratch, "config.yaml")), *(["--resume"] if args.resume else [])]
-        runpy.run_path(script, run_name="__main__")
+        try:
+            runpy.run_path(script, run_name="__main__")
+        finally:
+            folder.settle()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,8 +57,16 @@ def _parser() -> argparse.ArgumentParser:
         help="YAML file: a path, one in the checkout, or one shipped here (configs/cifar100/disk/...)",
     )
     add("--resume", action="store_true", help="go on from the experiment's latest checkpoint")
-    add("--overwrite", action="store_true", help="delete the experiment's folder first, checkpoints and all")
-    add("--allow-changed-settings", action="store_true", help="resume a run whose settings were others")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="start anew where an earlier run lies, which is deleted once the new one has a checkpoint",
+    )
+    add(
+        "--allow-changed-settings",
+        action="store_true",
+        help="resume a run that had other rates, weights, schedules; what its checkpoint depends on cannot change",
+    )
     add("--evaluate", metavar="WHAT", help="validate a checkpoint: best or latest of the experiment, or a file")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where to run (default: %(default)s)")
     add(
@@ -88,34 +99,37 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
     """Everything before the host's script, so that what is wrong is said before anything is written."""
-    if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with a run and --overwrite deletes it: give one of them")
+    if args.resume + args.overwrite + (args.evaluate is not None) > 1:
+        raise ValueError("--resume goes on with a run, --overwrite deletes it, --evaluate reads it: give one of them")
     root = checkout.open_checkout(args.host)
     register()
-    from . import experiment, host
+    from . import host, settings
+    from .folder import Folder
 
     checkout.use_device(args.device)
-    cfg = experiment.merge(_config_file(args.cfg, root), args.options, distiller=args.distiller, seed=args.seed)
-    experiment.check_names(cfg, host.models(cfg))
-    if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
-        raise ValueError("LOG.WANDB True needs wandb: pip install wandb, or set LOG.WANDB False")
-    if args.data_root is not None:
-        host.use_data(cfg, args.data_root)
-    if args.evaluate not in (None, "best", "latest"):
-        return cfg, None
-    teacher = "none"
-    if cfg.DISTILLER.TYPE != "NONE":
-        teacher = host.use_teacher(cfg, args.teacher_checkpoint, scratch, trust=args.trust_checkpoint)
-    settings = experiment.settings_of(cfg, teacher=teacher, warm_start=host.check_warm_start(cfg))
-    host.rehearse(cfg)
-    folder = experiment.Folder(cfg, settings)
+    cfg = settings.merge(_config_file(args.cfg, root), args.options, distiller=args.distiller, seed=args.seed)
+    settings.check_names(cfg, host.models(cfg))
+    if args.teacher_checkpoint is not None and cfg.DISTILLER.TYPE == "NONE":
+        raise ValueError("--teacher-checkpoint needs a distiller with a teacher, got NONE")
+    data = host.use_data(cfg, args.data_root)
+    if args.evaluate in ("best", "latest"):
+        folder = Folder(cfg, settings.settings_of(cfg, data="", teacher="", warm_start=""))
+        folder.find()
+        return cfg, folder
     if args.evaluate is not None:
-        folder.find("--evaluate", allow_changed_settings=args.allow_changed_settings)
-    elif args.resume:
+        return cfg, None
+    wandb = importlib.util.find_spec("wandb")
+    if cfg.LOG.WANDB and (wandb is None or wandb.origin is None):  # no origin: a folder of logs
+        raise ValueError("LOG.WANDB True needs wandb: pip install wandb, or set LOG.WANDB False")
+    teacher = host.use_teacher(cfg, args.teacher_checkpoint, scratch, trust=args.trust_checkpoint)
+    defining = settings.settings_of(cfg, data=data, teacher=teacher, warm_start=host.check_warm_start(cfg))
+    host.rehearse(cfg)
+    folder = Folder(cfg, defining)
+    if args.resume:
         folder.resume(allow_changed_settings=args.allow_changed_settings)
     else:
         folder.start(overwrite=args.overwrite)
-    experiment.dump(cfg, folder, scratch / "config.yaml")
+    settings.dump(cfg, folder.path.name, scratch / "config.yaml")
     return cfg, folder
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
 from disk_plugin.features.simkd import SimKD, pooled_classifier
 
@@ -38,16 +37,14 @@ def load_file(path: str, *, key: str, trust: bool = False) -> Any:
         raise FileNotFoundError(f"{key} must name a checkpoint file, found none at {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0].split(". ")[0]
-        if trust:
-            raise ValueError(f"{key} must be a checkpoint written by torch.save, got {path}: {reason}") from error
-        raise ValueError(
-            f"{key} must hold tensors and numbers only, got {path} ({reason}): if you trust where it comes from, "
-            f"--trust-checkpoint loads the teacher's whatever it holds (that can run code)"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{key} must be a checkpoint written by torch.save, got {path}: {error}") from error
+    except Exception as error:  # a file that is no checkpoint makes torch raise nearly anything
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+            raise ValueError(
+                f"{key} must hold tensors and numbers only, got other objects in {path}: if you trust where it comes "
+                f"from, --trust-checkpoint loads the teacher's whatever it holds (that can run code)"
+            ) from error
+        raise ValueError(f"{key} must be a checkpoint written by torch.save, got {path} ({reason})") from error
 
 
 def read_checkpoint(path: str, *, key: str, trust: bool = False) -> Weights:
@@ -69,6 +66,12 @@ def read_checkpoint(path: str, *, key: str, trust: bool = False) -> Weights:
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
     return content
+
+
+def student_weights(weights: Weights) -> Weights:
+    """Take the student out of a whole distiller's weights; a student's own pass as they are."""
+    inner = {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
+    return inner or weights
 
 
 def fingerprint(weights: Weights) -> str:
@@ -118,11 +121,10 @@ class SimKDStudent(nn.Module):
         return self.simkd.predict(student_map(features)), features
 
 
-def simkd_state(distiller: Any, cfg: CfgNode) -> dict[str, Any]:
+def simkd_state(distiller: Any) -> dict[str, Any]:
     """Return a checkpoint that can be evaluated without the teacher: see :func:`simkd_student`."""
     return {
         "model": SimKDStudent(distiller.student, distiller.simkd).state_dict(),
-        "student": cfg.DISTILLER.STUDENT,
         "teacher_size": list(distiller.simkd.teacher_size),
     }
 

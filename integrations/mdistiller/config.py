@@ -4,6 +4,7 @@ A key is the upper case of an argument; defaults are those of the signatures and
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,8 @@ def add_defaults() -> None:
     CFG.DISK.GUIDE = _section(GuideHead)
     CFG.DISK.GUIDE.USE_FEATURES = True  # the teacher's pooled features, beside its logits
     CFG.DISK.DUAL = _section(DualScheduler)
-    CFG.DISK.DUAL.EPOCHS = None  # length of the schedules; None for SOLVER.EPOCHS
+    # length of the schedules, in epochs or in outer iterations of Algorithm 1; None for the run's
+    CFG.DISK.DUAL.EPOCHS = None
     CFG.DISK.ALTERNATING = CfgNode()  # SOLVER.TRAINER "disk"
     CFG.DISK.ALTERNATING.GUIDE_PASSES = recipe["guide_passes"]  # before each group of student passes
     CFG.DISK.ALTERNATING.STUDENT_PASSES = recipe["student_passes"]  # epochs of the host
@@ -52,23 +54,34 @@ def build_loss(cfg: CfgNode, num_classes: int, feature_dim: int) -> DiSKLoss:
     return DiSKLoss(GuideHead(num_classes, feature_dim, **guide), **_arguments(cfg.DISK))
 
 
-def build_dual(cfg: CfgNode, loss: DiSKLoss) -> DualScheduler:
-    """Turn ``cfg.DISK.DUAL`` into the schedule of multiplier and budget over the host's epochs."""
+def build_dual(cfg: CfgNode, loss: DiSKLoss, epochs_per_iteration: int) -> DualScheduler:
+    """Turn ``cfg.DISK.DUAL`` into the schedule of multiplier and budget, in steps of so many epochs of the host."""
     dual = _arguments(cfg.DISK.DUAL)
-    epochs = dual.pop("epochs")
-    return DualScheduler(loss, epochs=cfg.SOLVER.EPOCHS if epochs is None else epochs, **dual)
+    if dual["epochs"] is None:
+        dual["epochs"] = math.ceil(cfg.SOLVER.EPOCHS / epochs_per_iteration)
+    if dual["budget"] is None:
+        dual["budget"] = cfg.DISK.BUDGET  # given, so that a checkpoint's does not override a changed one
+    return DualScheduler(loss, **dual)
+
+
+def check_passes(cfg: CfgNode) -> None:
+    """Refuse numbers of passes that are none.
+
+    Raises:
+        ValueError: too few.
+    """
+    for name, least in (("GUIDE_PASSES", 1), ("STUDENT_PASSES", 1), ("GUIDE_WARMUP_EPOCHS", 0)):
+        if cfg.DISK.ALTERNATING[name] < least:
+            raise ValueError(f"DISK.ALTERNATING.{name} must be >= {least}, got {cfg.DISK.ALTERNATING[name]}")
 
 
 def build_guide_optimizer(cfg: CfgNode, disk: DiSKLoss) -> torch.optim.Optimizer:
-    """Check ``cfg.DISK.ALTERNATING`` and turn it into the guide's own optimizer.
+    """Turn ``cfg.DISK.ALTERNATING`` into the guide's own optimizer.
 
     Raises:
-        ValueError: too few passes, or an unknown optimizer.
+        ValueError: an unknown optimizer.
     """
     settings = cfg.DISK.ALTERNATING
-    for name, least in (("GUIDE_PASSES", 1), ("STUDENT_PASSES", 1), ("GUIDE_WARMUP_EPOCHS", 0)):
-        if settings[name] < least:
-            raise ValueError(f"DISK.ALTERNATING.{name} must be >= {least}, got {settings[name]}")
     if settings.OPTIMIZER == "SGD":
         return torch.optim.SGD(
             disk.parameters(), settings.LR, momentum=settings.MOMENTUM, weight_decay=settings.WEIGHT_DECAY

@@ -27,6 +27,8 @@ class GuidedDistiller(Distiller):
     """What ``DISK`` and ``DISK_SIMKD`` share: the guide, its schedule and the state of both in every checkpoint.
 
     Attributes:
+        epochs_per_iteration: how many epochs of the host one step of the schedule takes: the student's passes in an
+            outer iteration of Algorithm 1, else 1.
         gathers: set by a trainer that evaluates :meth:`terms` itself, once, over the gathered outputs of all replicas.
         stateful: objects with ``state_dict`` that checkpoints of this module carry along, by name.
     """
@@ -36,10 +38,12 @@ class GuidedDistiller(Distiller):
         teacher.requires_grad_(False)
         _refuse_trainers(cfg)
         self.joint = cfg.SOLVER.TRAINER != "disk"
+        config.check_passes(cfg)
+        self.epochs_per_iteration = 1 if self.joint else cfg.DISK.ALTERNATING.STUDENT_PASSES
         logits, features = probe(teacher, cfg)
         self._use_features = bool(cfg.DISK.GUIDE.USE_FEATURES)
         self.disk = config.build_loss(cfg, logits.shape[1], pooled(features).shape[1] if self._use_features else 0)
-        self.dual = config.build_dual(cfg, self.disk)
+        self.dual = config.build_dual(cfg, self.disk, self.epochs_per_iteration)
         self.gathers = False
         self.stateful: dict[str, DualScheduler | torch.optim.Optimizer] = {"dual": self.dual}
 
@@ -67,7 +71,7 @@ class GuidedDistiller(Distiller):
     def set_epoch(self, epoch: int) -> None:
         """Write multiplier and budget of an epoch counted from 1: a replica knows nothing but the epoch."""
         if self.dual.rule != "ascent":  # there they follow from the run, step by step
-            multiplier, budget = self.dual(epoch - 1)
+            multiplier, budget = self.dual((epoch - 1) // self.epochs_per_iteration)
             self.disk.multiplier.fill_(multiplier)
             self.disk.budget.fill_(budget)
 

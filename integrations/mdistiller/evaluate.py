@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
-from .checkpoints import Weights, load_file, load_weights, read_checkpoint, simkd_student
+from .checkpoints import load_file, load_weights, read_checkpoint, simkd_student, student_weights
 from .host import build_model
 
 _FILES = {"best": "student_best", "latest": "student_latest"}
@@ -37,19 +37,13 @@ def evaluate(cfg: CfgNode, path: Path) -> tuple[float, float, float]:
     if isinstance(content, dict) and "teacher_size" in content:
         student = simkd_student(student, content)
     else:
-        if "SIMKD" in cfg.DISTILLER.TYPE:
+        if "SIMKD" in cfg.DISTILLER.TYPE or (path.parent / "simkd_latest").exists():
             raise ValueError(
-                f"{cfg.DISTILLER.TYPE} predicts through projector and teacher's classifier, which are in "
+                f"a student trained by SimKD predicts through projector and teacher's classifier, which are in "
                 f"simkd_best and simkd_latest, got {path}"
             )
-        weights = _student_weights(read_checkpoint(str(path), key="--evaluate"))
+        weights = student_weights(read_checkpoint(str(path), key="--evaluate"))
         load_weights(student, weights, f"--evaluate {path}", f"student {cfg.DISTILLER.STUDENT}")
     _, val_loader, _, _ = get_dataset(cfg)
     top1, top5, loss = validate(val_loader, torch.nn.DataParallel(Vanilla(student).cuda()))
     return float(top1), float(top5), float(loss)
-
-
-def _student_weights(weights: Weights) -> Weights:
-    """Take the student out of a whole distiller's weights; a student's own pass as they are."""
-    inner = {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
-    return inner or weights

@@ -1,5 +1,6 @@
 """The host's data, models and weights: pointed elsewhere and checked without changing one of its files."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,31 +11,38 @@ from mdistiller.distillers import distiller_dict
 from torch import nn
 from yacs.config import CfgNode
 
-from .checkpoints import fingerprint, load_weights, read_checkpoint, save_atomically
+from .checkpoints import fingerprint, load_weights, read_checkpoint, save_atomically, student_weights
 from .config import build_guide_optimizer
 
 _CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet": 1000}
 
 
-def use_data(cfg: CfgNode, folder: str) -> None:
+def use_data(cfg: CfgNode, folder: str | None) -> str:
     """Read the data set from ``folder``; of CIFAR-100 whatever files lie there, official or not.
+
+    Returns:
+        What tells these data from others, roughly: part of an experiment's settings.
 
     Raises:
         FileNotFoundError: the folder does not hold the data set.
     """
+    if folder is None:
+        return "the host's"
     root, kind = Path(folder).expanduser().resolve(), cfg.DATASET.TYPE
     if kind == "cifar100":
-        _need("cifar100", [root / "cifar-100-python" / name for name in ("train", "test", "meta")])
+        files = [root / "cifar-100-python" / name for name in ("train", "test", "meta")]
+        _need("cifar100", files)
         cifar100.get_data_folder = lambda: str(root)
         dataset = cifar100.datasets.CIFAR100
         dataset.train_list = [[name, None] for name, _ in dataset.train_list]
         dataset.test_list = [[name, None] for name, _ in dataset.test_list]
         dataset.meta = {**dataset.meta, "md5": None}
-        return
+        return f"files of {files[0].stat().st_size} and {files[1].stat().st_size} bytes"
     module, name = {"imagenet": (imagenet, "imagenet"), "tiny_imagenet": (tiny_imagenet, "tiny-imagenet-200")}[kind]
     root = root / name if (root / name).is_dir() else root
     _need(kind, [root / "train", root / "val"])
     module.data_folder = str(root)
+    return f"{len(list((root / 'train').iterdir()))} and {len(list((root / 'val').iterdir()))} folders"
 
 
 def _need(kind: str, paths: list[Path]) -> None:
@@ -77,6 +85,8 @@ def use_teacher(cfg: CfgNode, checkpoint: str | None, scratch: Path, *, trust: b
         FileNotFoundError: no checkpoint where the host or the user says.
         ValueError: it cannot be read, or is another architecture's.
     """
+    if cfg.DISTILLER.TYPE == "NONE":
+        return "none"
     name, known = cfg.DISTILLER.TEACHER, models(cfg)
     if cfg.DATASET.TYPE == "imagenet":
         if checkpoint is None:
@@ -120,7 +130,7 @@ def check_warm_start(cfg: CfgNode) -> str:
     path = cfg.DISTILLER.WARM_START
     if not path:
         return ""
-    weights = read_checkpoint(path, key="DISTILLER.WARM_START")
+    weights = student_weights(read_checkpoint(path, key="DISTILLER.WARM_START"))
     student = cfg.DISTILLER.STUDENT
     load_weights(build_model(cfg, student), weights, f"DISTILLER.WARM_START {path}", f"student {student}")
     return fingerprint(weights)
@@ -143,3 +153,15 @@ def rehearse(cfg: CfgNode) -> None:
     distiller = distiller_dict[cfg.DISTILLER.TYPE](build_model(cfg, cfg.DISTILLER.STUDENT), teacher, cfg)
     if cfg.SOLVER.TRAINER == "disk":
         build_guide_optimizer(cfg, distiller.disk)
+    if cfg.DISTILLER.TYPE != "SIMKD" and distiller.dual.rule == "cosine":
+        _note_low_multiplier(distiller.dual, math.ceil(cfg.SOLVER.EPOCHS / distiller.epochs_per_iteration))
+
+
+def _note_low_multiplier(dual: Any, steps: int) -> None:
+    """Say what would otherwise go unseen: in a short run the cosine restarts before the multiplier has risen."""
+    highest, upper = max((dual(step)[0] for step in range(steps)), default=0.0), dual.multiplier_max
+    if highest < upper / 2:
+        print(  # noqa: T201
+            f"note: in the {steps} steps of its schedule the multiplier comes to at most {highest:.3g} of {upper:.3g},"
+            f" so that the budget is hardly enforced: DISK.DUAL.PERIOD {steps} restarts it less often"
+        )

@@ -13,7 +13,7 @@ from mdistiller.engine.utils import log_msg
 from tqdm import tqdm
 
 from . import config
-from .checkpoints import load_weights, read_checkpoint, save_atomically, simkd_state
+from .checkpoints import load_weights, read_checkpoint, save_atomically, simkd_state, student_weights
 from .distillers import DISK_SIMKD, SIMKD, GuidedDistiller
 from .epoch_report import EpochReport
 
@@ -28,9 +28,10 @@ class CompleteTrainer(host.BaseTrainer):
     def __init__(self, experiment_name: str, distiller: Any, train_loader: Any, val_loader: Any, cfg: Any) -> None:
         module = distiller.module
         if cfg.DISTILLER.WARM_START:
-            weights = read_checkpoint(cfg.DISTILLER.WARM_START, key="DISTILLER.WARM_START")
+            weights = student_weights(read_checkpoint(cfg.DISTILLER.WARM_START, key="DISTILLER.WARM_START"))
             load_weights(module.student, weights, f"DISTILLER.WARM_START {cfg.DISTILLER.WARM_START}", "student")
         super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
+        _keep_settings(self.optimizer)
         self.report = EpochReport()
         self.guided = isinstance(module, GuidedDistiller)
         self.guide_turn = False
@@ -59,10 +60,10 @@ class CompleteTrainer(host.BaseTrainer):
         improved = bool(log_dict["test_acc"] >= self.best_acc)  # the host's rule for its own "best"
         super().log(lr, epoch, log_dict)
         # the host saves next: "latest" is to hold the next epoch's schedule, and never to be newer than SimKD's files
-        if self.guided:
+        if self.guided and epoch % self.distiller.module.epochs_per_iteration == 0:
             self.distiller.module.dual.step()
         if isinstance(self.distiller.module, SIMKD | DISK_SIMKD):
-            state = simkd_state(self.distiller.module, self.cfg)
+            state = simkd_state(self.distiller.module)
             for name in ("simkd_latest", "simkd_best")[: 1 + improved]:
                 save_atomically(state, os.path.join(self.log_path, name))
 
@@ -95,7 +96,8 @@ class DISKTrainer(CompleteTrainer):
     Section ``DISK.ALTERNATING``. ``SOLVER.EPOCHS`` counts student passes, so that learning rates and comparisons stay
     the host's; before the first of each ``STUDENT_PASSES`` epochs come ``GUIDE_PASSES`` passes of the guide's own
     optimizer over the same loader, and before the first epoch also ``GUIDE_WARMUP_EPOCHS``. Multiplier and budget
-    change from epoch to epoch. In a guide pass the student is in evaluation mode.
+    change from one outer iteration to the next, as in the paper: the lengths in ``DISK.DUAL`` count those. In a guide
+    pass the student is in evaluation mode.
     """
 
     def __init__(self, experiment_name: str, distiller: Any, train_loader: Any, val_loader: Any, cfg: Any) -> None:
@@ -103,21 +105,22 @@ class DISKTrainer(CompleteTrainer):
         if not isinstance(module, GuidedDistiller):
             raise ValueError(f"SOLVER.TRAINER disk needs DISTILLER.TYPE DISK or DISK_SIMKD, got {cfg.DISTILLER.TYPE}")
         self.guide_optimizer = config.build_guide_optimizer(cfg, module.disk)
+        _keep_settings(self.guide_optimizer)
         module.stateful["guide_optimizer"] = self.guide_optimizer
         super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
 
     def before_epoch(self, epoch: int) -> None:
         """Run the guide's passes where an outer iteration of Algorithm 1 begins."""
         settings, module = self.cfg.DISK.ALTERNATING, self.distiller.module
-        passes = settings.GUIDE_WARMUP_EPOCHS if epoch == 1 else 0
-        if (epoch - 1) % settings.STUDENT_PASSES == 0:
-            passes += settings.GUIDE_PASSES
+        if (epoch - 1) % settings.STUDENT_PASSES:
+            return
+        passes = settings.GUIDE_PASSES + (settings.GUIDE_WARMUP_EPOCHS if epoch == 1 else 0)
         lr = host.adjust_learning_rate(epoch, self.cfg, self.optimizer)
         for group in self.guide_optimizer.param_groups:
-            group["lr"] = settings.LR * lr / self.cfg.SOLVER.LR
+            group["lr"] = settings.LR * (lr / self.cfg.SOLVER.LR if self.cfg.SOLVER.LR else 1.0)
         for number in range(1, passes + 1):
             self._guide_pass(epoch, f"{number}/{passes}")
-        # the statistics that judge the epoch are those of the student's pass
+        # the statistics that judge the iteration are those of the student's passes
         module.disk.reset_statistics()
         self.report = EpochReport()
 
@@ -157,13 +160,24 @@ def seed_everything(seed: int) -> None:
 def add() -> None:
     """Complete the host's trainers and add ``disk``; cure what keeps the host from saving and resuming."""
     for name, trainer in list(trainer_dict.items()):
-        if not issubclass(trainer, CompleteTrainer):
+        if issubclass(trainer, host.BaseTrainer) and not issubclass(trainer, CompleteTrainer):
             trainer_dict[name] = type(trainer.__name__, (CompleteTrainer, trainer), {"__doc__": trainer.__doc__})
     trainer_dict["disk"] = DISKTrainer
     if host.save_checkpoint is save_atomically:
         return
     host.save_checkpoint = save_atomically
     host.adjust_learning_rate = _with_float_rates(host.adjust_learning_rate)
+
+
+def _keep_settings(optimizer: torch.optim.Optimizer) -> None:
+    """Let a resumed optimizer keep this run's rates and decays: a checkpoint brings its own back otherwise."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+    def restore(resumed: torch.optim.Optimizer) -> None:
+        for group, own in zip(resumed.param_groups, settings, strict=True):
+            group.update(own)
+
+    optimizer.register_load_state_dict_post_hook(restore)
 
 
 def _with_float_rates(adjust: Callable[..., float]) -> Callable[..., float]:

@@ -1,0 +1,141 @@
+"""The settings of an experiment: the merged configuration, and what of it defines a run."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mdistiller.distillers import distiller_dict
+from mdistiller.engine import trainer_dict
+from mdistiller.engine.cfg import CFG
+from yacs.config import CfgNode
+
+Settings = dict[str, Any]
+
+
+def merge(path: Path, options: list[str], *, distiller: str | None, seed: int | None) -> CfgNode:
+    """Merge the host's and DiSK's defaults, a YAML file, ``KEY VALUE`` options and the flags, the last winning.
+
+    Raises:
+        ValueError: an unknown key (with those known), a value of another type, an option without a value.
+    """
+    if len(options) % 2:
+        raise ValueError(f"options must be pairs KEY VALUE, got {len(options)} words: {' '.join(options)}")
+    cfg = CFG.clone()
+    try:
+        cfg.merge_from_other_cfg(CfgNode(_with_floats(_read(path), cfg)))
+        of_the_file = cfg.DISTILLER.clone()
+        for key, value in zip(options[::2], options[1::2], strict=True):
+            whole = value.lstrip("+-").isdigit() and isinstance(_node(cfg, key.split("."))[0], float)
+            cfg.merge_from_list([key, f"{value}.0" if whole else value])
+    except (KeyError, AssertionError, yaml.YAMLError) as error:
+        raise ValueError(f"{error.args[0] if error.args else error}{_known_keys(cfg, str(error))}") from error
+    except TypeError as error:  # a key below one that is no section
+        raise ValueError(f"{key} must name a key of the configuration: {error}") from error
+    if distiller is not None:
+        cfg.DISTILLER.TYPE = distiller
+    if seed is not None:
+        cfg.SOLVER.SEED = seed
+    if cfg.SOLVER.SEED is not None and not isinstance(cfg.SOLVER.SEED, int):
+        raise ValueError(f"SOLVER.SEED must be an int, got {cfg.SOLVER.SEED!r}")
+    if cfg.DISTILLER.TYPE == "CRD":  # its batches hold negative samples, which the other trainers do not take
+        cfg.SOLVER.TRAINER = {"base": "crd", "dot": "crd_dot"}.get(cfg.SOLVER.TRAINER, cfg.SOLVER.TRAINER)
+    named = ("TYPE", "TEACHER", "STUDENT")
+    if any(cfg.DISTILLER[key] != of_the_file[key] for key in named) and "EXPERIMENT.TAG" not in options[::2]:
+        cfg.EXPERIMENT.TAG = ",".join([cfg.DISTILLER.TYPE.lower(), cfg.DISTILLER.TEACHER, cfg.DISTILLER.STUDENT])
+    return cfg
+
+
+def check_names(cfg: CfgNode, models: dict[str, Any]) -> None:
+    """Refuse, listing those known, a name that the host's dictionaries do not have.
+
+    Raises:
+        ValueError: an unknown distiller, trainer, teacher or student; a trainer that does not fit the distiller.
+    """
+    kind, trainer = cfg.DISTILLER.TYPE, cfg.SOLVER.TRAINER
+    chosen = [
+        ("DISTILLER.TYPE", kind, distiller_dict),
+        ("SOLVER.TRAINER", trainer, trainer_dict),
+        ("DISTILLER.STUDENT", cfg.DISTILLER.STUDENT, models),
+        *([] if kind == "NONE" else [("DISTILLER.TEACHER", cfg.DISTILLER.TEACHER, models)]),
+    ]
+    for key, name, known in chosen:
+        if name not in known:
+            raise ValueError(f"{key} must be one of {', '.join(sorted(known))}, got {name!r}")
+    if trainer == "disk" and kind not in ("DISK", "DISK_SIMKD"):
+        raise ValueError(f"SOLVER.TRAINER disk needs DISTILLER.TYPE DISK or DISK_SIMKD, got {kind}")
+    if trainer in ("crd", "crd_dot") and kind != "CRD":
+        raise ValueError(f"SOLVER.TRAINER {trainer} needs DISTILLER.TYPE CRD, got {kind}")
+
+
+def settings_of(cfg: CfgNode, *, data: str, teacher: str, warm_start: str) -> Settings:
+    """Return by dotted key what makes a run what it is; where it logs and how its data is loaded does not.
+
+    ``data``, ``teacher`` and ``warm_start`` tell data and weights apart, wherever they lie.
+    """
+    kind = cfg.DISTILLER.TYPE
+    sections = ["DISTILLER", "SOLVER", *([kind] if kind in cfg else []), *(["DISK"] if kind == "DISK_SIMKD" else [])]
+    settings = {"DATASET.TYPE": cfg.DATASET.TYPE, "data": data, "teacher weights": teacher}
+    for section in sections:
+        settings.update(_flat(section, cfg[section]))
+    settings["DISTILLER.WARM_START"] = warm_start
+    return settings
+
+
+def dump(cfg: CfgNode, name: str, path: Path) -> None:
+    """Write the merged configuration for the host, whose own naming then gives the folder ``name``."""
+    cfg = cfg.clone()
+    cfg.EXPERIMENT.NAME = name
+    path.write_text(cfg.dump())
+
+
+def _flat(prefix: str, node: CfgNode) -> Settings:
+    settings: Settings = {}
+    for key, value in node.items():
+        name = f"{prefix}.{key}"
+        if isinstance(value, CfgNode):
+            settings.update(_flat(name, value))
+        else:
+            settings[name] = list(value) if isinstance(value, tuple) else value
+    return settings
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"--cfg must be a YAML file of named sections, got {content!r:.60} in {path}")
+    return content
+
+
+def _with_floats(content: dict[str, Any], defaults: CfgNode) -> dict[str, Any]:
+    """Turn whole numbers into floats where the default is one: yacs refuses 1 for 1.0."""
+    converted = {}
+    for key, value in content.items():
+        default = defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, CfgNode):
+            value = _with_floats(value, default)
+        elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        converted[key] = value
+    return converted
+
+
+def _node(cfg: CfgNode, names: list[str]) -> tuple[Any, list[str]]:
+    """Follow dotted names as far as they exist; return what is there and the names followed."""
+    followed: list[str] = []
+    node: Any = cfg
+    for name in names:
+        if not isinstance(node, CfgNode) or name not in node:
+            break
+        node = node[name]
+        followed.append(name)
+    return node, followed
+
+
+def _known_keys(cfg: CfgNode, message: str) -> str:
+    found = re.search(r"key: ([\w.]+)", message)
+    if not found:
+        return ""
+    node, followed = _node(cfg, found.group(1).split("."))
+    keys = sorted(node) if isinstance(node, CfgNode) else []
+    return f"; known in {'.'.join(followed) or 'the configuration'}: {', '.join(keys)}" if keys else ""
