@@ -163,5 +163,6 @@ def _note_low_multiplier(dual: Any, steps: int) -> None:
     if highest < upper / 2:
         print(  # noqa: T201
             f"note: in the {steps} steps of its schedule the multiplier comes to at most {highest:.3g} of {upper:.3g},"
-            f" so that the budget is hardly enforced: DISK.DUAL.PERIOD {steps} restarts it less often"
+            f" so that the budget is hardly enforced: DISK.DUAL.PERIOD {steps} lets it rise through the whole run, "
+            f"DISK.DUAL.MULTIPLIER '[{upper:g}, {upper:g}]' keeps it constant"
         )
