@@ -38,10 +38,10 @@ def add_defaults() -> None:
     CFG.DISK.ALTERNATING.LR = recipe["lr"]  # decays by the factor of the student's
     CFG.DISK.ALTERNATING.MOMENTUM = recipe["momentum"]  # of SGD
     CFG.DISK.ALTERNATING.WEIGHT_DECAY = recipe["weight_decay"]
-    CFG.SIMKD = _section(SimKD, only=("factor",))
-    CFG.SIMKD.FEATURE_WEIGHT = inspect.signature(guided_feature_terms).parameters["feature_weight"].default
+    CFG.SIMKD = _section(SimKD)
     CFG.DISK_SIMKD = _section(guided_feature_terms, without=("reduction",))  # its guide and budget: the section DISK
     CFG.DISK_SIMKD.FACTOR = CFG.SIMKD.FACTOR
+    CFG.SIMKD.FEATURE_WEIGHT = CFG.DISK_SIMKD.FEATURE_WEIGHT
     CFG.DISTILLER.WARM_START = ""  # checkpoint of a CE-trained student, for any distiller
     CFG.SOLVER.SEED = None  # epoch e is seeded with SEED + e, for any distiller and trainer
     CFG.LOG.WANDB = False
@@ -98,12 +98,13 @@ def feature_arguments(cfg: CfgNode) -> dict[str, Any]:
     return arguments
 
 
-def _section(target: Callable[..., Any], *, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> CfgNode:
+def _section(target: Callable[..., Any], *, without: tuple[str, ...] = ()) -> CfgNode:
     """One key per keyword-only argument that has a default."""
     section = CfgNode()
     for name, parameter in inspect.signature(target).parameters.items():
-        wanted = name in only if only else name not in without
-        if wanted and parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
+        if name in without or parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        if parameter.default is not parameter.empty:
             section[name.upper()] = (
                 list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
             )
