@@ -1,6 +1,7 @@
 """What is installed, what importing it costs, and that the wheel holds every tracked module."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -54,7 +55,11 @@ def test_the_version_is_a_string_that_the_metadata_repeats(tmp_path):
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    # from a copy: setuptools leaves a build/ behind, whose deleted modules a later wheel would still hold
+    copy = out / "source"
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "data", "runs", "*.egg-info")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=left_out)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
     subprocess.run(command, check=True, capture_output=True)
     return next(out.glob("*.whl"))
 
