@@ -426,7 +426,7 @@ BAD = [
     (["--resume", "--overwrite"], {}, "give one of them"),
     (["--overwrite", "--evaluate", "best"], {}, "give one of them"),
     (["SOLVER.SEED", "abc"], {"seed": None}, "SOLVER.SEED must be an int, got 'abc'"),
-    (["SOLVER.LR.X", "1"], {}, "SOLVER.LR.X must name a key"),
+    (["SOLVER.LR.X", "1"], {}, "SOLVER.LR.X must name keys"),
     (["SOLVER.TRAINER", "crd"], {"distiller": "KD"}, "SOLVER.TRAINER "),
     ([], {"distiller": "NONE"}, "--teacher-checkpoint needs a distiller with a teacher, got NONE"),
     (["LOG.WANDB", "True"], {}, "pip install wandb"),
@@ -439,6 +439,15 @@ BAD = [
 def test_bad_input_ends_with_what_was_expected_and_what_came(host, words, settings, message):
     assert message in refused(host, *words, **settings)
     assert not (host.folder / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "1: 2", "SOLVER:\n  1: 2"])
+def test_a_configuration_file_without_named_sections_is_refused(host, content):
+    path = host.folder / "odd.yaml"
+    path.write_text(content)
+    message = refused(host, "--cfg", str(path))
+    assert "--cfg" in message
+    assert str(path) in message
 
 
 def test_a_teacher_of_another_architecture_is_refused(host):

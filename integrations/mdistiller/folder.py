@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import yaml
 from yacs.config import CfgNode
@@ -80,7 +79,7 @@ class Folder:
         same = [run for run in runs if _defining(run[1]) == now]
         path, settings = (same or runs)[0]
         differences = _differences(_defining(settings), now)
-        listed = "\n".join(f"  {key}: {before} then, {after} now" for key, (before, after) in differences.items())
+        listed = "\n".join(differences.values())
         lasting = [key for key in differences if _LASTING.match(key)]
         if differences and not allow_changed_settings:
             raise ValueError(
@@ -116,8 +115,9 @@ class Folder:
         same = [path for path, settings in runs if comparable(settings) == comparable(self.settings)]
         if not same:
             differences = _differences(comparable(runs[0][1]), comparable(self.settings))
-            listed = "\n".join(f"  {key}: {before} then, {after} now" for key, (before, after) in differences.items())
-            raise ValueError(f"--evaluate found {runs[0][0]}, whose settings differ:\n{listed}")
+            raise ValueError(
+                "\n".join([f"--evaluate found {runs[0][0]}, whose settings differ:", *differences.values()])
+            )
         self.path = same[0]
 
     def _note_new_length(self, before: Settings) -> None:
@@ -152,7 +152,8 @@ def _defining(settings: Settings) -> Settings:
     return {key: value for key, value in settings.items() if key not in _NOT_DEFINING}
 
 
-def _differences(before: Settings, now: Settings) -> dict[str, tuple[Any, Any]]:
+def _differences(before: Settings, now: Settings) -> dict[str, str]:
+    """A line for each key whose value differs."""
     keys = sorted(before.keys() | now.keys())
     pairs = {key: (before.get(key, "not set"), now.get(key, "not set")) for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    return {key: f"  {key}: {then} then, {after} now" for key, (then, after) in pairs.items() if then != after}

@@ -21,7 +21,7 @@ def merge(path: Path, options: list[str], *, distiller: str | None, seed: int | 
     """
     if len(options) % 2:
         raise ValueError(f"options must be pairs KEY VALUE, got {len(options)} words: {' '.join(options)}")
-    cfg = CFG.clone()
+    cfg, key = CFG.clone(), f"--cfg {path}"
     try:
         cfg.merge_from_other_cfg(CfgNode(_with_floats(_read(path), cfg)))
         of_the_file = cfg.DISTILLER.clone()
@@ -30,8 +30,8 @@ def merge(path: Path, options: list[str], *, distiller: str | None, seed: int | 
             cfg.merge_from_list([key, f"{value}.0" if whole else value])
     except (KeyError, AssertionError, yaml.YAMLError) as error:
         raise ValueError(f"{error.args[0] if error.args else error}{_known_keys(cfg, str(error))}") from error
-    except TypeError as error:  # a key below one that is no section
-        raise ValueError(f"{key} must name a key of the configuration: {error}") from error
+    except TypeError as error:  # a key below one that is no section, or one that is no word
+        raise ValueError(f"{key} must name keys of the configuration: {error}") from error
     if distiller is not None:
         cfg.DISTILLER.TYPE = distiller
     if seed is not None:
