@@ -161,8 +161,9 @@ def _note_low_multiplier(dual: Any, steps: int) -> None:
     """Say what would otherwise go unseen: in a short run the cosine restarts before the multiplier has risen."""
     highest, upper = max((dual(step)[0] for step in range(steps)), default=0.0), dual.multiplier_max
     if highest < upper / 2:
+        longer = f"DISK.DUAL.PERIOD {steps} lets it rise through the whole run, " if steps > 2 else ""
         print(  # noqa: T201
             f"note: in the {steps} steps of its schedule the multiplier comes to at most {highest:.3g} of {upper:.3g},"
-            f" so that the budget is hardly enforced: DISK.DUAL.PERIOD {steps} lets it rise through the whole run, "
+            f" so that the budget is hardly enforced: {longer}"
             f"DISK.DUAL.MULTIPLIER '[{upper:g}, {upper:g}]' keeps it constant"
         )
