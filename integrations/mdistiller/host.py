@@ -1,12 +1,12 @@
 """The host's data, models and weights: pointed elsewhere and checked without changing one of its files."""
 
+import importlib
 import math
 import os
 from pathlib import Path
 from typing import Any
 
 import mdistiller.models as host_models
-from mdistiller.dataset import cifar100, imagenet, tiny_imagenet
 from mdistiller.distillers import distiller_dict
 from torch import nn
 from yacs.config import CfgNode
@@ -29,16 +29,17 @@ def use_data(cfg: CfgNode, folder: str | None) -> str:
     if folder is None:
         return "the host's"
     root, kind = Path(folder).expanduser().resolve(), cfg.DATASET.TYPE
+    module: Any = importlib.import_module(f"mdistiller.dataset.{kind}")
     if kind == "cifar100":
         files = [root / "cifar-100-python" / name for name in ("train", "test", "meta")]
         _need("cifar100", files)
-        cifar100.get_data_folder = lambda: str(root)
-        dataset = cifar100.datasets.CIFAR100
+        module.get_data_folder = lambda: str(root)
+        dataset = module.datasets.CIFAR100
         dataset.train_list = [[name, None] for name, _ in dataset.train_list]
         dataset.test_list = [[name, None] for name, _ in dataset.test_list]
         dataset.meta = {**dataset.meta, "md5": None}
         return f"files of {files[0].stat().st_size} and {files[1].stat().st_size} bytes"
-    module, name = {"imagenet": (imagenet, "imagenet"), "tiny_imagenet": (tiny_imagenet, "tiny-imagenet-200")}[kind]
+    name = {"imagenet": "imagenet", "tiny_imagenet": "tiny-imagenet-200"}[kind]
     root = root / name if (root / name).is_dir() else root
     _need(kind, [root / "train", root / "val"])
     module.data_folder = str(root)
