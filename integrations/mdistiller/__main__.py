@@ -123,12 +123,14 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
         raise ValueError("LOG.WANDB True needs wandb: pip install wandb, or set LOG.WANDB False")
     teacher = host.use_teacher(cfg, args.teacher_checkpoint, scratch, trust=args.trust_checkpoint)
     defining = settings.settings_of(cfg, data=data, teacher=teacher, warm_start=host.check_warm_start(cfg))
-    host.rehearse(cfg)
+    notes = host.rehearse(cfg)
     folder = Folder(cfg, defining)
     if args.resume:
-        folder.resume(allow_changed_settings=args.allow_changed_settings)
+        notes += folder.resume(allow_changed_settings=args.allow_changed_settings)
     else:
         folder.start(overwrite=args.overwrite)
+    for note in notes:
+        print(f"note: {note}")  # noqa: T201
     settings.dump(cfg, folder.path.name, scratch / "config.yaml")
     return cfg, folder
 

@@ -67,8 +67,11 @@ class Folder:
             shutil.rmtree(self.path)
             self._aside.rename(self.path)
 
-    def resume(self, *, allow_changed_settings: bool) -> None:
+    def resume(self, *, allow_changed_settings: bool) -> list[str]:
         """Turn to the run with these settings or, if changes are allowed, to the latest of the name.
+
+        Returns:
+            What the user should know of the changes.
 
         Raises:
             FileNotFoundError: there is none.
@@ -91,14 +94,13 @@ class Folder:
                 f"--resume found {path}, whose settings differ:\n{listed}\n{', '.join(lasting)} cannot change within a "
                 f"run: start another without --resume"
             )
-        if differences:
-            print(f"going on with {path} under changed settings:\n{listed}")  # noqa: T201
+        notes = [f"going on with {path} under changed settings:\n{listed}"] if differences else []
         if path != self.path:
             if self.path.is_dir():  # settings alone: with a checkpoint it would have been found
                 shutil.rmtree(self.path)
             path.rename(self.path)
-        self._note_new_length(settings)
         self._write()
+        return notes + self._new_length(settings)
 
     def find(self) -> None:
         """Turn to the latest run with these settings, whatever weights and data it was given: for evaluation.
@@ -120,13 +122,14 @@ class Folder:
             )
         self.path = same[0]
 
-    def _note_new_length(self, before: Settings) -> None:
+    def _new_length(self, before: Settings) -> list[str]:
         epochs, now = before.get("SOLVER.EPOCHS"), self.settings["SOLVER.EPOCHS"]
-        if epochs != now and self.settings.get("DISK.DUAL.EPOCHS", now) is None:
-            print(  # noqa: T201
-                f"SOLVER.EPOCHS was {epochs} and is {now}: from here multiplier and budget follow the schedule of {now}"
-                f" epochs (DISK.DUAL.EPOCHS sets its length apart)"
-            )
+        if epochs == now or self.settings.get("DISK.DUAL.EPOCHS", now) is not None:
+            return []
+        return [
+            f"SOLVER.EPOCHS was {epochs} and is {now}: from here multiplier and budget follow the schedule of {now} "
+            f"epochs (DISK.DUAL.EPOCHS sets its length apart)"
+        ]
 
     def _runs(self, flag: str) -> list[tuple[Path, Settings]]:
         """Runs of this name that have a checkpoint, the latest first."""

@@ -137,14 +137,17 @@ def check_warm_start(cfg: CfgNode) -> str:
     return fingerprint(weights)
 
 
-def rehearse(cfg: CfgNode) -> None:
+def rehearse(cfg: CfgNode) -> list[str]:
     """Construct the distiller as the host's script will, so that what it refuses is said before anything is written.
+
+    Returns:
+        What the user should know before the run.
 
     Raises:
         ValueError: a setting out of range, or a pair of models that the method cannot use.
     """
     if cfg.DISTILLER.TYPE not in ("DISK", "SIMKD", "DISK_SIMKD"):
-        return
+        return []
     if cfg.DATASET.TYPE == "imagenet":
         teacher = models(cfg)[cfg.DISTILLER.TEACHER](pretrained=True)
     else:
@@ -154,17 +157,18 @@ def rehearse(cfg: CfgNode) -> None:
     distiller = distiller_dict[cfg.DISTILLER.TYPE](build_model(cfg, cfg.DISTILLER.STUDENT), teacher, cfg)
     if cfg.SOLVER.TRAINER == "disk":
         build_guide_optimizer(cfg, distiller.disk)
-    if cfg.DISTILLER.TYPE != "SIMKD" and distiller.dual.rule == "cosine":
-        _note_low_multiplier(distiller.dual, math.ceil(cfg.SOLVER.EPOCHS / distiller.epochs_per_iteration))
+    if cfg.DISTILLER.TYPE == "SIMKD" or distiller.dual.rule != "cosine":
+        return []
+    return _low_multiplier(distiller.dual, math.ceil(cfg.SOLVER.EPOCHS / distiller.epochs_per_iteration))
 
 
-def _note_low_multiplier(dual: Any, steps: int) -> None:
+def _low_multiplier(dual: Any, steps: int) -> list[str]:
     """Say what would otherwise go unseen: in a short run the cosine restarts before the multiplier has risen."""
     highest, upper = max((dual(step)[0] for step in range(steps)), default=0.0), dual.multiplier_max
-    if highest < upper / 2:
-        longer = f"DISK.DUAL.PERIOD {steps} lets it rise through the whole run, " if steps > 2 else ""
-        print(  # noqa: T201
-            f"note: in the {steps} steps of its schedule the multiplier comes to at most {highest:.3g} of {upper:.3g},"
-            f" so that the budget is hardly enforced: {longer}"
-            f"DISK.DUAL.MULTIPLIER '[{upper:g}, {upper:g}]' keeps it constant"
-        )
+    if highest >= upper / 2:
+        return []
+    longer = f"DISK.DUAL.PERIOD {steps} lets it rise through the whole run, " if steps > 2 else ""
+    return [
+        f"in the {steps} steps of its schedule the multiplier comes to at most {highest:.3g} of {upper:.3g}, so that "
+        f"the budget is hardly enforced: {longer}DISK.DUAL.MULTIPLIER '[{upper:g}, {upper:g}]' keeps it constant"
+    ]
