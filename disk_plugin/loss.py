@@ -1,5 +1,6 @@
 """DiSKLoss: keeps the arguments, owns the guide, calls the functions."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -43,6 +44,10 @@ class DiSKLoss(nn.Module):
             by g, and beyond g = .0009 and .953 a pull back: without it a shared SGD drives the sigmoid into saturation,
             from where it never returns. None: the plain derivative by the logit, as in the paper.
         ignore_index: class index of positions that take part in nothing.
+
+    Attributes:
+        reduce_usage: None, or what turns the mean usage of a training batch into that of the whole of which the batch
+            is a part, such as :func:`disk_plugin.distributed.mean_over_processes`: that one decides the hinge.
 
     Shape:
         student_logits, teacher_logits (N, C) or (N, C, d1, ...); target int64 (N, d1, ...) or probabilities of the
@@ -110,6 +115,7 @@ class DiSKLoss(nn.Module):
         if fitted:
             self.register_buffer("fitted_student_temperature", torch.tensor(float(temperature), dtype=torch.float64))
             self.register_buffer("student_temperature_moments", torch.zeros(2, dtype=torch.float64))
+        self.reduce_usage: Callable[[Tensor], Tensor] | None = None
         # a number is a setting, not state: no checkpoint overrides it
         self._fixed_student_temperature = student_temperature
 
@@ -132,16 +138,20 @@ class DiSKLoss(nn.Module):
         target: Tensor,
         teacher_features: Tensor | None = None,
         *,
+        guide_logits: Tensor | None = None,
         sample_weight: Tensor | None = None,
         reduction: Literal["mean", "none"] = "mean",
     ) -> DiSKTerms:
         """Evaluate everything once: the loss, its two halves and what to log (see :class:`functional.DiSKTerms`).
 
         In training mode each call adds to ``statistics()`` and, with ``student_temperature="fit"``, moves it a step.
+        ``guide_logits`` is what :meth:`guide_logits` gave, where that has to be called elsewhere: inside a module that
+        DistributedDataParallel wraps. ``teacher_features`` is then not read.
         """
         _checks.logits(student_logits, teacher_logits)
-        with _without_autocast(student_logits):
-            guide_logits = self._guide_logits(teacher_logits, teacher_features)
+        if guide_logits is None:
+            guide_logits = self.guide_logits(teacher_logits, teacher_features)
+        with without_autocast(student_logits):
             if self.training and self.fit_student_temperature:
                 self._step_student_temperature(student_logits, teacher_logits, target)
             terms = disk_terms(
@@ -160,6 +170,7 @@ class DiSKLoss(nn.Module):
                 guide_gradient_scale=self.guide_gradient_scale,
                 ignore_index=self.ignore_index,
                 sample_weight=sample_weight,
+                reduce_usage=self.reduce_usage if self.training else None,
                 reduction=reduction,
             )
             if self.training:
@@ -167,6 +178,16 @@ class DiSKLoss(nn.Module):
                     count_batch(self.epoch_statistics, terms, target, guide_logits, self.ignore_index)
                 )
         return terms
+
+    def guide_logits(self, teacher_logits: Tensor, teacher_features: Tensor | None = None) -> Tensor:
+        """Return the guide before its sigmoid, (N,) or (N, d1, ...); the teacher's outputs are constants."""
+        inputs = [teacher_logits.detach()]
+        if teacher_features is not None:
+            _checks.tensor("teacher_features", teacher_features)
+            inputs.append(teacher_features.detach())
+        with without_autocast(teacher_logits):
+            guide_logits: Tensor = self.guide(*inputs)
+        return guide_logits
 
     @property
     def student_temperature(self) -> float | Tensor:
@@ -193,15 +214,6 @@ class DiSKLoss(nn.Module):
             f"student_temperature={tau_s!r}, top_k={self.top_k}, guide_gradient_scale={self.guide_gradient_scale}, "
             f"ignore_index={self.ignore_index}, {self.variant}"
         )
-
-    def _guide_logits(self, teacher_logits: Tensor, teacher_features: Tensor | None) -> Tensor:
-        """(N, d1, ...) guide before its sigmoid; the teacher's outputs are constants."""
-        inputs = [teacher_logits.detach()]
-        if teacher_features is not None:
-            _checks.tensor("teacher_features", teacher_features)
-            inputs.append(teacher_features.detach())
-        guide_logits: Tensor = self.guide(*inputs)
-        return guide_logits
 
     @torch.no_grad()
     def _step_student_temperature(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> None:
@@ -231,7 +243,7 @@ class DiSKLoss(nn.Module):
         return self
 
 
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     """Switch autocast off for the tensor's device, where that device has it."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -55,6 +55,7 @@ def guided_feature_terms(
     weight: FeatureWeight = "one_minus_guide",
     feature_weight: float = 1.0,
     logit_loss: bool = False,
+    guide_logits: Tensor | None = None,
     reduction: Literal["mean", "none"] = "mean",
 ) -> GuidedFeatureTerms:
     r"""Evaluate a feature-matching loss weighted by the guide: Kag et al. (ICLR 2023), A.7, eq. (6).
@@ -76,6 +77,7 @@ def guided_feature_terms(
         weight: which w, see :func:`feature_weights`.
         feature_weight: beta, >= 0.
         logit_loss: add ce_weight CE + distill_weight L_dist of ``student_logits`` to the student's loss.
+        guide_logits: what ``disk.guide_logits`` gave, where that has to be called elsewhere (see ``DiSKLoss.terms``).
         reduction: ``"mean"`` over samples, or ``"none"``.
 
     Shape:
@@ -93,7 +95,9 @@ def guided_feature_terms(
         raise ValueError(
             f"feature_error must have shape ({student_logits.shape[0]},), got {tuple(feature_error.shape)}"
         )
-    terms = disk.terms(student_logits, teacher_logits, target, teacher_features, reduction="none")
+    terms = disk.terms(
+        student_logits, teacher_logits, target, teacher_features, guide_logits=guide_logits, reduction="none"
+    )
     feature = feature_weights(terms, weight).to(feature_error.dtype) * feature_error
     student_loss = feature_weight * feature
     if logit_loss:

@@ -70,10 +70,8 @@ def budget_cross_entropy(
     return ce
 
 
-def hinge(spent: Tensor, where: Positions, budget: float | Tensor, reduction: Reduction) -> Tensor:
+def hinge(spent: Tensor, where: Positions, budget: float | Tensor, mean_usage: Tensor, reduction: Reduction) -> Tensor:
     """Equation (3) from g * CE per position; with "none" a vector whose sum / count is the hinge of the whole batch."""
-    mean = where.reduce(spent, "mean")
-    if reduction == "mean":
-        return budget_loss(mean, budget)
-    # the gate is the batch's, not the position's: (3) is one hinge over the mean
-    return where.plain(torch.where(mean.detach() > budget, violation(spent, budget), 0.0))
+    # one gate for all positions, as (3) is one hinge over a mean; a NaN mean is not within the budget
+    exceeded = torch.where(mean_usage <= budget, 0.0, violation(spent, budget))
+    return where.reduce(where.plain(exceeded), reduction)

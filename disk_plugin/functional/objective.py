@@ -3,6 +3,7 @@
 ``disk_terms`` is longer than a function should be because it evaluates each (N, C) quantity once for all of them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ def disk_terms(
     guide_gradient_scale: float | None = 0.3,
     ignore_index: int = -100,
     sample_weight: Tensor | None = None,
+    reduce_usage: Callable[[Tensor], Tensor] | None = None,
     reduction: Reduction = "mean",
 ) -> DiSKTerms:
     r"""Evaluate the objective of DiSK, Kag et al. (ICLR 2023), eq. (5), for given guide logits.
@@ -67,7 +69,8 @@ def disk_terms(
     student model on budget loss gives more stable results"). First-order gradients only. The authors' scripts differ
     in the points that :class:`disk_plugin.variants.Variant` names; the default is the paper's.
 
-    The hinge is over the batch of this one call, so that micro-batches and replicas each have their own.
+    The hinge is over the batch of this one call, so that micro-batches and replicas each have their own, unless
+    ``reduce_usage`` looks further.
 
     Args:
         student_logits: before softmax.
@@ -87,6 +90,8 @@ def disk_terms(
             no value changes, and no sample's optimum between them. None: the plain derivative by the logit (the paper).
         ignore_index: class index of positions that take part in nothing.
         sample_weight: weight per sample or position; means still divide by the count of positions not ignored.
+        reduce_usage: maps this batch's mean usage (detached) to that of the whole of which the batch is a part; the
+            whole's decides whether the budget is exceeded. None where the batch is the whole.
         reduction: ``"mean"``, or ``"none"`` for per-position values with value.sum() / count equal to the mean.
 
     Shape:
@@ -138,14 +143,16 @@ def disk_terms(
     g = guide_logits.detach().sigmoid()
     core = where.reduce(ce_weight * ce + distill_weight * distill, reduction)
     spent = where.weighted(g * budget_ce)
-    over_budget = lam * hinge(spent, where, delta, reduction)
+    mean_usage = where.reduce(spent.detach(), "mean")
+    if reduce_usage is not None:
+        mean_usage = reduce_usage(mean_usage)
+    over_budget = lam * hinge(spent, where, delta, mean_usage, reduction)
 
     # the guide's half: the student is detached, values carry no graph, the gradient is in closed form
     penalty, penalty_slope = _penalty(record.guide_penalty, g, min(top_k or s.shape[1], s.shape[1]))
     penalty = where.reduce(where.weighted(penalty), reduction)
-    gate = where.reduce(spent.detach(), "mean") > delta
     slope = distill_weight * _distill_slope(temperature * tau_s, parts, guide_logits.detach())
-    slope = slope + (lam * gate * budget_ce.detach() + penalty_slope) * g * (1 - g)
+    slope = slope + (lam * (mean_usage > delta) * budget_ce.detach() + penalty_slope) * g * (1 - g)
     if guide_gradient_scale is not None:
         slope = guide_gradient_scale * _well_scaled(slope, guide_logits.detach(), 1 / (temperature * tau_s + lam))
     guide_gradient = where.reduce(where.weighted(slope * _zero_valued(guide_logits)), reduction)

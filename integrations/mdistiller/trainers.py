@@ -12,10 +12,11 @@ from mdistiller.engine import trainer_dict
 from mdistiller.engine.utils import log_msg
 from tqdm import tqdm
 
+from disk_plugin.epoch_report import EpochReport
+
 from . import config
 from .checkpoints import load_weights, read_checkpoint, save_atomically, simkd_state, student_weights
 from .distillers import DISK_SIMKD, SIMKD, GuidedDistiller
-from .epoch_report import EpochReport
 
 
 class CompleteTrainer(host.BaseTrainer):
