@@ -144,12 +144,14 @@ def check_classifier(classifier: nn.Module, teacher_map: Tensor, teacher_logits:
     """
     if teacher_map.ndim != 4:
         raise ValueError(f"teacher_map must have shape (N, D, H, W), got {tuple(teacher_map.shape)}")
-    widths = [layer.in_features for layer in classifier.modules() if isinstance(layer, nn.Linear)]
-    if widths and widths[0] != teacher_map.shape[1]:
+    try:
+        logits = classifier(teacher_map)
+    except RuntimeError as error:
+        widths = [layer.in_features for layer in classifier.modules() if isinstance(layer, nn.Linear)]
+        reads = f"reads {widths[0]} features" if widths else "cannot read it"
         raise ValueError(
-            f"the classifier reads {widths[0]} features, but the teacher's last map has {teacher_map.shape[1]} channels"
-        )
-    logits = classifier(teacher_map)
+            f"the classifier {reads}, but the teacher's last map has {teacher_map.shape[1]} channels: {error}"
+        ) from error
     if logits.shape != teacher_logits.shape:
         raise ValueError(
             f"the classifier makes logits of shape {tuple(logits.shape)}, the teacher {tuple(teacher_logits.shape)}"

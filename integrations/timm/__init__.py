@@ -1,0 +1,25 @@
+"""DiSK in timm >= 1.0.27: a ``TrainingTask``, and timm's own ``train.py``, unedited, with DiSK in it.
+
+``python -m disk_plugin.integrations.timm path/to/train.py ...`` trains; in a loop of one's own
+``from disk_plugin.integrations.timm import DiSKTask``. Run with timm 1.0.27, 1.0.28, 1.0.29.dev0 and 1.0.31.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .simkd import SimKDModel
+    from .task import DiSKSimKDTask, DiSKTask
+
+__all__ = ["DiSKSimKDTask", "DiSKTask", "SimKDModel"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import timm when it is needed: the launcher first puts the script's own timm on the path."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .version import require_timm
+
+    require_timm()
+    from . import simkd, task
+
+    return getattr(simkd if name == "SimKDModel" else task, name)

@@ -1,0 +1,69 @@
+"""``python -m disk_plugin.integrations.timm path/to/train.py ...``: timm's own training script, with DiSK in it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import flags
+
+_CONFIGS = Path(__file__).parent
+_DESCRIPTION = """\
+Train with DiSK by timm's own train.py (timm >= 1.0.27), of which no line is edited. TRAIN.PY is the script of a git
+checkout; its flags follow, --kd-model-name names the teacher, the flags below are DiSK's. All of them can stand in the
+YAML file of -c, which may be one shipped here: configs/imagenet/r50_r18.yaml, vitl_vitti.yaml, vitl_deitti.yaml.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load the script, put DiSK into its namespace, run it."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0].startswith("-"):
+        _explain(argv)
+        return
+    path, *rest = argv
+    try:
+        from .script import load_script
+
+        train = load_script(path)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    from .training import prepare
+
+    prepare(train)
+    sys.argv = [path, *_shipped_configs(rest)]
+    train.main()
+
+
+def _explain(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m disk_plugin.integrations.timm",
+        usage="%(prog)s TRAIN.PY --kd-model-name TEACHER [flags of train.py] [--disk-...]",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    flags.add(parser)
+    if set(argv) & {"-h", "--help"}:
+        parser.print_help()
+    else:
+        parser.error(f"expected the path of timm's train.py first, got {argv[0] if argv else 'nothing'}")
+
+
+def _shipped_configs(argv: list[str]) -> list[str]:
+    """Replace the name of a shipped YAML file by its path."""
+
+    def resolve(name: str) -> str:
+        shipped = _CONFIGS / name
+        return str(shipped) if not Path(name).is_file() and shipped.suffix == ".yaml" and shipped.is_file() else name
+
+    resolved = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        if before in ("-c", "--config"):
+            word = resolve(word)
+        elif word.startswith("--config="):
+            word = "--config=" + resolve(word.removeprefix("--config="))
+        resolved.append(word)
+    return resolved
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What ``DiSKTask`` was asked for: which keyword goes where, and what does not go together."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
+from timm.task import LogitDistillationTask
+from timm.utils import unwrap_model
+from torch import nn
+
+from disk_plugin import DiSKLoss
+
+_TEMPERATURE = inspect.signature(DiSKLoss).parameters["temperature"].default
+_LOSS = {name for name, p in inspect.signature(DiSKLoss).parameters.items() if p.kind is p.KEYWORD_ONLY}
+_HOST = set(inspect.signature(LogitDistillationTask.__init__).parameters) - {"self"}
+
+
+def split(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return which keywords are timm's and which the loss's; the loss's two weights go under timm's names.
+
+    Raises:
+        ValueError: one weight under both names.
+        TypeError: unknown keywords.
+    """
+    settings = {"temperature": _TEMPERATURE, **settings}  # timm's own default, 1, is not its script's
+    for name, hosts in (("ce_weight", "task_loss_weight"), ("distill_weight", "distill_loss_weight")):
+        if name in settings:
+            if settings.get(hosts) is not None:
+                raise ValueError(f"{name} and {hosts} are the same weight: give one of them")
+            settings[hosts] = settings.pop(name)
+    loss = {name: settings.pop(name) for name in _LOSS & set(settings) - _HOST}
+    unknown = set(settings) - _HOST
+    if unknown:
+        raise TypeError(f"DiSKTask got unknown settings {sorted(unknown)}; known are {sorted(_LOSS | _HOST)}")
+    return settings, loss
+
+
+def check_modes(
+    mode: str,
+    epochs: int | None,
+    dual: Mapping[str, Any] | None,
+    alternating: Mapping[str, Any] | None,
+) -> None:
+    """Refuse what contradicts itself.
+
+    Raises:
+        ValueError: an unknown mode, or settings of a part that is not there.
+    """
+    if mode not in ("joint", "alternating"):
+        raise ValueError(f"mode must be one of ['joint', 'alternating'], got {mode!r}")
+    if alternating and mode == "joint":
+        raise ValueError(f"alternating={dict(alternating)} needs mode='alternating', got 'joint'")
+    if dual and epochs is None:
+        raise ValueError(f"dual={dict(dual)} needs epochs, the length of the schedules, got None")
+
+
+def check_criterion(criterion: nn.Module | None) -> None:
+    """Refuse criteria that do not go with a student that is one distribution over classes.
+
+    Raises:
+        ValueError: a criterion with a sigmoid per class, or over several views of an image.
+    """
+    if isinstance(criterion, BinaryCrossEntropy | nn.BCEWithLogitsLoss | nn.BCELoss):
+        raise ValueError(
+            f"criterion must be a cross-entropy over classes, got {type(criterion).__name__} (--bce-loss): a sigmoid "
+            f"per class leaves the student's softmax, which scaffold and budget read, undetermined"
+        )
+    if isinstance(criterion, JsdCrossEntropy):
+        raise ValueError(
+            f"criterion must be a cross-entropy over classes, got {type(criterion).__name__} (--jsd-loss): its batch "
+            f"holds several views of each image but one label for them, while DiSK needs a label per row"
+        )
+
+
+def check_student(student: nn.Module) -> None:
+    """Refuse a student that makes two predictions; with a distillation head their mean is what inference uses.
+
+    Raises:
+        ValueError: it is set to return both.
+    """
+    student = unwrap_model(student)
+    if getattr(student, "distilled_training", False):
+        raise ValueError(
+            f"the student must return one prediction, got {type(student).__name__} after set_distilled_training(True): "
+            f"DiSK trains the mean of both heads, as inference uses it; call set_distilled_training(False)"
+        )

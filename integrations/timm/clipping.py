@@ -1,0 +1,28 @@
+"""Gradient clipping by one global norm, over student and guide."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+def clip_together(student: list[nn.Parameter], guide: list[nn.Parameter]) -> Iterator[nn.Parameter]:
+    """Yield all of them; the guide's gradient is shortened on the way, when the caller has come past the backward."""
+    yield from student
+    _shorten(guide, student)
+    yield from guide
+
+
+@torch.no_grad()
+def _shorten(guide: list[nn.Parameter], student: list[nn.Parameter]) -> None:
+    """Scale the guide's gradient down to the length of the student's; a loss scaler's factor cancels."""
+    lengths = []
+    for parameters in (guide, student):
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            return
+        lengths.append(nn.utils.get_total_norm(gradients))
+    factor = (lengths[1] / lengths[0]).nan_to_num(nan=1.0).clamp(max=1.0)
+    for parameter in guide:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor.to(parameter.grad.dtype))

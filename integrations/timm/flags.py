@@ -1,0 +1,193 @@
+"""The ``--disk-*`` flags: which there are, and what they hand to DiSK's constructors. No default of its own.
+
+Each is named after the argument it sets; what the host has a flag for (``--kd-temperature``, ``--task-loss-weight``,
+``--distill-loss-weight``, ``--smoothing``) has none here.
+"""
+
+import argparse
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from disk_plugin import DiSKLoss, DualScheduler, GuideHead
+from disk_plugin.features.guided import FEATURE_WEIGHTS, guided_feature_terms
+from disk_plugin.features.simkd import SimKD
+from disk_plugin.variants import VARIANTS
+
+from .recipe import Recipe
+
+_REFUSED = {
+    "bce_loss": "a sigmoid per class leaves the softmax, which scaffold and budget read, undetermined",
+    "jsd_loss": "its batches hold several views of each image but one label for them, DiSK needs a label per row",
+    "naflex_loader": "teacher and student must read the same images, not each its own patches",
+    "torchscript": "a scripted student has no configuration to read",
+}
+MODES, MATCHINGS = ["joint", "alternating"], ["none", "simkd"]
+_ALTERNATING: dict[str, tuple[str, dict[str, Any]]] = {
+    "guide_passes": ("guide passes before each group of student passes", {"type": int, "metavar": "N"}),
+    "student_passes": ("epochs in such a group", {"type": int, "metavar": "N"}),
+    "guide_warmup_passes": ("guide passes before anything else", {"type": int, "metavar": "N"}),
+    "guide_opt": ("the guide's optimizer, by timm's name", {"metavar": "NAME"}),
+    "guide_lr": ("the guide's learning rate, falling to 0 as a cosine", {"type": float, "metavar": "LR"}),
+    "guide_momentum": ("the guide's momentum", {"type": float, "metavar": "M"}),
+    "guide_weight_decay": ("the guide's weight decay", {"type": float, "metavar": "WD"}),
+}
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Read a number, or ``none``."""
+
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = f"{kind.__name__} or none"
+    return read
+
+
+def _temperature(text: str) -> Any:
+    return text if text == "fit" else _or_none(float)(text)
+
+
+_INT, _FLOAT = _or_none(int), _or_none(float)
+_SWITCH = {"action": argparse.BooleanOptionalAction}
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the flags to a parser, the host's own, so that they stand in its help, its args.yaml and its ``-c`` files."""
+    group = parser.add_argument_group("DiSK")
+
+    def flag(name: str, text: str, default: Any, **how: Any) -> None:
+        shown = f"{text} (default: {default})".replace("%", "%%")
+        group.add_argument(f"--disk-{name}", help=shown, default=default, **how)
+
+    def of(target: Callable[..., Any], argument: str) -> Any:
+        """Return the default that the signature holds, as YAML has it."""
+        value = inspect.signature(target).parameters[argument].default
+        return list(value) if isinstance(value, tuple) else value
+
+    flag("mode", "joint: one step for guide and student; alternating: Algorithm 1", "joint", choices=MODES)
+    top_k = "scaffold the teacher's K largest classes; none for all"
+    flag("top-k", top_k, of(DiSKLoss, "top_k"), type=_INT, metavar="K")
+    budget = "nats per sample; two numbers for a schedule from upper to lower"
+    flag("budget", budget, of(DiSKLoss, "budget"), type=float, nargs="+", metavar="NATS")
+    multiplier = "smallest and largest multiplier; twice the same keeps it constant"
+    flag("multiplier", multiplier, of(DualScheduler, "multiplier"), type=float, nargs=2, metavar=("MIN", "MAX"))
+    period = "epochs between restarts of the multiplier; none for a quarter of --disk-epochs"
+    flag("period", period, of(DualScheduler, "period"), type=_INT, metavar="N")
+    budget_period = "epochs between restarts of the budget; none for --disk-period"
+    flag("budget-period", budget_period, of(DualScheduler, "budget_period"), type=_INT, metavar="N")
+    decay = "factor of the upper budget at each restart"
+    flag("budget-decay", decay, of(DualScheduler, "budget_decay"), type=float, metavar="FACTOR")
+    rules = ["cosine", "adaptive", "ascent"]
+    flag("rule", "how the multiplier moves", of(DualScheduler, "rule"), choices=rules)
+    rate = "step of the ascent, per nat"
+    flag("ascent-rate", rate, of(DualScheduler, "ascent_rate"), type=float, metavar="RATE")
+    cap = "bound of the adaptive rule's doubling"
+    flag("multiplier-cap", cap, of(DualScheduler, "multiplier_cap"), type=float, metavar="MAX")
+    flag("epochs", "epochs that the schedules span; none for the run's", None, type=_INT, metavar="N")
+    temperature = "divides the student's logits: none for --kd-temperature, a number, or fit"
+    flag("student-temperature", temperature, of(DiSKLoss, "student_temperature"), type=_temperature, metavar="T")
+    variant = "whose rules: the paper's or one of the authors' scripts'"
+    flag("variant", variant, of(DiSKLoss, "variant"), choices=sorted(VARIANTS))
+    scale = "keeps the guide alive; none for the plain gradient"
+    flag("guide-gradient-scale", scale, of(DiSKLoss, "guide_gradient_scale"), type=_FLOAT, metavar="C")
+    flag("guide-use-features", "the guide reads the teacher's pre-logits", True, **_SWITCH)
+    flag("guide-use-logits", "the guide reads the teacher's logits", of(GuideHead, "use_logits"), **_SWITCH)
+    dims = "widths of the guide's hidden layers"
+    flag("guide-hidden-dims", dims, of(GuideHead, "hidden_dims"), type=int, nargs="+", metavar="WIDTH")
+    flag("guide-norm", "the guide's normalisation", of(GuideHead, "norm"), choices=["layer", "batch"])
+
+    for argument, (text, how) in _ALTERNATING.items():
+        flag(argument.replace("_", "-"), f"alternating: {text}", of(Recipe, argument), **how)
+
+    matching = "simkd: match the teacher's last map and predict through its head; --distill-loss-weight weighs it"
+    flag("feature-matching", matching, "none", choices=MATCHINGS)
+    weight = "what weighs a sample's feature term"
+    flag("feature-weight", weight, of(guided_feature_terms, "weight"), choices=list(FEATURE_WEIGHTS))
+    factor = "the projector's inner width is the teacher's channels // N"
+    flag("simkd-factor", factor, of(SimKD, "factor"), type=int, metavar="N")
+    checkpoint = "the teacher's weights, in place of timm's pretrained ones"
+    flag("teacher-checkpoint", checkpoint, None, metavar="FILE")
+    flag("allow-fresh-guide", "resume, with a new guide, from a checkpoint without one", False, **_SWITCH)
+
+
+def names() -> set[str]:
+    """Return the flags' names in the parsed arguments."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add(parser)
+    return set(vars(parser.parse_args([])))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be told before the data is looked for; a ``-c`` file sets values that no parser has seen.
+
+    Raises:
+        ValueError: unknown names, values out of range, flags of the host that do not go with DiSK.
+        TypeError: values of another type.
+    """
+    known = names()
+    unknown = {name for name in vars(args) if name.startswith("disk_")} - known
+    if unknown:
+        raise ValueError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
+    _check_host(args)
+    for name, choices in (("mode", MODES), ("feature_matching", MATCHINGS), ("feature_weight", FEATURE_WEIGHTS)):
+        if getattr(args, f"disk_{name}") not in choices:
+            raise ValueError(f"disk_{name} must be one of {list(choices)}, got {getattr(args, f'disk_{name}')!r}")
+    # DiSK's own constructors know what they take
+    arguments = task_arguments(args, epochs=1)
+    guide = arguments["guide"]
+    feature_dim = int(guide.pop("use_features"))
+    DualScheduler(DiSKLoss(GuideHead(2, feature_dim, **guide), **_loss(args)), epochs=1, **arguments["dual"])
+    Recipe(**arguments.get("alternating", {}))
+
+
+def _check_host(args: argparse.Namespace) -> None:
+    if not args.kd_model_name:
+        raise ValueError("DiSK needs a teacher: give --kd-model-name, got none")
+    if args.kd_distill_type != "logit":
+        raise ValueError(
+            f"DiSK takes the place of --kd-distill-type logit, got {args.kd_distill_type}: drop the flag, or run "
+            f"train.py itself for timm's own methods"
+        )
+    for name, reason in _REFUSED.items():
+        if getattr(args, name, False):
+            raise ValueError(f"DiSK does not go with --{name.replace('_', '-')}: {reason}")
+
+
+def task_arguments(args: argparse.Namespace, *, epochs: int) -> dict[str, Any]:
+    """Turn the flags into keywords of ``DiSKTask``; ``epochs`` is the run's length."""
+    budget = _budget(args.disk_budget)
+    dual = {"budget": budget if len(budget) == 2 else budget[0]}
+    for name in ("multiplier", "period", "budget_period", "budget_decay", "rule", "ascent_rate", "multiplier_cap"):
+        dual[name] = getattr(args, f"disk_{name}")
+    arguments = {
+        "epochs": args.disk_epochs or epochs,
+        "mode": args.disk_mode,
+        "guide": {
+            "use_features": args.disk_guide_use_features,
+            "use_logits": args.disk_guide_use_logits,
+            "hidden_dims": tuple(args.disk_guide_hidden_dims),
+            "norm": args.disk_guide_norm,
+        },
+        "dual": dual,
+        "allow_fresh_guide": args.disk_allow_fresh_guide,
+        **_loss(args),
+    }
+    if args.disk_mode == "alternating":
+        arguments["alternating"] = {name: getattr(args, f"disk_{name}") for name in _ALTERNATING}
+    if args.disk_feature_matching == "simkd":
+        arguments |= {"feature_weight": args.disk_feature_weight, "factor": args.disk_simkd_factor}
+    return arguments
+
+
+def _loss(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("top_k", "student_temperature", "variant", "guide_gradient_scale")
+    return {**{name: getattr(args, f"disk_{name}") for name in names}, "budget": _budget(args.disk_budget)[0]}
+
+
+def _budget(given: float | list[float]) -> list[float]:
+    """One number, or upper and lower; a ``-c`` file may hold either form."""
+    numbers = given if isinstance(given, list) else [given]
+    if not 1 <= len(numbers) <= 2:
+        raise ValueError(f"disk_budget must be one number, or upper and lower, got {given}")
+    return numbers

@@ -1,0 +1,84 @@
+"""Algorithm 1 in timm: passes over the data that train the guide alone, with an optimizer of its own."""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+from torch import distributed as dist
+
+from disk_plugin import DiSKLoss
+from disk_plugin.functional import DiSKTerms
+
+from .recipe import Recipe
+
+
+class GuidePasses:
+    """The guide's half of Algorithm 1, Kag et al. (ICLR 2023), with the student held fixed.
+
+    The guide stays outside DistributedDataParallel, which wants every gradient in every step: its parameters are
+    broadcast once and its gradients averaged here.
+
+    Args:
+        disk: the loss that owns the guide.
+        recipe: how often, and with which optimizer.
+        epochs: of the host, over which the learning rate falls to 0; None to keep it.
+    """
+
+    def __init__(self, disk: DiSKLoss, recipe: Recipe, epochs: int | None) -> None:
+        self.disk, self.recipe, self.epochs = disk, recipe, epochs
+        self.optimizer = create_optimizer_v2(
+            disk.guide,
+            opt=recipe.guide_opt,
+            lr=recipe.guide_lr,
+            momentum=recipe.guide_momentum,
+            weight_decay=recipe.guide_weight_decay,
+        )
+
+    def run(
+        self,
+        epoch: int,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        terms: Callable[[Tensor, Tensor], DiSKTerms],
+        *,
+        prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda image, target: (image, target),
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> int:
+        """Make the passes that are due; ``terms`` evaluates a batch. Return how many there were."""
+        passes = self.recipe.due(epoch)
+        if not passes:
+            return 0
+        progress = min(epoch / self.epochs, 1.0) if self.epochs else 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.guide_lr * (1 + math.cos(math.pi * progress)) / 2
+        self.disk.guide.train()
+        for _ in range(passes):
+            for image, target in loader:
+                with autocast():
+                    loss = terms(*prepare(image, target)).guide_loss.mean()
+                self.optimizer.zero_grad()
+                loss.backward()
+                self._average_gradients()
+                self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.disk.guide.eval()
+        self.disk.reset_statistics()
+        return passes
+
+    @torch.no_grad()
+    def broadcast(self) -> None:
+        """Start every process from the first one's guide."""
+        for tensor in self.disk.guide.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+    @torch.no_grad()
+    def _average_gradients(self) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        for parameter in self.disk.guide.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()

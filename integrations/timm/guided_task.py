@@ -1,0 +1,251 @@
+"""What DiSK's tasks share: guide, schedule, epochs, checkpoints, and what the host asks of a task."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from timm.task import LogitDistillationTask
+from timm.utils import ModelEmaV3, unwrap_model
+from torch import Tensor, nn
+
+from disk_plugin import DiSKLoss, GuideHead
+from disk_plugin.distributed import mean_over_processes
+from disk_plugin.epoch_report import EpochReport
+from disk_plugin.features.guided import GuidedFeatureTerms
+from disk_plugin.functional import DiSKTerms
+
+from . import arguments, state
+from .clipping import clip_together
+from .guide_passes import GuidePasses
+from .recipe import Recipe
+from .schedule import Schedule
+from .seeding import unseen_random_numbers
+from .teacher import TeacherOutputs, check_classes, input_size_of, probe, teacher_outputs
+from .trainable import DiSKTrainableModule
+
+
+class GuidedTask(LogitDistillationTask):
+    """A task with a guide; ``DiSKTask`` documents the arguments.
+
+    Attributes:
+        disk: the ``DiSKLoss``.
+        dual: its ``DualScheduler``, or None.
+        report: means over the epoch's samples so far.
+        matches_features: whether the task reads the teacher's last map.
+    """
+
+    matches_features = False
+
+    def __init__(
+        self,
+        student_model: nn.Module,
+        teacher_model: str | nn.Module,
+        criterion: nn.Module | None = None,
+        *,
+        epochs: int | None = None,
+        mode: Literal["joint", "alternating"] = "joint",
+        guide: Mapping[str, Any] | None = None,
+        dual: Mapping[str, Any] | None = None,
+        alternating: Mapping[str, Any] | None = None,
+        input_size: tuple[int, int, int] | None = None,
+        allow_fresh_guide: bool = False,
+        **settings: Any,
+    ) -> None:
+        host, loss = arguments.split(settings)
+        arguments.check_modes(mode, epochs, dual, alternating)
+        super().__init__(student_model, teacher_model, criterion, **host)
+        arguments.check_criterion(self.criterion)
+        arguments.check_student(student_model)
+        check_classes(self.teacher.model, student_model, by_name=isinstance(teacher_model, str))
+        self.teacher.requires_grad_(False)
+        self.allow_fresh_guide = allow_fresh_guide
+        guide = dict(guide or {})
+        self._use_features = guide.pop("use_features", True)
+        self._reads_features = self._use_features or self.matches_features
+        with unseen_random_numbers(self.device):
+            size = input_size or input_size_of(student_model)
+            image = torch.randn(1, *size, device=self.device, dtype=self.dtype)
+            student, head = self._build(student_model, image, guide)
+        # the criterion is the host's, so that this loss's own cross-entropy has no weight
+        weights = {"ce_weight": 0.0, "distill_weight": self.distill_loss_weight, "temperature": self.temperature}
+        self.disk = DiSKLoss(head, **{**loss, **weights}).to(self.device)
+        self.disk.reduce_usage = mean_over_processes
+        self.recipe = Recipe(**(alternating or {})) if mode == "alternating" else None
+        self.guide_passes = None if self.recipe is None else GuidePasses(self.disk, self.recipe, epochs)
+        self.schedule = Schedule(self.disk, epochs, 1 if self.recipe is None else self.recipe.student_passes, dual)
+        self.dual = self.schedule.dual
+        self.trainable_module = DiSKTrainableModule(student, head if self.recipe is None else None)
+        self.report = EpochReport()
+        self._teacher_outputs = teacher_outputs
+        self.train()
+
+    def trained(self, student: nn.Module, image: Tensor) -> nn.Module:
+        """Return what is trained and what inference runs; ``image`` is one to try it on."""
+        raise NotImplementedError
+
+    def terms(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        teacher: TeacherOutputs,
+        guide_logits: Tensor | None,
+        feature_error: Tensor | None,
+    ) -> DiSKTerms | GuidedFeatureTerms:
+        """Evaluate the losses per sample; where the guide is outside the trainable module it is called here."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002 (timm's name)
+        """Evaluate a batch.
+
+        Args:
+            input: images (N, C, H, W), normalised for the student.
+            target: class indices (N,) or probabilities (N, classes).
+
+        Returns:
+            ``loss`` to backpropagate; ``output`` (N, classes); detached: ``task_loss``, ``kd_loss`` (L_dist, or the
+            weighted feature term), ``usage``, ``guide``, ``discount`` (means).
+        """
+        teacher = self._teacher(input)
+        logits, guide_logits, feature_error = self.trainable_module(input, *teacher)
+        task_loss = self.criterion(logits, target)
+        terms = self.terms(logits, target, teacher, guide_logits, feature_error)
+        if self.disk.training:
+            self.report.add(terms)
+            state.share_student_temperature(self.disk)
+        own = terms.loss if self.recipe is None else terms.student_loss
+        guided = isinstance(terms, GuidedFeatureTerms)
+        disk, kd_loss = (terms.disk, terms.feature) if guided else (terms, terms.distill)
+        means = {"kd_loss": kd_loss, "usage": disk.usage, "guide": disk.guide, "discount": disk.discount}
+        loss = self.task_loss_weight * task_loss + own.mean()
+        logged = {"task_loss": task_loss.detach(), **{name: value.mean() for name, value in means.items()}}
+        return {"loss": loss, "output": logits, **logged}
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Bring multiplier and budget to an epoch counted from 0, wherever a resumed run starts."""
+        self.report = EpochReport()
+        self.schedule.begin(epoch)
+
+    def run_guide_passes(self, loader: Iterable[tuple[Tensor, Tensor]], **around: Any) -> int:
+        """Make the guide passes that Algorithm 1 has before this epoch; ``around``: see ``GuidePasses.run``.
+
+        Returns how many there were: none in joint mode.
+        """
+        if self.guide_passes is None:
+            return 0
+        training = self.trainable_module.training
+        self.trainable_module.eval()
+        try:
+            return self.guide_passes.run(self.schedule.epoch, loader, self._guide_terms, **around)
+        finally:
+            self.trainable_module.train(training)
+
+    def end_epoch(self) -> dict[str, float]:
+        """Step the schedule; return the epoch's multiplier, budget and means over the samples of all processes."""
+        means = {"multiplier": float(self.disk.multiplier), "budget": float(self.disk.budget)}
+        self.report.sum_over_processes()
+        means |= self.report.means()
+        self.report = EpochReport()
+        self.schedule.end()
+        return means
+
+    def train(self, mode: bool = True) -> "GuidedTask":
+        """Set the mode; the teacher, and a guide that is not being trained, stay in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        if self.guide_passes is not None:
+            self.disk.guide.eval()
+        return self
+
+    def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> "GuidedTask":
+        """Wrap student and guide in DistributedDataParallel, on CPUs too."""
+        if self.device.type == "cpu":
+            device_ids = None
+        if self.guide_passes is not None:
+            self.guide_passes.broadcast()
+        super().prepare_distributed(device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile student and guide, the student alone for validation, and the teacher."""
+        options = {"backend": backend, "mode": mode, **compile_kwargs}
+        self.eval_model = torch.compile(self.student, **options)
+        self.trainable_module = torch.compile(self.trainable_module, **options)
+        self._teacher_outputs = torch.compile(teacher_outputs, **options)
+        return self.eval_model
+
+    @property
+    def student(self) -> nn.Module:
+        """What inference runs, unwrapped: the bare student, or the ``SimKDModel``."""
+        return unwrap_model(self.trainable_module).student
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """Return what inference runs."""
+        resolved = super().get_eval_model(module, ema)
+        inner = unwrap_model(resolved)
+        return inner.student if isinstance(inner, DiSKTrainableModule) else resolved
+
+    def setup_ema(
+        self, decay: float = 0.9999, use_warmup: bool = False, device: torch.device | None = None, **kwargs: Any
+    ) -> nn.Module:
+        """Average what inference runs; the guide is not part of it."""
+        self.trainable_module_ema = ModelEmaV3(self.student, decay, use_warmup=use_warmup, device=device, **kwargs)
+        return self.trainable_module_ema
+
+    def update_ema(self, step: int | None = None) -> None:
+        """Move the average."""
+        if self.has_ema():
+            self.trainable_module_ema.update(self.student, step=step)
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
+        """Yield the student's parameters, its head left out on demand, and the guide's, for one global norm.
+
+        Where the guide's gradient is longer than the student's it is first shortened to that length, so that the norm
+        is at most sqrt(2) times the student's own: the guide cannot starve the student. Read after the backward pass.
+        """
+        student = list(self.student.parameters())[: -2 if exclude_head else None]
+        return clip_together(student, list(self.disk.guide.parameters()) if self.recipe is None else [])
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Return guide, multiplier, budget and their progress: tensors, numbers and containers of them."""
+        return {} if ema else state.state_of(self)
+
+    def load_task_state(
+        self,
+        state_dict: Mapping[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Take them up again.
+
+        Raises:
+            RuntimeError: there is none and ``allow_fresh_guide`` is not set, or it is that of another mode or guide.
+        """
+        if not ema:
+            state.load(self, state_dict)
+
+    def _build(self, student: nn.Module, image: Tensor, guide: Mapping[str, Any]) -> tuple[nn.Module, GuideHead]:
+        """Try the teacher; return what is trained and the guide."""
+        classes = unwrap_model(student).num_classes
+        _, pre_logits, _ = probe(self.teacher.model, self._normalize, image, classes, features=self._reads_features)
+        feature_dim = pre_logits.shape[1] if self._use_features else 0
+        return self.trained(student, image), GuideHead(classes, feature_dim, **guide)
+
+    def _normalize(self, input: Tensor) -> Tensor:  # noqa: A002 (timm's name)
+        return self.teacher.normalize_input(input, self.student_mean, self.student_std).detach()
+
+    @torch.no_grad()
+    def _teacher(self, input: Tensor) -> TeacherOutputs:  # noqa: A002 (timm's name)
+        """Run the teacher; what neither guide nor feature matching reads is None."""
+        features = self._reads_features
+        logits, pre_logits, last_map = self._teacher_outputs(
+            self.teacher.model, self._normalize(input), features=features
+        )
+        return logits, pre_logits if self._use_features else None, last_map if self.matches_features else None
+
+    def _guide_terms(self, input: Tensor, target: Tensor) -> DiSKTerms | GuidedFeatureTerms:  # noqa: A002
+        """Evaluate the terms of a guide pass: nothing of the student is trained."""
+        teacher = self._teacher(input)
+        with torch.no_grad():
+            logits, _, feature_error = self.trainable_module(input, *teacher)
+        return self.terms(logits, target, teacher, None, feature_error)

@@ -1,0 +1,44 @@
+"""When the multiplier and the budget step, in epochs of the host."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from disk_plugin import DiSKLoss, DualScheduler
+
+from .state import share_statistics
+
+
+class Schedule:
+    """A ``DualScheduler`` that steps once per outer iteration of Algorithm 1, so that the guide sees each multiplier.
+
+    Args:
+        disk: the loss to drive.
+        epochs: of the host; None for a constant multiplier.
+        epochs_per_iteration: the student's passes in an outer iteration; 1 in joint mode.
+        dual: keywords of ``DualScheduler``.
+    """
+
+    def __init__(
+        self, disk: DiSKLoss, epochs: int | None, epochs_per_iteration: int, dual: Mapping[str, Any] | None
+    ) -> None:
+        self.epoch, self.epochs_per_iteration = 0, epochs_per_iteration
+        self.dual: DualScheduler | None = None
+        if epochs is not None:
+            # a budget that is given here is not overridden by a checkpoint's
+            dual = {"budget": float(disk.budget), **(dual or {})}
+            self.dual = DualScheduler(disk, epochs=math.ceil(epochs / epochs_per_iteration), **dual)
+
+    def begin(self, epoch: int) -> None:
+        """Bring the scheduler to an epoch of the host, counted from 0."""
+        self.epoch = epoch
+        iteration = epoch // self.epochs_per_iteration
+        if self.dual is not None and self.dual.epoch != iteration:
+            self.dual.load_state_dict({**self.dual.state_dict(), "epoch": iteration})
+
+    def end(self) -> None:
+        """End the epoch, and with its last epoch the iteration."""
+        self.epoch += 1
+        if self.dual is not None and self.epoch % self.epochs_per_iteration == 0:
+            share_statistics(self.dual.loss)
+            self.dual.step()

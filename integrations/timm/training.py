@@ -1,0 +1,128 @@
+"""What the launcher puts into a train.py's namespace: the task, the epochs' schedules and log, the check on resume."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from timm.utils import is_primary, unwrap_model
+
+from . import flags
+from .guided_task import GuidedTask
+from .task import DiSKSimKDTask, DiSKTask
+from .teacher import load_teacher
+
+_logger = logging.getLogger("train")
+
+
+def prepare(train: ModuleType) -> None:
+    """Add the flags to the script's parser; replace the names by which it reaches task, epoch and checkpoint."""
+    flags.add(train.parser)
+    seen: dict[str, argparse.Namespace] = {}
+    parse, train_one_epoch, resume = train._parse_args, train.train_one_epoch, train.resume_task_checkpoint
+
+    def parse_args() -> tuple[argparse.Namespace, str]:
+        args, text = parse()
+        _or_exit(flags.check, args)
+        seen["args"] = args
+        return args, text
+
+    def make_task(**host: Any) -> GuidedTask:
+        return _or_exit(_make_task, train, seen["args"], **host)
+
+    def one_epoch(epoch: int, model: Any, loader: Any, optimizer: Any, args: Any, **around: Any) -> dict[str, float]:
+        task = around["task"]
+        task.begin_epoch(epoch)
+        _guide_passes(loader, args, **around)
+        metrics = train_one_epoch(epoch, model, loader, optimizer, args, **around)
+        means = task.end_epoch()
+        if is_primary(args):
+            _logger.info(f"DiSK: {epoch} " + "  ".join(f"{name}: {value:.4g}" for name, value in means.items()))
+        metrics.update({f"disk_{name}": value for name, value in means.items()})
+        return metrics
+
+    train._parse_args, train.LogitDistillationTask = parse_args, make_task
+    train.train_one_epoch = one_epoch
+    train.resume_task_checkpoint = partial(_resume, resume, seen)
+
+
+def _make_task(
+    train: ModuleType, args: argparse.Namespace, *, student_model: Any, teacher_model: Any, **host: Any
+) -> GuidedTask:
+    if args.disk_teacher_checkpoint:
+        factory = {"device": host["device"], "dtype": host["dtype"]}
+        teacher_model = load_teacher(teacher_model, args.disk_teacher_checkpoint, student_model, **factory)
+    elif not str(teacher_model).startswith("local-dir:"):
+        _logger.info(f"Teacher {teacher_model}: timm's pretrained weights (offline: --disk-teacher-checkpoint FILE).")
+    data = resolve_data_config(vars(args), model=unwrap_model(student_model), verbose=False)
+    arguments = flags.task_arguments(args, epochs=_epochs(train, args))
+    kind = DiSKSimKDTask if args.disk_feature_matching == "simkd" else DiSKTask
+    task = kind(student_model, teacher_model, input_size=tuple(data["input_size"]), **host, **arguments)
+    if is_primary(args):
+        added = sum(parameter.numel() for parameter in task.disk.parameters())
+        _logger.info(f"DiSK: {args.disk_mode}, schedules of {task.dual.epochs} steps, guide of {added} parameters")
+    return task
+
+
+def _epochs(train: ModuleType, args: argparse.Namespace) -> int:
+    """Ask the host's own factory of schedules how many epochs it will run: cool-down and warm-up may add some."""
+    nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    _, epochs = train.create_scheduler_v2(nothing, **train.scheduler_kwargs(args), updates_per_epoch=1)
+    return int(epochs)
+
+
+def _guide_passes(
+    loader: Any,
+    args: argparse.Namespace,
+    *,
+    task: GuidedTask,
+    device: torch.device,
+    amp_autocast: Callable[[], Any],
+    model_dtype: torch.dtype | None,
+    mixup_fn: Callable[[Any, Any], Any] | None,
+    **_: Any,
+) -> None:
+    def to_device(image: Any, target: Any) -> tuple[Any, Any]:
+        if not args.prefetcher:
+            image, target = image.to(device=device, dtype=model_dtype), target.to(device=device)
+            if mixup_fn is not None:
+                image, target = mixup_fn(image, target)
+        if args.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        return image, target
+
+    passes = task.run_guide_passes(loader, prepare=to_device, autocast=amp_autocast)
+    if passes and is_primary(args):
+        _logger.info(f"DiSK: {task.schedule.epoch} {passes} guide passes")
+
+
+def _resume(
+    resume: Callable[..., Any], seen: dict[str, argparse.Namespace], task: GuidedTask, path: str, **how: Any
+) -> Any:
+    """Resume as the host does; say which settings of DiSK have changed, and leave a stranger's optimizer alone."""
+    args = seen["args"]
+    from timm.task._helpers import _load_train_checkpoint
+
+    checkpoint = _or_exit(_load_train_checkpoint, path)
+    known = checkpoint if isinstance(checkpoint, dict) else {}
+    if not known.get("task_state") and args.disk_allow_fresh_guide and how.get("optimizer") is not None:
+        _logger.warning("The checkpoint's optimizer knows no guide: its state is not restored.")
+        how["optimizer"] = None
+    before = vars(known["args"]) if isinstance(known.get("args"), argparse.Namespace) else {}
+    for name in sorted(flags.names() & set(before)):
+        if before[name] != getattr(args, name) and is_primary(args):
+            _logger.warning(f"Resumed with another {name}: {getattr(args, name)}, was {before[name]}")
+    return _or_exit(resume, task, path, **how)
+
+
+def _or_exit(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """Turn an error that the user can mend into its message; nothing has been written yet."""
+    try:
+        return call(*arguments, **keywords)
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        sys.exit(f"error: {error or type(error).__name__}")
