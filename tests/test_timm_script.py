@@ -1,0 +1,295 @@
+"""The launcher, around a stand-in script always and timm's real train.py where ``DISK_TIMM_TRAIN`` names one."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+timm = pytest.importorskip("timm")
+
+from timm.models import create_model  # noqa: E402
+from timm.models._hub import save_for_hf  # noqa: E402
+
+STANDIN = Path(__file__).parent / "standins" / "timm" / "train.py"
+REAL = os.environ.get("DISK_TIMM_TRAIN")
+needs_real = pytest.mark.skipif(not REAL, reason="DISK_TIMM_TRAIN does not name timm's train.py")
+CLASSES = 5
+LOGGED = ["multiplier", "budget", "usage", "guide_right", "guide_wrong", "discount_right", "discount_wrong"]
+
+
+@pytest.fixture(params=["stand-in", pytest.param("checkout", marks=needs_real)])
+def script(request):
+    return str(STANDIN) if request.param == "stand-in" else REAL
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A teacher's checkpoint, with trained-looking statistics, and random images."""
+    root = tmp_path_factory.mktemp("timm")
+    torch.manual_seed(0)
+    for classes in (CLASSES, 7):
+        teacher = create_model("test_resnet", num_classes=classes)
+        torch.save({"state_dict": teacher.state_dict()}, root / f"teacher{classes}.pth")
+        save_for_hf(teacher, str(root / f"local{classes}"))
+    if REAL:
+        from PIL import Image
+
+        for split, count in (("train", 10), ("validation", 4)):
+            for label in range(CLASSES):
+                (root / "data" / split / f"c{label}").mkdir(parents=True)
+                for index in range(count):
+                    pixels = torch.randint(256, (40, 40, 3), dtype=torch.uint8).numpy()
+                    Image.fromarray(pixels).save(root / "data" / split / f"c{label}" / f"{index}.png")
+    return root
+
+
+def command(script, folder, words, teacher="test_resnet"):
+    checkpoint = [] if teacher.startswith("local-dir") else ["--disk-teacher-checkpoint", str(folder / "teacher5.pth")]
+    checkpoint = [] if "--disk-teacher-checkpoint" in words else checkpoint
+    given = ["--model", "test_vit", "--kd-model-name", teacher, "--img-size", "32", "--num-classes", str(CLASSES)]
+    given += ["--output", str(folder / "out")]
+    if script == REAL:
+        given += ["--data-dir", str(folder / "data"), "-b", "8", "-j", "1", "--device", "cpu", "--warmup-epochs", "0"]
+        given += ["--lr", "0.05", "--input-size", "3", "32", "32"]
+        given += [] if "--epochs" in words else ["--epochs", "2"]
+    return ["-m", "disk_plugin.integrations.timm", script, *given, *checkpoint, *map(str, words)]
+
+
+def launch(script, folder, *words, teacher="test_resnet", processes=1, ends=0):
+    """Run the launcher as a user would; return what it printed."""
+    run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(
+        [sys.executable, *run, *command(script, folder, words, teacher)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        check=False,
+    )
+    output = ended.stdout + ended.stderr
+    assert ended.returncode == ends, output[-3000:]
+    return output
+
+
+def checkpoint(folder, experiment):
+    return torch.load(folder / "out" / experiment / "last.pth.tar", weights_only=False)
+
+
+def assert_same(left, right, where="checkpoint"):
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for index, pair in enumerate(zip(left, right, strict=True)):
+            assert_same(*pair, f"{where}.{index}")
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    else:
+        assert left == right, where
+
+
+def test_it_trains_logs_and_leaves_a_bare_student(script, folder):
+    output = launch(script, folder, "--experiment", "plain", "--model-ema", "--disk-top-k", 3, "--disk-budget", 0.6, 0.4)
+    lines = [line for line in output.splitlines() if re.match(r".*DiSK: \d ", line)]
+    assert len(lines) == 2
+    assert all(f"{name}: " in line for line in lines for name in LOGGED)
+    with (folder / "out" / "plain" / "summary.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert float(rows[0]["train_disk_budget"]) > float(rows[1]["train_disk_budget"])
+    assert all(f"train_disk_{name}" in row for row in rows for name in LOGGED)
+    saved = checkpoint(folder, "plain")
+    student = create_model("test_vit", num_classes=CLASSES, img_size=32)
+    for key in ("state_dict", "state_dict_ema"):
+        student.load_state_dict(saved[key])
+    settings = yaml.safe_load((folder / "out" / "plain" / "args.yaml").read_text())
+    assert (settings["disk_top_k"], settings["disk_budget"]) == (3, [0.6, 0.4])
+    assert saved["args"].disk_top_k == 3
+
+
+@pytest.mark.parametrize("words", [[], ["--disk-mode", "alternating", "--disk-student-passes", 2]])
+def test_a_resumed_run_goes_on_and_says_what_was_changed(script, folder, words):
+    name = f"resumed{len(words)}"
+    four = ["--disk-epochs", 4, "--disk-period", 4, *words]
+    launch(script, folder, "--experiment", f"{name}a", *four)
+    last = folder / "out" / f"{name}a" / "last.pth.tar"
+    output = launch(
+        script, folder, "--experiment", f"{name}b", "--epochs", 4, "--resume", last, *four, "--disk-top-k", 2
+    )
+    assert "Resumed with another disk_top_k: 2, was None" in output
+    assert re.findall(r"DiSK: (\d) multiplier", output) == ["2", "3"]
+    state = checkpoint(folder, f"{name}b")["task_state"]
+    assert state["dual"]["epoch"] == (2 if words else 4)
+    assert ("guide_optimizer" in state) == bool(words)
+
+
+def test_a_resumed_stand_in_run_equals_an_uninterrupted_one_bit_for_bit(folder):
+    """The real script draws its augmentation from the whole run's random numbers, whatever the task."""
+    words = ["--cooldown-epochs", 2, "--model-ema"]  # four epochs in all, from the first on
+    launch(str(STANDIN), folder, "--experiment", "whole", *words)
+    # the same run, stopped after its second epoch
+    first = folder / "out" / "whole" / "checkpoint-1.pth.tar"
+    launch(str(STANDIN), folder, "--experiment", "half", *words, "--resume", first)
+    left, right = checkpoint(folder, "whole"), checkpoint(folder, "half")
+    for key in ("state_dict", "state_dict_ema", "optimizer", "task_state"):
+        assert_same(left[key], right[key], key)
+    assert left["task_state"]["dual"]["epoch"] == 4
+
+
+def test_simkd_trains_and_saves_what_predicts(script, folder):
+    launch(script, folder, "--experiment", "simkd", "--disk-feature-matching", "simkd", "--disk-feature-weight", "guide")
+    keys = checkpoint(folder, "simkd")["state_dict"]
+    assert {key.split(".")[0] for key in keys} == {"student", "simkd"}
+
+
+def test_a_local_teacher_and_a_yaml_file_work_and_a_checkpoint_without_a_guide_needs_leave(script, folder):
+    config = folder / "config.yaml"
+    config.write_text("disk_top_k: 2\ndisk_multiplier: [1.0, 1.0]\n")
+    local = f"local-dir:{folder / 'local5'}"
+    output = launch(script, folder, "--experiment", "yaml", "-c", config, teacher=local)
+    assert "multiplier: 1 " in output
+    saved = checkpoint(folder, "yaml")
+    assert saved["args"].disk_top_k == 2
+    del saved["task_state"]
+    torch.save(saved, folder / "bare.pth")
+    words = ["--experiment", "fresh", "--epochs", 3, "--resume", folder / "bare.pth"]
+    refused = launch(script, folder, *words, ends=1)
+    assert "error: the checkpoint must hold DiSK's state" in refused
+    assert not (folder / "out" / "fresh").exists()
+    assert "untrained guide" in launch(script, folder, *words, "--disk-allow-fresh-guide")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--disk-budget", "-1"], "error: budget must be >= 0, got -1.0"),
+        (["--disk-budget", 1, 2, 3], "error: disk_budget must be one number, or upper and lower, got [1.0, 2.0, 3.0]"),
+        (["--disk-variant", "offical"], "invalid choice: 'offical'"),
+        (["--disk-topk", 3], "unrecognized arguments: --disk-topk 3"),
+        (["--kd-distill-type", "feature"], "error: DiSK takes the place of --kd-distill-type logit, got feature"),
+        (["--bce-loss"], "error: DiSK does not go with --bce-loss: a sigmoid per class"),
+        (["--num-classes", 6], "teacher5.pth has 5 classes, the student 6"),
+        (["--disk-teacher-checkpoint", "nowhere.pth"], "nowhere.pth"),
+        (["--resume", "{folder}/teacher5.pth"], "error: "),
+        (["-c", "{folder}/typo.yaml"], "error: unknown settings ['disk_topk']; known are"),
+        (["-c", "{folder}/value.yaml"], "error: disk_mode must be one of ['joint', 'alternating'], got 'both'"),
+    ],
+)
+def test_bad_input_ends_with_what_was_expected_and_what_came_before_anything_is_written(script, folder, words, message):
+    (folder / "typo.yaml").write_text("disk_topk: 3\n")
+    (folder / "value.yaml").write_text("disk_mode: both\n")
+    words = [str(word).format(folder=folder) for word in words]
+    ends = 2 if "invalid" in message or "unrecognized" in message else 1
+    assert message in launch(script, folder, "--experiment", "bad", *words, ends=ends)
+    assert not (folder / "out" / "bad").exists()
+
+
+def test_a_local_teacher_for_other_classes_is_refused(script, folder):
+    output = launch(script, folder, teacher=f"local-dir:{folder / 'local7'}", ends=1)
+    assert "the teacher's weights are for 7 classes, the student has 5: its new head would be random" in output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "found no file"),
+        ("import torch\n", "must be timm's train.py, but it lacks"),
+        ("def main(:\n", "it is no Python"),
+        ("parser = 1\ndef main(): ...\ndef _parse_args(): ...\ndef train_one_epoch(): ...\n", "timm 1.0.27 or newer"),
+    ],
+)
+def test_what_is_no_train_py_is_refused_unrun(folder, tmp_path, text, message):
+    path = tmp_path / "train.py"
+    if text is not None:
+        path.write_text(text + "raise SystemExit('it was run')\n" if "(:" not in text else text)
+    assert message in launch(str(path), folder, ends=1)
+
+
+def test_the_version_beside_an_old_script_is_named(folder, tmp_path):
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "__init__.py").write_text("__version__ = '1.0.20'\n")
+    (tmp_path / "train.py").write_text(STANDIN.read_text())
+    output = launch(str(tmp_path / "train.py"), folder, ends=1)
+    assert re.search(r"error: .*needs timm >= 1\.0\.27.*got 1\.0\.20 .*pip install", output)
+
+
+def test_help_needs_no_script_and_names_every_argument(script, folder):
+    for words in ([], [script]):
+        run = [sys.executable, "-m", "disk_plugin.integrations.timm", *words, "--help"]
+        text = subprocess.run(run, capture_output=True, text=True, check=True, cwd=folder).stdout
+        for flag in ("--disk-top-k", "--disk-multiplier", "--disk-guide-norm", "--disk-guide-lr", "--disk-simkd-factor"):
+            assert flag in text
+
+
+@pytest.mark.parametrize("name", ["r50_r18", "vitl_vitti", "vitl_deitti"])
+def test_a_shipped_preset_holds_settings_that_exist(name, folder):
+    from disk_plugin.integrations.timm import flags
+
+    path = Path(flags.__file__).parent / "configs" / "imagenet" / f"{name}.yaml"
+    settings = yaml.safe_load(path.read_text())
+    disk = {key for key in settings if key.startswith("disk_")}
+    assert disk <= flags.names()
+    assert {"model", "kd_model_name", "epochs"} <= settings.keys()
+    assert all("#" in line for line in path.read_text().splitlines() if line.startswith("disk_"))
+
+
+@needs_real
+@pytest.mark.parametrize("name", ["r50_r18", "vitl_vitti", "vitl_deitti"])
+def test_the_real_script_knows_every_setting_of_a_shipped_preset(name, folder):
+    import ast
+
+    tree = ast.parse(Path(REAL).read_text())
+    flags = {
+        argument.value.removeprefix("--").replace("-", "_")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
+        for argument in node.args
+        if isinstance(argument, ast.Constant)
+    }
+    from disk_plugin.integrations.timm import flags as disk
+
+    path = Path(disk.__file__).parent / "configs" / "imagenet" / f"{name}.yaml"
+    assert set(yaml.safe_load(path.read_text())) <= flags | disk.names()
+
+
+@needs_real
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model-ema", "--amp", "--amp-dtype", "bfloat16", "--grad-accum-steps", 2],
+        ["--mixup", 0.5, "--cutmix", 0.5, "--clip-grad", 1.0, "--layer-decay", 0.8],
+        ["--no-prefetcher", "--mixup", 0.5, "--channels-last", "--disk-mode", "alternating", "--disk-guide-passes", 1],
+        ["--model-dtype", "bfloat16", "--smoothing", 0.0],
+        ["--torchcompile", "aot_eager", "--model-ema"],
+        ["--disk-student-temperature", "fit", "--disk-rule", "adaptive", "--clip-grad", 0.02, "--clip-mode", "agc"],
+        ["--recovery-interval", 2, "--warmup-epochs", 1, "--warmup-prefix", "--cooldown-epochs", 1],
+    ],
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_hosts_features_work(folder, words, processes):
+    name = f"host{processes}{abs(hash(tuple(map(str, words))))}"
+    output = launch(REAL, folder, "--experiment", name, "--model", "test_efficientnet", *words, processes=processes)
+    assert re.search(r"DiSK: 1 multiplier: .*usage: \d", output)
+    assert "nan" not in re.search(r"DiSK: 1 .*", output)[0].split("guide_right")[0]
+
+
+@needs_real
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_every_start_method_of_the_loaders_works(folder, method):
+    code = (
+        f"import multiprocessing as m; m.set_start_method({method!r}); import sys; "
+        "from disk_plugin.integrations.timm.__main__ import main; main(sys.argv[1:])"
+    )
+    path = folder / f"start_{method}.py"
+    path.write_text(f"if __name__ == '__main__':\n    {code}\n")
+    words = command(REAL, folder, ["--experiment", method, "--epochs", 1])[2:]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(path), *words], check=True, capture_output=True, env=environment)
