@@ -98,7 +98,8 @@ def assert_same(left, right, where="checkpoint"):
 
 
 def test_it_trains_logs_and_leaves_a_bare_student(script, folder):
-    output = launch(script, folder, "--experiment", "plain", "--model-ema", "--disk-top-k", 3, "--disk-budget", 0.6, 0.4)
+    words = ["--model-ema", "--disk-top-k", 3, "--disk-budget", 0.6, 0.4, "--disk-period", 2]
+    output = launch(script, folder, "--experiment", "plain", *words)
     lines = [line for line in output.splitlines() if re.match(r".*DiSK: \d ", line)]
     assert len(lines) == 2
     assert all(f"{name}: " in line for line in lines for name in LOGGED)
@@ -145,7 +146,9 @@ def test_a_resumed_stand_in_run_equals_an_uninterrupted_one_bit_for_bit(folder):
 
 
 def test_simkd_trains_and_saves_what_predicts(script, folder):
-    launch(script, folder, "--experiment", "simkd", "--disk-feature-matching", "simkd", "--disk-feature-weight", "guide")
+    launch(
+        script, folder, "--experiment", "simkd", "--disk-feature-matching", "simkd", "--disk-feature-weight", "guide"
+    )
     keys = checkpoint(folder, "simkd")["state_dict"]
     assert {key.split(".")[0] for key in keys} == {"student", "simkd"}
 
@@ -203,7 +206,10 @@ def test_a_local_teacher_for_other_classes_is_refused(script, folder):
         (None, "found no file"),
         ("import torch\n", "must be timm's train.py, but it lacks"),
         ("def main(:\n", "it is no Python"),
-        ("parser = 1\ndef main(): ...\ndef _parse_args(): ...\ndef train_one_epoch(): ...\n", "timm 1.0.27 or newer"),
+        (
+            "parser = 1\ndef main(): ...\ndef _parse_args(): ...\ndef train_one_epoch(): ...\n",
+            "DiSK needs the train.py of timm >= 1.0.27, got ",
+        ),
     ],
 )
 def test_what_is_no_train_py_is_refused_unrun(folder, tmp_path, text, message):
@@ -225,7 +231,13 @@ def test_help_needs_no_script_and_names_every_argument(script, folder):
     for words in ([], [script]):
         run = [sys.executable, "-m", "disk_plugin.integrations.timm", *words, "--help"]
         text = subprocess.run(run, capture_output=True, text=True, check=True, cwd=folder).stdout
-        for flag in ("--disk-top-k", "--disk-multiplier", "--disk-guide-norm", "--disk-guide-lr", "--disk-simkd-factor"):
+        for flag in (
+            "--disk-top-k",
+            "--disk-multiplier",
+            "--disk-guide-norm",
+            "--disk-guide-lr",
+            "--disk-simkd-factor",
+        ):
             assert flag in text
 
 

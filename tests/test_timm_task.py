@@ -141,11 +141,15 @@ def test_simkd_with_uniform_weights_and_no_task_loss_is_the_mean_square_of_the_m
     model.zero_grad()
     student_map = model.simkd.project(model.student.forward_features(image))
     with torch.no_grad():
-        teacher_map = nn.functional.adaptive_avg_pool2d(teacher.forward_features(image), student_map.shape[2:])
+        teachers_image = task.teacher.normalize_input(image, task.student_mean, task.student_std)
+        assert not torch.equal(teachers_image, image)  # the two were built for other means
+        teacher_map = teacher.forward_features(teachers_image)
+        teacher_map = nn.functional.adaptive_avg_pool2d(teacher_map, student_map.shape[2:])
     (2.0 * nn.functional.mse_loss(student_map, teacher_map)).backward()
-    assert_equal(
-        own, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, rtol=1e-3, atol=1e-4
-    )
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert own.keys() == expected.keys()
+    # by length: single entries are rounding
+    assert all((own[name] - expected[name]).norm() <= 1e-4 * expected[name].norm() for name in own)
     assert any(name.startswith("simkd.projector") for name in own)
 
 

@@ -9,7 +9,9 @@ from types import ModuleType
 from .version import require_timm
 
 # what the launcher replaces or reads in the script's namespace
-_NEEDED = {"parser", "main", "_parse_args", "train_one_epoch", "LogitDistillationTask", "resume_task_checkpoint"}
+_SINCE_TASKS = {"LogitDistillationTask", "resume_task_checkpoint"}
+_NEEDED = {"parser", "main", "_parse_args", "train_one_epoch"} | _SINCE_TASKS
+_QUOTES = " '\"\n"
 
 
 def load_script(path: str) -> ModuleType:
@@ -50,7 +52,10 @@ def _check(script: Path) -> None:
         elif isinstance(node, ast.Assign):
             found |= {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
     missing = _NEEDED - found
-    if missing <= {"LogitDistillationTask", "resume_task_checkpoint"} and missing:
-        raise ValueError(f"{script} lacks {sorted(missing)}: DiSK needs the train.py of timm 1.0.27 or newer")
-    if missing:
-        raise ValueError(f"{script} must be timm's train.py, but it lacks {sorted(missing)}")
+    if not missing:
+        return
+    if missing <= _SINCE_TASKS:
+        version = script.parent / "timm" / "version.py"
+        known = f" (timm {version.read_text().split('=')[-1].strip(_QUOTES)})" if version.is_file() else ""
+        raise ValueError(f"DiSK needs the train.py of timm >= 1.0.27, got {script}{known}, without {sorted(missing)}")
+    raise ValueError(f"{script} must be timm's train.py, but it lacks {sorted(missing)}")
