@@ -1,0 +1,67 @@
+"""A training step of DiSKTask against one of timm's own LogitDistillationTask: same student, teacher, batch, optimizer.
+
+Forward of both models, backward, SGD step; resnet50 -> resnet18, 160 px, 1000 classes, random weights and images.
+
+Usage: python benchmarks/timm_step.py [--pairs N] [--batch-size N] [--dry-run]
+"""
+
+import argparse
+import copy
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from pairs import compare
+from timm.optim import create_optimizer_v2
+from timm.task import LogitDistillationTask, TrainingTask
+
+from disk_plugin.integrations.timm import DiSKTask
+
+
+def stepper(task: TrainingTask, image: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
+    """Return one whole step of training."""
+    optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=1e-3, momentum=0.9)
+    task.get_trainable_module().train()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        task(image, target)["loss"].backward()
+        optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--image-size", type=int, default=160)
+    parser.add_argument("--out", type=Path, help="folder for timm_step.json")
+    parser.add_argument("--dry-run", action="store_true", help="tiny models and images, six pairs")
+    args = parser.parse_args()
+    names, size, batch, pairs = ("resnet50", "resnet18"), args.image_size, args.batch_size, args.pairs
+    if args.dry_run:
+        names, size, batch, pairs = ("test_resnet", "test_efficientnet"), 32, 4, 6
+    torch.manual_seed(0)
+    teacher, student = (timm.create_model(name, num_classes=1000) for name in names)
+    image, target = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
+    ours = DiSKTask(copy.deepcopy(student), teacher, epochs=100, input_size=image.shape[1:], verbose=False)
+    theirs = LogitDistillationTask(student, teacher, temperature=4.0, verbose=False)
+    ratio = compare(stepper(ours, image, target), stepper(theirs, image, target), pairs=pairs)
+    print(
+        f"{names[0]} -> {names[1]}, {size} px, batch {batch}: DiSKTask / LogitDistillationTask {ratio.median:.3f} "
+        f"(95 % interval {ratio.low:.3f} to {ratio.high:.3f}, {ratio.pairs} pairs); "
+        f"{ratio.ours:.3f} s and {ratio.theirs:.3f} s; {platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, timm {timm.__version__}"
+    )
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "timm_step.json").write_text(json.dumps(ratio._asdict(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
