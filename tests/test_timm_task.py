@@ -478,10 +478,11 @@ def one_step(task, image, target, mode):
     return {**gradients(task), **{f"state.{k}": v for k, v in task.disk.guide.state_dict().items()}}
 
 
-def process(rank, address, kind, mode, budget, out):
+def process(rank, address, kind, mode, budget, out, norm="layer"):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-    task = make(kind, mode=mode, budget=budget, alternating={"guide_passes": 2} if mode == "alternating" else None)
+    settings = {"guide_passes": 2} if mode == "alternating" else None
+    task = make(kind, mode=mode, budget=budget, alternating=settings, guide={"norm": norm})
     if rank:  # what another seed would have made of it
         with torch.no_grad():
             for parameter in task.disk.guide.parameters():
@@ -507,6 +508,14 @@ def test_two_processes_equal_one_with_the_whole_batch(kind, mode, tmp_path):
     assert_equal(first, expected, rtol=2e-3, atol=1e-5)
     assert logged == pytest.approx(also_logged, nan_ok=True)
     assert logged == pytest.approx(single.end_epoch(), rel=1e-3, nan_ok=True)
+
+
+def test_a_guide_with_batch_statistics_is_the_same_on_both_processes_after_its_passes(tmp_path):
+    out = tmp_path / "result"
+    mp.spawn(process, (str(tmp_path / "rendezvous"), DiSKTask, "alternating", 0.1, str(out), "batch"), nprocs=2)
+    (first, _), (second, _) = (torch.load(f"{out}.{rank}") for rank in (0, 1))
+    assert any("running_mean" in name for name in first)
+    assert_equal(first, second, rtol=0, atol=0)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -546,6 +555,8 @@ def test_models_that_do_not_fit_are_refused():
         DiSKTask(student, timm.create_model("test_resnet", num_classes=7), input_size=SIZE)
     with pytest.raises(ValueError, match="has no forward_features"):
         DiSKTask(student, nn.Sequential(nn.Flatten(), nn.Linear(3072, CLASSES)), input_size=SIZE)
+    with pytest.raises(ValueError, match=r"must be a timm model, got Linear without \['num_classes'"):
+        DiSKTask(nn.Linear(3, CLASSES), models()[1])
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=CLASSES, img_size=32)
     distilled.set_distilled_training(True)
     with pytest.raises(ValueError, match="set_distilled_training"):

@@ -156,9 +156,9 @@ def check_classifier(classifier: nn.Module, teacher_map: Tensor, teacher_logits:
         raise ValueError(
             f"the classifier makes logits of shape {tuple(logits.shape)}, the teacher {tuple(teacher_logits.shape)}"
         )
-    error = ((logits - teacher_logits).norm() / teacher_logits.norm()).item()
-    if not error <= _RELATIVE_TOLERANCE:
+    difference = ((logits - teacher_logits).norm() / teacher_logits.norm()).item()
+    if not difference <= _RELATIVE_TOLERANCE:
         raise ValueError(
             f"the classifier on the teacher's last map does not reproduce the teacher's logits: relative difference "
-            f"{error:.2g}, expected at most {_RELATIVE_TOLERANCE:g}; something else lies between map and classifier"
+            f"{difference:.2g}, expected at most {_RELATIVE_TOLERANCE:g}; something lies between map and classifier"
         )

@@ -11,6 +11,8 @@ from mdistiller.distillers import distiller_dict
 from torch import nn
 from yacs.config import CfgNode
 
+from disk_plugin.schedule_notes import low_multiplier
+
 from .checkpoints import fingerprint, load_weights, read_checkpoint, save_atomically, student_weights
 from .config import build_guide_optimizer
 
@@ -159,16 +161,8 @@ def rehearse(cfg: CfgNode) -> list[str]:
         build_guide_optimizer(cfg, distiller.disk)
     if cfg.DISTILLER.TYPE == "SIMKD" or distiller.dual.rule != "cosine":
         return []
-    return _low_multiplier(distiller.dual, math.ceil(cfg.SOLVER.EPOCHS / distiller.epochs_per_iteration))
-
-
-def _low_multiplier(dual: Any, steps: int) -> list[str]:
-    """Say what would otherwise go unseen: in a short run the cosine restarts before the multiplier has risen."""
-    highest, upper = max((dual(step)[0] for step in range(steps)), default=0.0), dual.multiplier_max
-    if highest >= upper / 2:
-        return []
-    longer = f"DISK.DUAL.PERIOD {steps} lets it rise through the whole run, " if steps > 2 else ""
-    return [
-        f"in the {steps} steps of its schedule the multiplier comes to at most {highest:.3g} of {upper:.3g}, so that "
-        f"the budget is hardly enforced: {longer}DISK.DUAL.MULTIPLIER '[{upper:g}, {upper:g}]' keeps it constant"
-    ]
+    steps = math.ceil(cfg.SOLVER.EPOCHS / distiller.epochs_per_iteration)
+    upper = f"{distiller.dual.multiplier_max:g}"
+    constant = f"DISK.DUAL.MULTIPLIER '[{upper}, {upper}]'"
+    note = low_multiplier(distiller.dual, steps, period=f"DISK.DUAL.PERIOD {steps}", multiplier=constant)
+    return [] if note is None else [note]

@@ -74,12 +74,15 @@ def check_criterion(criterion: nn.Module | None) -> None:
 
 
 def check_student(student: nn.Module) -> None:
-    """Refuse a student that makes two predictions; with a distillation head their mean is what inference uses.
+    """Refuse a student that timm knows nothing of, or that makes two predictions.
 
     Raises:
-        ValueError: it is set to return both.
+        ValueError: no timm model; a distillation head that is set to predict apart, while inference uses the mean.
     """
     student = unwrap_model(student)
+    missing = [name for name in ("num_classes", "in_chans", "pretrained_cfg") if not hasattr(student, name)]
+    if missing:
+        raise ValueError(f"the student must be a timm model, got {type(student).__name__} without {missing}")
     if getattr(student, "distilled_training", False):
         raise ValueError(
             f"the student must return one prediction, got {type(student).__name__} after set_distilled_training(True): "

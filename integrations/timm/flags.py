@@ -137,7 +137,8 @@ def check(args: argparse.Namespace) -> None:
     arguments = task_arguments(args, epochs=1)
     guide = arguments["guide"]
     feature_dim = int(guide.pop("use_features"))
-    DualScheduler(DiSKLoss(GuideHead(2, feature_dim, **guide), **_loss(args)), epochs=1, **arguments["dual"])
+    loss = DiSKLoss(GuideHead(2, feature_dim, **guide), **_loss(args))
+    DualScheduler(loss, epochs=arguments["epochs"], **arguments["dual"])
     Recipe(**arguments.get("alternating", {}))
 
 
@@ -161,7 +162,7 @@ def task_arguments(args: argparse.Namespace, *, epochs: int) -> dict[str, Any]:
     for name in ("multiplier", "period", "budget_period", "budget_decay", "rule", "ascent_rate", "multiplier_cap"):
         dual[name] = getattr(args, f"disk_{name}")
     arguments = {
-        "epochs": args.disk_epochs or epochs,
+        "epochs": epochs if args.disk_epochs is None else args.disk_epochs,
         "mode": args.disk_mode,
         "guide": {
             "use_features": args.disk_guide_use_features,

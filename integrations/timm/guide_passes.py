@@ -11,6 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from disk_plugin import DiSKLoss
+from disk_plugin.distributed import mean_over_processes
 from disk_plugin.functional import DiSKTerms
 
 from .recipe import Recipe
@@ -64,6 +65,9 @@ class GuidePasses:
                 self._average_gradients()
                 self.optimizer.step()
         self.optimizer.zero_grad()
+        for buffer in self.disk.guide.buffers():
+            if buffer.is_floating_point():  # BatchNorm's statistics, of which each process has seen its share
+                buffer.copy_(mean_over_processes(buffer))
         self.disk.guide.eval()
         self.disk.reset_statistics()
         return passes
@@ -76,9 +80,6 @@ class GuidePasses:
 
     @torch.no_grad()
     def _average_gradients(self) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
-            return
         for parameter in self.disk.guide.parameters():
             if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
+                parameter.grad.copy_(mean_over_processes(parameter.grad))

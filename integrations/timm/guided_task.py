@@ -53,9 +53,9 @@ class GuidedTask(LogitDistillationTask):
     ) -> None:
         host, loss = arguments.split(settings)
         arguments.check_modes(mode, epochs, dual, alternating)
+        arguments.check_student(student_model)
         super().__init__(student_model, teacher_model, criterion, **host)
         arguments.check_criterion(self.criterion)
-        arguments.check_student(student_model)
         check_classes(self.teacher.model, student_model, by_name=isinstance(teacher_model, str))
         self.teacher.requires_grad_(False)
         self.allow_fresh_guide = allow_fresh_guide
@@ -113,8 +113,7 @@ class GuidedTask(LogitDistillationTask):
             self.report.add(terms)
             state.share_student_temperature(self.disk)
         own = terms.loss if self.recipe is None else terms.student_loss
-        guided = isinstance(terms, GuidedFeatureTerms)
-        disk, kd_loss = (terms.disk, terms.feature) if guided else (terms, terms.distill)
+        disk, kd_loss = (terms.disk, terms.feature) if self.matches_features else (terms, terms.distill)
         means = {"kd_loss": kd_loss, "usage": disk.usage, "guide": disk.guide, "discount": disk.discount}
         loss = self.task_loss_weight * task_loss + own.mean()
         logged = {"task_loss": task_loss.detach(), **{name: value.mean() for name, value in means.items()}}

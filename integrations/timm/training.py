@@ -12,6 +12,8 @@ import torch
 from timm.data import resolve_data_config
 from timm.utils import is_primary, unwrap_model
 
+from disk_plugin.schedule_notes import low_multiplier
+
 from . import flags
 from .guided_task import GuidedTask
 from .task import DiSKSimKDTask, DiSKTask
@@ -55,18 +57,27 @@ def _make_task(
     train: ModuleType, args: argparse.Namespace, *, student_model: Any, teacher_model: Any, **host: Any
 ) -> GuidedTask:
     if args.disk_teacher_checkpoint:
-        factory = {"device": host["device"], "dtype": host["dtype"]}
+        factory = {"device": host.get("device"), "dtype": host.get("dtype")}
         teacher_model = load_teacher(teacher_model, args.disk_teacher_checkpoint, student_model, **factory)
-    elif not str(teacher_model).startswith("local-dir:"):
-        _logger.info(f"Teacher {teacher_model}: timm's pretrained weights (offline: --disk-teacher-checkpoint FILE).")
+    elif is_primary(args) and not str(teacher_model).startswith("local-dir:"):
+        _logger.info(f"Teacher {teacher_model}: timm's pretrained weights (offline: --disk-teacher-checkpoint FILE)")
     data = resolve_data_config(vars(args), model=unwrap_model(student_model), verbose=False)
     arguments = flags.task_arguments(args, epochs=_epochs(train, args))
     kind = DiSKSimKDTask if args.disk_feature_matching == "simkd" else DiSKTask
     task = kind(student_model, teacher_model, input_size=tuple(data["input_size"]), **host, **arguments)
     if is_primary(args):
-        added = sum(parameter.numel() for parameter in task.disk.parameters())
-        _logger.info(f"DiSK: {args.disk_mode}, schedules of {task.dual.epochs} steps, guide of {added} parameters")
+        _describe(task, args.disk_mode)
     return task
+
+
+def _describe(task: GuidedTask, mode: str) -> None:
+    dual = task.dual
+    added = sum(parameter.numel() for parameter in task.disk.parameters())
+    _logger.info(f"DiSK: {mode}, schedules of {dual.epochs} steps, guide of {added} parameters")
+    constant = f"--disk-multiplier {dual.multiplier_max:g} {dual.multiplier_max:g}"
+    note = low_multiplier(dual, dual.epochs, period=f"--disk-period {dual.epochs}", multiplier=constant)
+    if note is not None:
+        _logger.warning(f"DiSK: {note}")
 
 
 def _epochs(train: ModuleType, args: argparse.Namespace) -> int:
@@ -106,18 +117,22 @@ def _resume(
 ) -> Any:
     """Resume as the host does; say which settings of DiSK have changed, and leave a stranger's optimizer alone."""
     args = seen["args"]
-    from timm.task._helpers import _load_train_checkpoint
-
-    checkpoint = _or_exit(_load_train_checkpoint, path)
-    known = checkpoint if isinstance(checkpoint, dict) else {}
-    if not known.get("task_state") and args.disk_allow_fresh_guide and how.get("optimizer") is not None:
+    checkpoint = _or_exit(_read, path)
+    if not checkpoint.get("task_state") and args.disk_allow_fresh_guide and how.get("optimizer") is not None:
         _logger.warning("The checkpoint's optimizer knows no guide: its state is not restored.")
         how["optimizer"] = None
-    before = vars(known["args"]) if isinstance(known.get("args"), argparse.Namespace) else {}
+    before = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
     for name in sorted(flags.names() & set(before)):
         if before[name] != getattr(args, name) and is_primary(args):
             _logger.warning(f"Resumed with another {name}: {getattr(args, name)}, was {before[name]}")
     return _or_exit(resume, task, path, **how)
+
+
+def _read(path: str) -> dict[str, Any]:
+    """Read a checkpoint as the host does, which puts its arguments in."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    return checkpoint if isinstance(checkpoint, dict) else {}
 
 
 def _or_exit(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
