@@ -181,7 +181,11 @@ def test_a_local_teacher_and_a_yaml_file_work_and_a_checkpoint_without_a_guide_n
         (["--kd-distill-type", "feature"], "error: DiSK takes the place of --kd-distill-type logit, got feature"),
         (["--bce-loss"], "error: DiSK does not go with --bce-loss: a sigmoid per class"),
         (["--num-classes", 6], "teacher5.pth has 5 classes, the student 6"),
-        (["--disk-teacher-checkpoint", "nowhere.pth"], "nowhere.pth"),
+        (
+            ["--disk-teacher-checkpoint", "nowhere.pth"],
+            "error: expected the teacher's weights, found no file nowhere.pth",
+        ),
+        (["--resume", "nowhere.pth"], "error: [Errno 2] No such file or directory: 'nowhere.pth'"),
         (["--resume", "{folder}/teacher5.pth"], "error: "),
         (["-c", "{folder}/typo.yaml"], "error: unknown settings ['disk_topk']; known are"),
         (["-c", "{folder}/value.yaml"], "error: disk_mode must be one of ['joint', 'alternating'], got 'both'"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from . import flags
 
+_COMMAND = "python -m disk_plugin.integrations.timm"
 _CONFIGS = Path(__file__).parent
 _DESCRIPTION = """\
 Train with DiSK by timm's own train.py (timm >= 1.0.27), of which no line is edited. TRAIN.PY is the script of a git
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     from .training import prepare
 
+    train.parser.prog = f"{_COMMAND} {path}"
     prepare(train)
     sys.argv = [path, *_shipped_configs(rest)]
     train.main()
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _explain(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m disk_plugin.integrations.timm",
+        prog=_COMMAND,
         usage="%(prog)s TRAIN.PY --kd-model-name TEACHER [flags of train.py] [--disk-...]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,6 +1,7 @@
 """The teacher: where its weights come from, whether it fits, and what the guide reads of it."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ def load_teacher(name: str, checkpoint: str, student: nn.Module, **factory: Any)
         ValueError: the file's classifier has another number of classes, or its weights do not fit the model.
         OSError: no such file.
     """
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"expected the teacher's weights, found no file {checkpoint}")
     student = unwrap_model(student)
     weights = read_state_dict(checkpoint)
     teacher = create_model(

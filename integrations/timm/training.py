@@ -140,4 +140,4 @@ def _or_exit(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     try:
         return call(*arguments, **keywords)
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        sys.exit(f"error: {error or type(error).__name__}")
+        sys.exit(f"error: {str(error) or type(error).__name__}")
