@@ -9,7 +9,7 @@ from timm.utils import ModelEmaV3, unwrap_model
 from torch import Tensor, nn
 
 from disk_plugin import DiSKLoss, GuideHead
-from disk_plugin.distributed import mean_over_processes
+from disk_plugin.distributed import mean_over_processes, share_student_temperature
 from disk_plugin.epoch_report import EpochReport
 from disk_plugin.features.guided import GuidedFeatureTerms
 from disk_plugin.functional import DiSKTerms
@@ -74,6 +74,8 @@ class GuidedTask(LogitDistillationTask):
         self.guide_passes = None if self.recipe is None else GuidePasses(self.disk, self.recipe, epochs)
         self.schedule = Schedule(self.disk, epochs, 1 if self.recipe is None else self.recipe.student_passes, dual)
         self.dual = self.schedule.dual
+        guide_optimizer = None if self.guide_passes is None else self.guide_passes.optimizer
+        self._stateful = {"disk": self.disk, "dual": self.dual, "guide_optimizer": guide_optimizer}
         self.trainable_module = DiSKTrainableModule(student, head if self.recipe is None else None)
         self.report = EpochReport()
         self._teacher_outputs = teacher_outputs
@@ -111,7 +113,7 @@ class GuidedTask(LogitDistillationTask):
         terms = self.terms(logits, target, teacher, guide_logits, feature_error)
         if self.disk.training:
             self.report.add(terms)
-            state.share_student_temperature(self.disk)
+            share_student_temperature(self.disk)
         own = terms.loss if self.recipe is None else terms.student_loss
         disk, kd_loss = (terms.disk, terms.feature) if self.matches_features else (terms, terms.distill)
         means = {"kd_loss": kd_loss, "usage": disk.usage, "guide": disk.guide, "discount": disk.discount}
@@ -157,12 +159,9 @@ class GuidedTask(LogitDistillationTask):
 
     def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> "GuidedTask":
         """Wrap student and guide in DistributedDataParallel, on CPUs too."""
-        if self.device.type == "cpu":
-            device_ids = None
         if self.guide_passes is not None:
             self.guide_passes.broadcast()
-        super().prepare_distributed(device_ids, **ddp_kwargs)
-        return self
+        return super().prepare_distributed(None if self.device.type == "cpu" else device_ids, **ddp_kwargs)
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
         """Compile student and guide, the student alone for validation, and the teacher."""
@@ -206,7 +205,7 @@ class GuidedTask(LogitDistillationTask):
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Return guide, multiplier, budget and their progress: tensors, numbers and containers of them."""
-        return {} if ema else state.state_of(self)
+        return {} if ema else state.state_of(self._stateful)
 
     def load_task_state(
         self,
@@ -221,7 +220,7 @@ class GuidedTask(LogitDistillationTask):
             RuntimeError: there is none and ``allow_fresh_guide`` is not set, or it is that of another mode or guide.
         """
         if not ema:
-            state.load(self, state_dict)
+            state.load(self._stateful, state_dict, allow_fresh_guide=self.allow_fresh_guide)
 
     def _build(self, student: nn.Module, image: Tensor, guide: Mapping[str, Any]) -> tuple[nn.Module, GuideHead]:
         """Try the teacher; return what is trained and the guide."""

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from disk_plugin import DiSKLoss, DualScheduler
-
-from .state import share_statistics
+from disk_plugin.distributed import share_statistics
 
 
 class Schedule:
