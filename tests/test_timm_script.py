@@ -168,7 +168,9 @@ def test_a_local_teacher_and_a_yaml_file_work_and_a_checkpoint_without_a_guide_n
     refused = launch(script, folder, *words, ends=1)
     assert "error: the checkpoint must hold DiSK's state" in refused
     assert not (folder / "out" / "fresh").exists()
-    assert "untrained guide" in launch(script, folder, *words, "--disk-allow-fresh-guide")
+    output = launch(script, folder, *words, "--disk-allow-fresh-guide")
+    assert "untrained guide" in output
+    assert "Resumed with 3 epochs, was 2: multiplier and budget now follow the schedule of 3" in output
 
 
 @pytest.mark.parametrize(
@@ -185,6 +187,7 @@ def test_a_local_teacher_and_a_yaml_file_work_and_a_checkpoint_without_a_guide_n
             ["--disk-teacher-checkpoint", "nowhere.pth"],
             "error: expected the teacher's weights, found no file nowhere.pth",
         ),
+        (["--disk-teacher-checkpoint", "{folder}/typo.yaml"], "typo.yaml, which cannot be loaded: "),
         (["--resume", "nowhere.pth"], "error: [Errno 2] No such file or directory: 'nowhere.pth'"),
         (["--resume", "{folder}/teacher5.pth"], "error: "),
         (["-c", "{folder}/typo.yaml"], "error: unknown settings ['disk_topk']; known are"),

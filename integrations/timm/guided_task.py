@@ -19,7 +19,6 @@ from .clipping import clip_together
 from .guide_passes import GuidePasses
 from .recipe import Recipe
 from .schedule import Schedule
-from .seeding import unseen_random_numbers
 from .teacher import TeacherOutputs, check_classes, input_size_of, probe, teacher_outputs
 from .trainable import DiSKTrainableModule
 
@@ -62,9 +61,8 @@ class GuidedTask(LogitDistillationTask):
         guide = dict(guide or {})
         self._use_features = guide.pop("use_features", True)
         self._reads_features = self._use_features or self.matches_features
-        with unseen_random_numbers(self.device):
-            size = input_size or input_size_of(student_model)
-            image = torch.randn(1, *size, device=self.device, dtype=self.dtype)
+        with torch.random.fork_rng(devices=[]):  # all on the CPU: with one seed a baseline sees the same batches
+            image = torch.randn(1, *(input_size or input_size_of(student_model))).to(self.device, self.dtype)
             student, head = self._build(student_model, image, guide)
         # the criterion is the host's, so that this loss's own cross-entropy has no weight
         weights = {"ce_weight": 0.0, "distill_weight": self.distill_loss_weight, "temperature": self.temperature}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,13 +20,18 @@ def load_teacher(name: str, checkpoint: str, student: nn.Module, **factory: Any)
     """Build a teacher by name, with the student's classes and channels, and the weights of a file; no network.
 
     Raises:
-        ValueError: the file's classifier has another number of classes, or its weights do not fit the model.
+        ValueError: no checkpoint, or one for another number of classes or another model.
         OSError: no such file.
     """
     if not Path(checkpoint).is_file():
         raise FileNotFoundError(f"expected the teacher's weights, found no file {checkpoint}")
     student = unwrap_model(student)
-    weights = read_state_dict(checkpoint)
+    try:
+        weights = read_state_dict(checkpoint)
+    except (RuntimeError, UnpicklingError) as error:
+        raise ValueError(
+            f"expected the teacher's weights, got {checkpoint}, which cannot be loaded: {error}"
+        ) from error
     teacher = create_model(
         name, pretrained=False, num_classes=student.num_classes, in_chans=student.in_chans, **factory
     )

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import partial
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 
@@ -125,6 +126,11 @@ def _resume(
     for name in sorted(flags.names() & set(before)):
         if before[name] != getattr(args, name) and is_primary(args):
             _logger.warning(f"Resumed with another {name}: {getattr(args, name)}, was {before[name]}")
+    if before.get("epochs", args.epochs) != args.epochs and args.disk_epochs is None and is_primary(args):
+        _logger.warning(
+            f"Resumed with {args.epochs} epochs, was {before['epochs']}: multiplier and budget now follow the schedule "
+            f"of {args.epochs} (--disk-epochs {before['epochs']} keeps it)"
+        )
     return _or_exit(resume, task, path, **how)
 
 
@@ -139,5 +145,5 @@ def _or_exit(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     """Turn an error that the user can mend into its message; nothing has been written yet."""
     try:
         return call(*arguments, **keywords)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, UnpicklingError) as error:
         sys.exit(f"error: {str(error) or type(error).__name__}")
