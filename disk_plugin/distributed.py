@@ -11,7 +11,7 @@ from .loss import DiSKLoss
 def mean_over_processes(value: Tensor) -> Tensor:
     """Return the mean of each process's ``value``, on every process; ``value`` itself without a process group.
 
-    As ``DiSKLoss.reduce_usage`` it gives all processes one hinge, that of the whole batch: every process must then
+    As ``DiSKLoss.reduce_mean`` it gives all processes one hinge, that of the whole batch: every process must then
     evaluate the loss equally often. Processes weigh the same, as in DistributedDataParallel's mean of the gradients.
 
     Args:

@@ -46,8 +46,8 @@ class DiSKLoss(nn.Module):
         ignore_index: class index of positions that take part in nothing.
 
     Attributes:
-        reduce_usage: None, or what turns the mean usage of a training batch into that of the whole of which the batch
-            is a part, such as :func:`disk_plugin.distributed.mean_over_processes`: that one decides the hinge.
+        reduce_mean: None, or what averages a scalar over the training batches that together are one, such as
+            :func:`disk_plugin.distributed.mean_over_processes`: the whole's usage decides the hinge.
 
     Shape:
         student_logits, teacher_logits (N, C) or (N, C, d1, ...); target int64 (N, d1, ...) or probabilities of the
@@ -115,7 +115,7 @@ class DiSKLoss(nn.Module):
         if fitted:
             self.register_buffer("fitted_student_temperature", torch.tensor(float(temperature), dtype=torch.float64))
             self.register_buffer("student_temperature_moments", torch.zeros(2, dtype=torch.float64))
-        self.reduce_usage: Callable[[Tensor], Tensor] | None = None
+        self.reduce_mean: Callable[[Tensor], Tensor] | None = None
         # a number is a setting, not state: no checkpoint overrides it
         self._fixed_student_temperature = student_temperature
 
@@ -170,7 +170,7 @@ class DiSKLoss(nn.Module):
                 guide_gradient_scale=self.guide_gradient_scale,
                 ignore_index=self.ignore_index,
                 sample_weight=sample_weight,
-                reduce_usage=self.reduce_usage if self.training else None,
+                reduce_mean=self.reduce_mean if self.training else None,
                 reduction=reduction,
             )
             if self.training:

@@ -130,7 +130,7 @@ def test_a_resumed_run_goes_on_and_says_what_was_changed(script, folder, words):
     assert re.findall(r"DiSK: (\d) multiplier", output) == ["2", "3"]
     state = checkpoint(folder, f"{name}b")["task_state"]
     assert state["dual"]["epoch"] == (2 if words else 4)
-    assert ("guide_optimizer" in state) == bool(words)
+    assert ("guide_passes" in state) == bool(words)
 
 
 def test_a_resumed_stand_in_run_equals_an_uninterrupted_one_bit_for_bit(folder):
@@ -164,10 +164,11 @@ def test_a_local_teacher_and_a_yaml_file_work_and_a_checkpoint_without_a_guide_n
     assert saved["args"].disk_top_k == 2
     del saved["task_state"]
     torch.save(saved, folder / "bare.pth")
-    words = ["--experiment", "fresh", "--epochs", 3, "--resume", folder / "bare.pth"]
+    fresh = f"fresh-{Path(script).parent.name}"
+    words = ["--experiment", fresh, "--epochs", 3, "--resume", folder / "bare.pth"]
     refused = launch(script, folder, *words, ends=1)
     assert "error: the checkpoint must hold DiSK's state" in refused
-    assert not (folder / "out" / "fresh").exists()
+    assert not (folder / "out" / fresh).exists()
     output = launch(script, folder, *words, "--disk-allow-fresh-guide")
     assert "untrained guide" in output
     assert "Resumed with 3 epochs, was 2: multiplier and budget now follow the schedule of 3" in output
@@ -190,12 +191,16 @@ def test_a_local_teacher_and_a_yaml_file_work_and_a_checkpoint_without_a_guide_n
         (["--disk-teacher-checkpoint", "{folder}/typo.yaml"], "typo.yaml, which cannot be loaded: "),
         (["--resume", "nowhere.pth"], "error: [Errno 2] No such file or directory: 'nowhere.pth'"),
         (["--resume", "{folder}/teacher5.pth"], "error: "),
+        (["-c", "{folder}/nowhere.yaml"], "nowhere.yaml; shipped are configs/imagenet/r50_r18.yaml"),
+        (["-c", "{folder}/type.yaml"], "error: disk_guide_hidden_dims must be a list, got int 64"),
+        (["--disk-guide-lr", 0.7], "error: disk_guide_lr 0.7 changes nothing without --disk-mode alternating"),
         (["-c", "{folder}/typo.yaml"], "error: unknown settings ['disk_topk']; known are"),
         (["-c", "{folder}/value.yaml"], "error: disk_mode must be one of ['joint', 'alternating'], got 'both'"),
     ],
 )
 def test_bad_input_ends_with_what_was_expected_and_what_came_before_anything_is_written(script, folder, words, message):
     (folder / "typo.yaml").write_text("disk_topk: 3\n")
+    (folder / "type.yaml").write_text("disk_guide_hidden_dims: 64\n")
     (folder / "value.yaml").write_text("disk_mode: both\n")
     words = [str(word).format(folder=folder) for word in words]
     ends = 2 if "invalid" in message or "unrecognized" in message else 1

@@ -408,7 +408,7 @@ def test_a_checkpoint_without_state_is_refused_unless_a_fresh_guide_is_allowed(c
 
 def test_the_state_of_another_mode_or_guide_is_refused():
     joint, alternating = make(), make(mode="alternating")
-    with pytest.raises(RuntimeError, match=r"must hold .*guide_optimizer.* got \['disk', 'dual'\]"):
+    with pytest.raises(RuntimeError, match=r"must hold .*guide_passes.* got \['disk', 'dual'\]"):
         alternating.load_task_state(joint.get_task_state())
     with pytest.raises(RuntimeError, match="size mismatch"):
         make(guide={"hidden_dims": (8,)}).load_task_state(joint.get_task_state())
@@ -478,11 +478,10 @@ def one_step(task, image, target, mode):
     return {**gradients(task), **{f"state.{k}": v for k, v in task.disk.guide.state_dict().items()}}
 
 
-def process(rank, address, kind, mode, budget, out, norm="layer"):
+def process(rank, address, kind, mode, out, settings):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-    settings = {"guide_passes": 2} if mode == "alternating" else None
-    task = make(kind, mode=mode, budget=budget, alternating=settings, guide={"norm": norm})
+    task = make(kind, mode=mode, alternating={"guide_passes": 2} if mode == "alternating" else None, **settings)
     if rank:  # what another seed would have made of it
         with torch.no_grad():
             for parameter in task.disk.guide.parameters():
@@ -502,7 +501,7 @@ def test_two_processes_equal_one_with_the_whole_batch(kind, mode, tmp_path):
     single = make(kind, mode=mode, budget=budget, alternating={"guide_passes": 2} if mode == "alternating" else None)
     expected = one_step(single, *batch(8), mode)
     out = tmp_path / "result"
-    mp.spawn(process, (str(tmp_path / "rendezvous"), kind, mode, budget, str(out)), nprocs=2)
+    mp.spawn(process, (str(tmp_path / "rendezvous"), kind, mode, str(out), {"budget": budget}), nprocs=2)
     (first, logged), (second, also_logged) = (torch.load(f"{out}.{rank}") for rank in (0, 1))
     assert_equal(first, second, rtol=0, atol=0)
     assert_equal(first, expected, rtol=2e-3, atol=1e-5)
@@ -512,10 +511,82 @@ def test_two_processes_equal_one_with_the_whole_batch(kind, mode, tmp_path):
 
 def test_a_guide_with_batch_statistics_is_the_same_on_both_processes_after_its_passes(tmp_path):
     out = tmp_path / "result"
-    mp.spawn(process, (str(tmp_path / "rendezvous"), DiSKTask, "alternating", 0.1, str(out), "batch"), nprocs=2)
+    settings = {"guide": {"norm": "batch"}}
+    mp.spawn(process, (str(tmp_path / "rendezvous"), DiSKTask, "alternating", str(out), settings), nprocs=2)
     (first, _), (second, _) = (torch.load(f"{out}.{rank}") for rank in (0, 1))
     assert any("running_mean" in name for name in first)
     assert_equal(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["official_cifar", "official_imagenet"])
+@pytest.mark.parametrize("budget", [0.0, 1e3])
+def test_the_authors_denominator_counts_the_errors_of_all_parts(variant, budget):
+    """Two parts with 1 and 4 errors, of which each is told the means over both."""
+    student, teacher, guide = torch.randn(8, CLASSES), torch.randn(8, CLASSES), torch.randn(8)
+    right = student.argmax(1)
+    target = torch.where(torch.tensor([1, 1, 1, 0, 0, 0, 0, 0], dtype=torch.bool), right, (right + 1) % CLASSES)
+    guide.requires_grad_()
+    settings = {"variant": variant, "budget": budget, "multiplier": 2.0, "top_k": 3}
+    whole = functional.disk_terms(student, teacher, target, guide, **settings)
+    (expected,) = torch.autograd.grad(whole.loss, guide)
+    told = iter([torch.tensor(2.5), whole.usage] * 2)
+    parts = [
+        functional.disk_terms(
+            *(each[part] for each in (student, teacher, target, guide)), **settings, reduce_mean=lambda _: next(told)
+        )
+        for part in (slice(4), slice(4, 8))
+    ]
+    loss = (parts[0].loss + parts[1].loss) / 2
+    torch.testing.assert_close(loss, whole.loss)
+    torch.testing.assert_close(torch.autograd.grad(loss, guide)[0], expected)
+
+
+@pytest.mark.parametrize("settings", [{"exclude_head": True}, {}])
+def test_without_a_global_norm_the_guides_gradient_keeps_its_length(settings):
+    task = make(guide_gradient_scale=None, dual={"multiplier": (50.0, 50.0)}, budget=0.0)
+    task.clips_by_norm = bool(settings)
+    task(*batch())["loss"].backward()
+    guide = list(task.disk.guide.parameters())
+    for parameter in guide:
+        parameter.grad *= 1e4
+    before = norm(guide)
+    list(task.get_clip_parameters(**settings))
+    assert norm(guide) == before
+
+
+def test_a_fresh_guide_is_trained_before_a_resumed_student_and_the_host_draws_what_it_would_without():
+    task = make(mode="alternating", alternating={"guide_warmup_passes": 2, "guide_passes": 1, "student_passes": 4})
+    task.begin_epoch(2)
+    torch.manual_seed(3)
+    expected = torch.randperm(8)
+    torch.manual_seed(3)
+    dataset = torch.utils.data.TensorDataset(*batch())
+    assert task.run_guide_passes(torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True)) == 3
+    assert torch.equal(torch.randperm(8), expected)
+    task.end_epoch()
+    task.begin_epoch(3)
+    assert task.run_guide_passes([batch()]) == 0
+
+
+def test_the_guides_optimizer_keeps_its_new_settings_on_resume_and_another_kind_is_refused():
+    def guide_state(**alternating):
+        return make(mode="alternating", alternating=alternating)
+
+    state = guide_state().get_task_state()
+    resumed = guide_state(guide_momentum=0.5, guide_weight_decay=0.1)
+    resumed.load_task_state(state=state)
+    assert {group["momentum"] for group in resumed.guide_passes.optimizer.param_groups} == {0.5}
+    assert 0.1 in {group["weight_decay"] for group in resumed.guide_passes.optimizer.param_groups}
+    with pytest.raises(RuntimeError, match=r"the guide's optimizer must have the settings .*betas.* got"):
+        guide_state(guide_opt="adamw").load_task_state(state)
+
+
+def test_an_epoch_that_was_interrupted_ends_with_what_it_showed():
+    task = make(dual={"rule": "ascent", "multiplier": (0.5, 9.0)}, budget=0.0)
+    task(*batch())
+    task.begin_epoch(1)  # the host skips the rest of epoch 0
+    assert float(task.disk.multiplier) > 0.5
+    assert task.disk.statistics().positions == 0
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -528,6 +599,9 @@ def test_a_guide_with_batch_statistics_is_the_same_on_both_processes_after_its_p
         ({"criterion": nn.BCEWithLogitsLoss()}, ValueError, "got BCEWithLogitsLoss .*sigmoid"),
         ({"criterion": JsdCrossEntropy()}, ValueError, "got JsdCrossEntropy .*several views"),
         ({"mode": "both"}, ValueError, r"mode must be one of \['joint', 'alternating'\], got 'both'"),
+        ({"multiplier": 5.0}, ValueError, "the multiplier is the schedule's"),
+        ({"epochs": "3"}, TypeError, "epochs must be an int, got str"),
+        ({"input_size": (3,)}, ValueError, r"input_size must be \(channels, height, width\), got \(3,\)"),
         ({"topk": 3}, TypeError, r"unknown settings \['topk'\]; known are .*top_k"),
         ({"top_k": 0}, ValueError, "top_k must be >= 1, got 0"),
         ({"ce_weight": 0.5, "task_loss_weight": 0.5}, ValueError, "the same weight"),
@@ -615,11 +689,11 @@ def test_a_task_can_be_copied_and_pickled(kind):
 
 
 def test_the_hinge_of_a_mean_over_processes_is_that_of_the_whole():
-    """``reduce_usage`` decides the hinge: a part within the budget pays where the whole exceeds it."""
+    """``reduce_mean`` decides the hinge: a part within the budget pays where the whole exceeds it."""
     target = batch()[1]
     logits, guide = torch.randn(8, CLASSES), torch.zeros(8)
     spent = functional.usage(logits, target, guide).item()
     settings = {"multiplier": 3.0, "budget": 2 * spent}
     slack = functional.disk_terms(logits, logits, target, guide, **settings)
-    pays = functional.disk_terms(logits, logits, target, guide, reduce_usage=lambda mean: 4 * mean, **settings)
+    pays = functional.disk_terms(logits, logits, target, guide, reduce_mean=lambda mean: 4 * mean, **settings)
     assert (pays.loss - slack.loss).item() == pytest.approx(-3.0 * spent, rel=1e-5)

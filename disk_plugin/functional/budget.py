@@ -1,5 +1,7 @@
 """Equation (3): what the guide spends, and by how much that exceeds its budget."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
@@ -58,15 +60,26 @@ def budget_loss(usage: Tensor, budget: float | Tensor) -> Tensor:
 
 
 def budget_cross_entropy(
-    log_probs: Tensor, teacher_logits: Tensor, where: Positions, wrong: Tensor, variant: Variant
+    log_probs: Tensor,
+    teacher_logits: Tensor,
+    where: Positions,
+    wrong: Tensor,
+    variant: Variant,
+    reduce_mean: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Cross-entropy that the budget counts, per position, scaled so that its mean has the variant's denominator."""
+    """Cross-entropy that the budget counts, per position, scaled so that its mean has the variant's denominator.
+
+    With ``reduce_mean`` the errors are those of the whole of which the batch is a part, over the number of parts.
+    """
     ce = label_cross_entropy(log_probs, teacher_logits.argmax(1) if variant.budget_label == "teacher" else where.label)
     if variant.budget_clamp is not None:
         ce = ce.clamp(max=variant.budget_clamp)
     if variant.budget_denominator == "errors":
-        errors = (wrong & where.valid).sum().clamp(min=1)  # a batch without errors divides by 1, not by 0
-        ce = ce * (where.total.to(ce.dtype) / errors)
+        errors = (wrong & where.valid).sum().to(ce.dtype)
+        if reduce_mean is not None:
+            errors = reduce_mean(errors)
+        # a batch without errors divides by 1, not by 0
+        ce = ce * (where.total.to(ce.dtype) / torch.where(errors > 0, errors, 1.0))
     return ce
 
 

@@ -57,7 +57,7 @@ def disk_terms(
     guide_gradient_scale: float | None = 0.3,
     ignore_index: int = -100,
     sample_weight: Tensor | None = None,
-    reduce_usage: Callable[[Tensor], Tensor] | None = None,
+    reduce_mean: Callable[[Tensor], Tensor] | None = None,
     reduction: Reduction = "mean",
 ) -> DiSKTerms:
     r"""Evaluate the objective of DiSK, Kag et al. (ICLR 2023), eq. (5), for given guide logits.
@@ -70,7 +70,7 @@ def disk_terms(
     in the points that :class:`disk_plugin.variants.Variant` names; the default is the paper's.
 
     The hinge is over the batch of this one call, so that micro-batches and replicas each have their own, unless
-    ``reduce_usage`` looks further.
+    ``reduce_mean`` looks further.
 
     Args:
         student_logits: before softmax.
@@ -90,8 +90,8 @@ def disk_terms(
             no value changes, and no sample's optimum between them. None: the plain derivative by the logit (the paper).
         ignore_index: class index of positions that take part in nothing.
         sample_weight: weight per sample or position; means still divide by the count of positions not ignored.
-        reduce_usage: maps this batch's mean usage (detached) to that of the whole of which the batch is a part; the
-            whole's decides whether the budget is exceeded. None where the batch is the whole.
+        reduce_mean: maps a detached scalar of this batch to its mean over the batches that together are the whole: the
+            whole's usage decides whether the budget is exceeded. None where the batch is the whole.
         reduction: ``"mean"``, or ``"none"`` for per-position values with value.sum() / count equal to the mean.
 
     Shape:
@@ -136,7 +136,7 @@ def disk_terms(
     )
     distill = where.weighted(temperature * tau_s * parts.kl)
     prediction = s.argmax(1)
-    budget_ce = budget_cross_entropy(log_probs, t, where, prediction != where.label, record)
+    budget_ce = budget_cross_entropy(log_probs, t, where, prediction != where.label, record, reduce_mean)
     budget_ce = budget_ce if record.student_feels_budget else budget_ce.detach()
 
     # the student's half: the guide is detached
@@ -144,8 +144,8 @@ def disk_terms(
     core = where.reduce(ce_weight * ce + distill_weight * distill, reduction)
     spent = where.weighted(g * budget_ce)
     mean_usage = where.reduce(spent.detach(), "mean")
-    if reduce_usage is not None:
-        mean_usage = reduce_usage(mean_usage)
+    if reduce_mean is not None:
+        mean_usage = reduce_mean(mean_usage)
     over_budget = lam * hinge(spent, where, delta, mean_usage, reduction)
 
     # the guide's half: the student is detached, values carry no graph, the gradient is in closed form

@@ -54,8 +54,12 @@ def _shipped_configs(argv: list[str]) -> list[str]:
     """Replace the name of a shipped YAML file by its path."""
 
     def resolve(name: str) -> str:
-        shipped = _CONFIGS / name
-        return str(shipped) if not Path(name).is_file() and shipped.suffix == ".yaml" and shipped.is_file() else name
+        if Path(name).is_file():
+            return name
+        if not (_CONFIGS / name).is_file():
+            shipped = sorted(str(path.relative_to(_CONFIGS)) for path in _CONFIGS.glob("configs/**/*.yaml"))
+            sys.exit(f"error: -c must name a YAML file, found none at {name}; shipped are {', '.join(shipped)}")
+        return str(_CONFIGS / name)
 
     resolved = []
     for before, word in zip(["", *argv], argv, strict=False):

@@ -1,7 +1,7 @@
 """What ``DiSKTask`` was asked for: which keyword goes where, and what does not go together."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
@@ -9,7 +9,7 @@ from timm.task import LogitDistillationTask
 from timm.utils import unwrap_model
 from torch import nn
 
-from disk_plugin import DiSKLoss
+from disk_plugin import DiSKLoss, _checks
 
 _TEMPERATURE = inspect.signature(DiSKLoss).parameters["temperature"].default
 _LOSS = {name for name, p in inspect.signature(DiSKLoss).parameters.items() if p.kind is p.KEYWORD_ONLY}
@@ -41,6 +41,8 @@ def check_modes(
     epochs: int | None,
     dual: Mapping[str, Any] | None,
     alternating: Mapping[str, Any] | None,
+    input_size: Sequence[int] | None,
+    loss: Mapping[str, Any],
 ) -> None:
     """Refuse what contradicts itself.
 
@@ -51,6 +53,15 @@ def check_modes(
         raise ValueError(f"mode must be one of ['joint', 'alternating'], got {mode!r}")
     if alternating and mode == "joint":
         raise ValueError(f"alternating={dict(alternating)} needs mode='alternating', got 'joint'")
+    if epochs is not None:
+        _checks.integer("epochs", epochs, at_least=1)
+    if epochs is not None and "multiplier" in loss:
+        raise ValueError(
+            f"with epochs={epochs} the multiplier is the schedule's: give dual={{'multiplier': (smallest, largest)}} "
+            f"instead of multiplier={loss['multiplier']}"
+        )
+    if input_size is not None and len(input_size) != 3:
+        raise ValueError(f"input_size must be (channels, height, width), got {tuple(input_size)}")
     if dual and epochs is None:
         raise ValueError(f"dual={dict(dual)} needs epochs, the length of the schedules, got None")
 

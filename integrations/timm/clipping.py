@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 
-def clip_together(student: list[nn.Parameter], guide: list[nn.Parameter]) -> Iterator[nn.Parameter]:
+def clip_together(student: list[nn.Parameter], guide: list[nn.Parameter], *, shortened: bool) -> Iterator[nn.Parameter]:
     """Yield all of them; the guide's gradient is shortened on the way, when the caller has come past the backward."""
     yield from student
-    _shorten(guide, student)
+    if shortened:
+        _shorten(guide, student)
     yield from guide
 
 

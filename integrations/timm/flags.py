@@ -113,9 +113,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def names() -> set[str]:
     """Return the flags' names in the parsed arguments."""
+    return set(_defaults())
+
+
+def _defaults() -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False)
     add(parser)
-    return set(vars(parser.parse_args([])))
+    return vars(parser.parse_args([]))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -133,6 +137,8 @@ def check(args: argparse.Namespace) -> None:
     for name, choices in (("mode", MODES), ("feature_matching", MATCHINGS), ("feature_weight", FEATURE_WEIGHTS)):
         if getattr(args, f"disk_{name}") not in choices:
             raise ValueError(f"disk_{name} must be one of {list(choices)}, got {getattr(args, f'disk_{name}')!r}")
+    _check_types(args)
+    _check_unused(args)
     # DiSK's own constructors know what they take
     arguments = task_arguments(args, epochs=1)
     guide = arguments["guide"]
@@ -140,6 +146,34 @@ def check(args: argparse.Namespace) -> None:
     loss = DiSKLoss(GuideHead(2, feature_dim, **guide), **_loss(args))
     DualScheduler(loss, epochs=arguments["epochs"], **arguments["dual"])
     Recipe(**arguments.get("alternating", {}))
+
+
+def _check_types(args: argparse.Namespace) -> None:
+    for name in ("guide_use_features", "guide_use_logits", "allow_fresh_guide"):
+        value = getattr(args, f"disk_{name}")
+        if not isinstance(value, bool):
+            raise TypeError(f"disk_{name} must be true or false, got {type(value).__name__} {value!r}")
+    for name in ("guide_hidden_dims", "multiplier"):
+        value = getattr(args, f"disk_{name}")
+        if not isinstance(value, list):
+            raise TypeError(f"disk_{name} must be a list, got {type(value).__name__} {value!r}")
+
+
+def _check_unused(args: argparse.Namespace) -> None:
+    """Refuse settings of a part that is switched off: they would change nothing."""
+    off = {
+        "--disk-mode alternating": [] if args.disk_mode == "alternating" else list(_ALTERNATING),
+        "--disk-feature-matching simkd": (
+            [] if args.disk_feature_matching == "simkd" else ["feature_weight", "simkd_factor"]
+        ),
+        "--disk-rule ascent": [] if args.disk_rule == "ascent" else ["ascent_rate"],
+        "--disk-rule adaptive": [] if args.disk_rule == "adaptive" else ["multiplier_cap"],
+    }
+    for needed, unused in off.items():
+        for name in unused:
+            value = getattr(args, f"disk_{name}")
+            if value != _defaults()[f"disk_{name}"]:
+                raise ValueError(f"disk_{name} {value} changes nothing without {needed}")
 
 
 def _check_host(args: argparse.Namespace) -> None:
@@ -150,6 +184,8 @@ def _check_host(args: argparse.Namespace) -> None:
             f"DiSK takes the place of --kd-distill-type logit, got {args.kd_distill_type}: drop the flag, or run "
             f"train.py itself for timm's own methods"
         )
+    if "adahessian" in str(getattr(args, "opt", "")).lower():
+        raise ValueError(f"DiSK has first-order gradients only, got --opt {args.opt}, which needs the second")
     for name, reason in _REFUSED.items():
         if getattr(args, name, False):
             raise ValueError(f"DiSK does not go with --{name.replace('_', '-')}: {reason}")

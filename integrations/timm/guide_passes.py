@@ -1,10 +1,12 @@
 """Algorithm 1 in timm: passes over the data that train the guide alone, with an optimizer of its own."""
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor
@@ -30,7 +32,7 @@ class GuidePasses:
     """
 
     def __init__(self, disk: DiSKLoss, recipe: Recipe, epochs: int | None) -> None:
-        self.disk, self.recipe, self.epochs = disk, recipe, epochs
+        self.disk, self.recipe, self.epochs, self.passes = disk, recipe, epochs, 0
         self.optimizer = create_optimizer_v2(
             disk.guide,
             opt=recipe.guide_opt,
@@ -48,22 +50,27 @@ class GuidePasses:
         prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda image, target: (image, target),
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> int:
-        """Make the passes that are due; ``terms`` evaluates a batch. Return how many there were."""
-        passes = self.recipe.due(epoch)
+        """Make the passes that are due; ``terms`` evaluates a batch. Return how many there were.
+
+        The process's random numbers are put back, so that the student sees its samples in the order of a run without.
+        """
+        passes = self.recipe.due(epoch, fresh=not self.passes)
         if not passes:
             return 0
         progress = min(epoch / self.epochs, 1.0) if self.epochs else 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.guide_lr * (1 + math.cos(math.pi * progress)) / 2
         self.disk.guide.train()
-        for _ in range(passes):
-            for image, target in loader:
-                with autocast():
-                    loss = terms(*prepare(image, target)).guide_loss.mean()
-                self.optimizer.zero_grad()
-                loss.backward()
-                self._average_gradients()
-                self.optimizer.step()
+        with _random_numbers_put_back():
+            for _ in range(passes):
+                for image, target in loader:
+                    with autocast():
+                        loss = terms(*prepare(image, target)).guide_loss.mean()
+                    self.optimizer.zero_grad()
+                    loss.backward()
+                    self._average_gradients()
+                    self.optimizer.step()
+        self.passes += passes
         self.optimizer.zero_grad()
         for buffer in self.disk.guide.buffers():
             if buffer.is_floating_point():  # BatchNorm's statistics, of which each process has seen its share
@@ -71,6 +78,33 @@ class GuidePasses:
         self.disk.guide.eval()
         self.disk.reset_statistics()
         return passes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state and how many passes there were."""
+        return {"optimizer": self.optimizer.state_dict(), "passes": self.passes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them up again; rates and decays stay those given here.
+
+        Raises:
+            RuntimeError: the state of another kind of optimizer.
+        """
+        loaded = state["optimizer"]
+        kept = [{name: value for name, value in group.items() if name != "params"} for group in self._groups]
+        for group, settings in zip(loaded["param_groups"], kept, strict=False):
+            if group.keys() - {"params"} != settings.keys():
+                raise RuntimeError(
+                    f"the guide's optimizer must have the settings {sorted(settings)}, got {sorted(group)}: the run "
+                    f"had another one"
+                )
+        self.optimizer.load_state_dict(loaded)
+        for group, settings in zip(self._groups, kept, strict=True):
+            group.update(settings)
+        self.passes = state["passes"]
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
 
     @torch.no_grad()
     def broadcast(self) -> None:
@@ -83,3 +117,12 @@ class GuidePasses:
         for parameter in self.disk.guide.parameters():
             if parameter.grad is not None:
                 parameter.grad.copy_(mean_over_processes(parameter.grad))
+
+
+@contextmanager
+def _random_numbers_put_back() -> Iterator[None]:
+    python, array = random.getstate(), np.random.get_state()  # noqa: NPY002 (the host draws from it)
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(python)
+    np.random.set_state(array)  # noqa: NPY002

@@ -14,11 +14,12 @@ from disk_plugin.epoch_report import EpochReport
 from disk_plugin.features.guided import GuidedFeatureTerms
 from disk_plugin.functional import DiSKTerms
 
-from . import arguments, state
+from . import arguments
 from .clipping import clip_together
 from .guide_passes import GuidePasses
 from .recipe import Recipe
 from .schedule import Schedule
+from .state import load, state_of
 from .teacher import TeacherOutputs, check_classes, input_size_of, probe, teacher_outputs
 from .trainable import DiSKTrainableModule
 
@@ -31,9 +32,10 @@ class GuidedTask(LogitDistillationTask):
         dual: its ``DualScheduler``, or None.
         report: means over the epoch's samples so far.
         matches_features: whether the task reads the teacher's last map.
+        clips_by_norm: False for a host that clips each value by itself.
     """
 
-    matches_features = False
+    matches_features, clips_by_norm = False, True
 
     def __init__(
         self,
@@ -51,7 +53,7 @@ class GuidedTask(LogitDistillationTask):
         **settings: Any,
     ) -> None:
         host, loss = arguments.split(settings)
-        arguments.check_modes(mode, epochs, dual, alternating)
+        arguments.check_modes(mode, epochs, dual, alternating, input_size, loss)
         arguments.check_student(student_model)
         super().__init__(student_model, teacher_model, criterion, **host)
         arguments.check_criterion(self.criterion)
@@ -67,13 +69,12 @@ class GuidedTask(LogitDistillationTask):
         # the criterion is the host's, so that this loss's own cross-entropy has no weight
         weights = {"ce_weight": 0.0, "distill_weight": self.distill_loss_weight, "temperature": self.temperature}
         self.disk = DiSKLoss(head, **{**loss, **weights}).to(self.device)
-        self.disk.reduce_usage = mean_over_processes
+        self.disk.reduce_mean = mean_over_processes
         self.recipe = Recipe(**(alternating or {})) if mode == "alternating" else None
         self.guide_passes = None if self.recipe is None else GuidePasses(self.disk, self.recipe, epochs)
         self.schedule = Schedule(self.disk, epochs, 1 if self.recipe is None else self.recipe.student_passes, dual)
         self.dual = self.schedule.dual
-        guide_optimizer = None if self.guide_passes is None else self.guide_passes.optimizer
-        self._stateful = {"disk": self.disk, "dual": self.dual, "guide_optimizer": guide_optimizer}
+        self._stateful = {"disk": self.disk, "dual": self.dual, "guide_passes": self.guide_passes}
         self.trainable_module = DiSKTrainableModule(student, head if self.recipe is None else None)
         self.report = EpochReport()
         self._teacher_outputs = teacher_outputs
@@ -197,17 +198,19 @@ class GuidedTask(LogitDistillationTask):
 
         Where the guide's gradient is longer than the student's it is first shortened to that length, so that the norm
         is at most sqrt(2) times the student's own: the guide cannot starve the student. Read after the backward pass.
+        Not where there is no global norm: for AGC (``exclude_head``), and with ``clips_by_norm`` False.
         """
         student = list(self.student.parameters())[: -2 if exclude_head else None]
-        return clip_together(student, list(self.disk.guide.parameters()) if self.recipe is None else [])
+        guide = list(self.disk.guide.parameters()) if self.recipe is None else []
+        return clip_together(student, guide, shortened=self.clips_by_norm and not exclude_head)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Return guide, multiplier, budget and their progress: tensors, numbers and containers of them."""
-        return {} if ema else state.state_of(self._stateful)
+        return {} if ema else state_of(self._stateful)
 
     def load_task_state(
         self,
-        state_dict: Mapping[str, Any] | None,
+        state: Mapping[str, Any] | None,
         strict: bool = True,
         module: nn.Module | None = None,
         ema: bool = False,
@@ -218,7 +221,7 @@ class GuidedTask(LogitDistillationTask):
             RuntimeError: there is none and ``allow_fresh_guide`` is not set, or it is that of another mode or guide.
         """
         if not ema:
-            state.load(self._stateful, state_dict, allow_fresh_guide=self.allow_fresh_guide)
+            load(self._stateful, state, allow_fresh_guide=self.allow_fresh_guide)
 
     def _build(self, student: nn.Module, image: Tensor, guide: Mapping[str, Any]) -> tuple[nn.Module, GuideHead]:
         """Try the teacher; return what is trained and the guide."""

@@ -32,7 +32,8 @@ class Recipe:
             if value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
 
-    def due(self, epoch: int) -> int:
-        """Return how many guide passes come before the host's epoch, counted from 0."""
-        warmup = self.guide_warmup_passes if epoch == 0 else 0
-        return warmup + (self.guide_passes if epoch % self.student_passes == 0 else 0)
+    def due(self, epoch: int, *, fresh: bool) -> int:
+        """Return how many guide passes come before the host's epoch, counted from 0; ``fresh``: none came yet."""
+        if fresh:
+            return self.guide_warmup_passes + self.guide_passes
+        return self.guide_passes if epoch % self.student_passes == 0 else 0

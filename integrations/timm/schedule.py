@@ -32,8 +32,14 @@ class Schedule:
         """Bring the scheduler to an epoch of the host, counted from 0."""
         self.epoch = epoch
         iteration = epoch // self.epochs_per_iteration
-        if self.dual is not None and self.dual.epoch != iteration:
-            self.dual.load_state_dict({**self.dual.state_dict(), "epoch": iteration})
+        if self.dual is None or self.dual.epoch == iteration:
+            return
+        if self.dual.epoch < iteration and self.dual.loss.statistics().positions:
+            # resumed from the middle of an epoch, whose rest the host skips: end it with what it showed
+            share_statistics(self.dual.loss)
+            self.dual.step()
+        self.dual.load_state_dict({**self.dual.state_dict(), "epoch": iteration})
+        self.dual.loss.reset_statistics()
 
     def end(self) -> None:
         """End the epoch, and with its last epoch the iteration."""

@@ -138,10 +138,11 @@ def _refuse_ignored_map(teacher: nn.Module, layout: Layout, teacher_map: Tensor)
     gradient = torch.autograd.grad(logits.square().sum(), probe, allow_unused=True)[0] if logits.requires_grad else None
     if gradient is None or not gradient.any():
         pooling = getattr(teacher, "global_pool", None)
+        why = "it reads a class token" if pooling == "token" else "or its classifier is zero, as in an untrained model"
         raise ValueError(
             f"SimKD needs a teacher whose head reads the feature map, but that of {type(teacher).__name__} ignores it "
-            f"(global_pool={pooling!r}, it reads a class token): the student would get no gradient. Take a teacher "
-            f"with global average pooling"
+            f"(global_pool={pooling!r}, {why}): the student would get no gradient. Take a teacher with global average "
+            f"pooling"
         )
 
 

@@ -8,8 +8,13 @@ _logger = logging.getLogger(__name__)
 
 
 def state_of(stateful: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state of each object that there is: the loss with its guide, the schedule, the guide's optimizer."""
+    """Return the state of each object that there is: the loss with its guide, the schedule, the guide's passes."""
     return {name: carried.state_dict() for name, carried in stateful.items() if carried is not None}
+
+
+def holds_guide(state: Any) -> bool:
+    """Return whether a checkpoint's ``task_state`` is DiSK's."""
+    return isinstance(state, Mapping) and "disk" in state
 
 
 def load(stateful: Mapping[str, Any], state: Mapping[str, Any] | None, *, allow_fresh_guide: bool) -> None:
@@ -18,7 +23,7 @@ def load(stateful: Mapping[str, Any], state: Mapping[str, Any] | None, *, allow_
     Raises:
         RuntimeError: nothing to load and no leave to go on, or a state of another mode or guide.
     """
-    if not state or "disk" not in state:
+    if not holds_guide(state):
         if not allow_fresh_guide:
             raise RuntimeError(
                 "the checkpoint must hold DiSK's state (guide, multiplier, budget, their progress) under 'task_state', "

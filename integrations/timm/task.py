@@ -32,7 +32,8 @@ class DiSKTask(GuidedTask):
         student_model: the student; it must return logits in training mode.
         teacher_model: a name, a module, or timm's ``DistillationTeacher``; it is frozen.
         criterion: of the task, None for cross-entropy.
-        epochs: whole epochs that the schedules of multiplier and budget span; None for a constant multiplier.
+        epochs: whole epochs that the schedules of multiplier and budget span; None for the constant ``multiplier`` and
+            ``budget``, which a checkpoint that is loaded then brings along.
         mode: ``"joint"`` or ``"alternating"``.
         guide: keywords of ``GuideHead``, and ``use_features`` (default True): the teacher's pre-logits as a second
             input beside its logits.

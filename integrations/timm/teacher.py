@@ -109,11 +109,10 @@ def probe(
         plain = teacher(normalize(image))
     except (AssertionError, RuntimeError) as error:
         wanted = getattr(getattr(teacher, "patch_embed", None), "img_size", None)
-        wanted = wanted or getattr(teacher, "pretrained_cfg", {}).get("input_size", "another size")
-        raise ValueError(
-            f"teacher and student see the same images, of size {tuple(image.shape[1:])}, but the teacher expects "
-            f"{wanted}: {error}"
-        ) from error
+        size = f"teacher and student see the same images, of size {tuple(image.shape[1:])}, but the teacher "
+        if wanted is None or tuple(wanted) == tuple(image.shape[2:]):
+            raise ValueError(f"{size}cannot read them: {error}") from error
+        raise ValueError(f"{size}expects {tuple(wanted)}: {error}") from error
     for logits in (plain, outputs[0]):
         if not isinstance(logits, Tensor) or tuple(logits.shape) != (1, num_classes):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -17,6 +17,7 @@ from disk_plugin.schedule_notes import low_multiplier
 
 from . import flags
 from .guided_task import GuidedTask
+from .state import holds_guide
 from .task import DiSKSimKDTask, DiSKTask
 from .teacher import load_teacher
 
@@ -66,6 +67,7 @@ def _make_task(
     arguments = flags.task_arguments(args, epochs=_epochs(train, args))
     kind = DiSKSimKDTask if args.disk_feature_matching == "simkd" else DiSKTask
     task = kind(student_model, teacher_model, input_size=tuple(data["input_size"]), **host, **arguments)
+    task.clips_by_norm = getattr(args, "clip_mode", "norm") == "norm"
     if is_primary(args):
         _describe(task, args.disk_mode)
     return task
@@ -108,6 +110,9 @@ def _guide_passes(
             image = image.contiguous(memory_format=torch.channels_last)
         return image, target
 
+    if getattr(args, "mixup_off_epoch", 0) and task.schedule.epoch >= args.mixup_off_epoch:
+        # as the host does at the start of the student's pass
+        (loader if args.prefetcher else mixup_fn).mixup_enabled = False
     passes = task.run_guide_passes(loader, prepare=to_device, autocast=amp_autocast)
     if passes and is_primary(args):
         _logger.info(f"DiSK: {task.schedule.epoch} {passes} guide passes")
@@ -119,7 +124,8 @@ def _resume(
     """Resume as the host does; say which settings of DiSK have changed, and leave a stranger's optimizer alone."""
     args = seen["args"]
     checkpoint = _or_exit(_read, path)
-    if not checkpoint.get("task_state") and args.disk_allow_fresh_guide and how.get("optimizer") is not None:
+    stranger = not holds_guide(checkpoint.get("task_state"))
+    if stranger and args.disk_allow_fresh_guide and task.recipe is None and how.get("optimizer") is not None:
         _logger.warning("The checkpoint's optimizer knows no guide: its state is not restored.")
         how["optimizer"] = None
     before = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
@@ -145,5 +151,6 @@ def _or_exit(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     """Turn an error that the user can mend into its message; nothing has been written yet."""
     try:
         return call(*arguments, **keywords)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError, UnpicklingError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, EOFError, UnpicklingError) as error:
+        _logger.debug("refused", exc_info=True)
         sys.exit(f"error: {str(error) or type(error).__name__}")
