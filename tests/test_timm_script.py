@@ -164,7 +164,7 @@ def test_a_local_teacher_and_a_yaml_file_work_and_a_checkpoint_without_a_guide_n
     assert saved["args"].disk_top_k == 2
     del saved["task_state"]
     torch.save(saved, folder / "bare.pth")
-    fresh = f"fresh-{Path(script).parent.name}"
+    fresh = "fresh-real" if script == REAL else "fresh"
     words = ["--experiment", fresh, "--epochs", 3, "--resume", folder / "bare.pth"]
     refused = launch(script, folder, *words, ends=1)
     assert "error: the checkpoint must hold DiSK's state" in refused
