@@ -159,7 +159,7 @@ def rehearse(cfg: CfgNode) -> list[str]:
     distiller = distiller_dict[cfg.DISTILLER.TYPE](build_model(cfg, cfg.DISTILLER.STUDENT), teacher, cfg)
     if cfg.SOLVER.TRAINER == "disk":
         build_guide_optimizer(cfg, distiller.disk)
-    if cfg.DISTILLER.TYPE == "SIMKD" or distiller.dual.rule != "cosine":
+    if cfg.DISTILLER.TYPE == "SIMKD":
         return []
     steps = math.ceil(cfg.SOLVER.EPOCHS / distiller.epochs_per_iteration)
     upper = f"{distiller.dual.multiplier_max:g}"

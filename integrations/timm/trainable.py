@@ -9,6 +9,7 @@ from disk_plugin.loss import without_autocast
 class DiSKTrainableModule(FeatureDistillationTrainableModule):
     """Student and guide in one forward, so that DistributedDataParallel synchronises both.
 
+    The guide alone and not its loss, whose buffers (statistics, multiplier) each process keeps for itself.
     The host's base class maps the student's ``no_weight_decay`` and layer-decay groups, the guide is in the last group.
     """
 
@@ -24,9 +25,10 @@ class DiSKTrainableModule(FeatureDistillationTrainableModule):
         teacher_map: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return logits (N, C), guide logits (N,) and, of a ``SimKDModel``, the distance to the teacher's map (N,)."""
-        # a module of its own, student included, knows how to compare its map with the teacher's
-        matched = (self.student(input), None) if teacher_map is None else self.student.match(input, teacher_map)
-        logits, error = matched
+        if teacher_map is None:
+            logits, error = self.student(input), None
+        else:
+            logits, error = self.student.match(input, teacher_map)
         if self.guide is None:
             return logits, None, error
         with without_autocast(teacher_logits):
