@@ -1,0 +1,79 @@
+"""How well what DiSK shows of a sample tells that its label is wrong."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import tables
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def detection_auroc(table: "DataFrame", flipped: Tensor, *, epoch: int | None = None) -> dict[str, float]:
+    """Score each recorded quantity as a finder of wrong labels, by the area under its ROC curve.
+
+    That is the probability that of a flipped and a clean sample, drawn at random, the flipped one has the larger value
+    (ties count one half): 1 ranks all flipped samples on top, 0.5 is chance. ``ce`` and ``1 - correct``, the share of
+    epochs in which the student was wrong, are what a finder without a guide has: compare with them.
+
+    Args:
+        table: of ``SampleRecord.table`` or :func:`read`, with any samples of the data set.
+        flipped: whether the label is wrong, for every position of the data set.
+        epoch: the epoch to judge by; None for each sample's mean over the recorded ones. For some of them pass their
+            rows alone, ``table[table["epoch"] >= 10]``.
+
+    Shape:
+        flipped (N_dataset,), bool.
+
+    Returns:
+        ``guide``, ``1 - guide``, ``discount``, ``ce``, ``1 - correct`` and the extras (as they are: larger stands for
+        wrong); NaN where a value is NaN (``table.dropna()`` leaves such rows out).
+
+    Raises:
+        ValueError: ``flipped`` is too short, or the recorded samples are all flipped or all clean; no row, or none of
+            this epoch; columns are missing.
+        TypeError: ``flipped`` is not a bool tensor, ``table`` not a DataFrame, ``epoch`` not an int.
+        ImportError: pandas is absent; the message holds the pip line.
+
+    Example:
+        >>> import pandas, torch
+        >>> from disk_plugin.diagnostics import detection_auroc
+        >>> table = pandas.DataFrame({"index": [0, 1], "epoch": 0, "guide": [0.9, 0.2], "discount": [0.1, 0.8]})
+        >>> scores = detection_auroc(table.assign(ce=[0.5, 0.5], correct=True), torch.tensor([False, True]))
+        >>> scores["discount"], scores["guide"], scores["ce"]
+        (1.0, 0.0, 0.5)
+    """
+    rows = tables.rows_of(table, epoch)
+    samples = tables.per_sample(rows)
+    flags = _flags(flipped, tables.size_of(rows))[torch.tensor(samples.index.to_numpy())]
+    if flags.all() or not flags.any():
+        raise ValueError(
+            f"flipped must be True for some recorded samples and False for others, got all {bool(flags[0])}"
+        )
+    # the negative ranks as 1 - g does, without its ties among the smallest g
+    finders = {"guide": samples["guide"], "1 - guide": -samples["guide"], "discount": samples["discount"]}
+    finders |= {"ce": samples["ce"], "1 - correct": -samples["correct"]}
+    finders |= {name: samples[name] for name in samples.columns if name not in tables.DTYPES}
+    return {name: _auroc(torch.tensor(values.to_numpy()), flags) for name, values in finders.items()}
+
+
+def _flags(flipped: Tensor, size: int) -> Tensor:
+    """Refuse what is not a flag for each of at least ``size`` positions."""
+    if not isinstance(flipped, Tensor) or flipped.dtype != torch.bool:
+        came = flipped.dtype if isinstance(flipped, Tensor) else type(flipped).__name__
+        raise TypeError(f"flipped must be a bool Tensor, got {came}")
+    if flipped.ndim != 1 or len(flipped) < size:
+        raise ValueError(f"flipped must have shape (N,) with N >= {size}, got {tuple(flipped.shape)}")
+    return flipped.cpu()
+
+
+def _auroc(score: Tensor, positive: Tensor) -> float:
+    """Share of the pairs in which the positive sample scores higher, ties counting one half."""
+    if score.isnan().any():
+        return float("nan")
+    negatives = score[~positive].sort().values
+    below = torch.searchsorted(negatives, score[positive])  # (positives,) negatives with a smaller score
+    not_above = torch.searchsorted(negatives, score[positive], right=True)
+    return float((below + not_above).double().mean() / (2 * len(negatives)))

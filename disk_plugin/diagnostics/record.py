@@ -1,0 +1,217 @@
+"""What DiSK did to each sample, collected while training and read when asked for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..features.guided import GuidedFeatureTerms
+from ..functional import DiSKTerms
+from . import tables
+from ._extra import extra
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+DTYPES = {name: getattr(torch, dtype) for name, dtype in tables.DTYPES.items()}
+
+
+class SampleRecord:
+    """A row per sample and epoch: g, discount, CE, right or wrong, collected from any training loop.
+
+    ``add`` copies what it is given and leaves it on its device, without waiting for it; an epoch's rows move to the CPU
+    with the first batch of another epoch, or when they are read. A row takes 25 bytes, 4 more with a target, 4 per
+    floating-point extra, whatever the precision of the training.
+
+    Positions that the loss ignores have g, discount, CE and correct 0. Where ``add`` is given the target they are left
+    out, otherwise they cannot be told apart and stay. In several processes each records its own samples; write one file
+    each and join the tables with ``pandas.concat``.
+
+    Args:
+        ignore_index: class index of positions to leave out, as in ``DiSKLoss``.
+
+    Raises:
+        TypeError: ``ignore_index`` is not an int.
+
+    Example:
+        >>> import torch
+        >>> from disk_plugin import DiSKLoss, GuideHead
+        >>> disk, record, target = DiSKLoss(GuideHead(3)), SampleRecord(), torch.tensor([0, 1, 0])
+        >>> terms = disk.terms(torch.eye(3), torch.eye(3), target, reduction="none")
+        >>> record.add(torch.arange(3), 0, terms, target=target)
+        >>> record.table()["correct"].tolist()
+        [True, True, False]
+    """
+
+    def __init__(self, *, ignore_index: int = -100) -> None:
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__} {ignore_index!r}")
+        self.ignore_index = ignore_index
+        self._batches: list[dict[str, Tensor]] = []  # of one epoch, on the device
+        self._epoch: int | None = None  # of those batches
+        self._parts: list[dict[str, Tensor]] = []  # of earlier epochs, on the CPU
+
+    def add(
+        self,
+        index: Tensor,
+        epoch: int,
+        terms: DiSKTerms | GuidedFeatureTerms,
+        *,
+        target: Tensor | None = None,
+        **extras: Tensor,
+    ) -> None:
+        """Add a batch's terms, evaluated with ``reduction="none"``; refused batches leave the record as it was.
+
+        Terms of dense prediction give a row per position. With ``index`` (N,) positions share their sample's index, and
+        what is shown per sample is their mean; with (N, d1, ...) each has its own.
+
+        Args:
+            index: position of each sample in the data set, int64, >= 0; the loader has to yield it.
+            epoch: whole epochs, counted from 0.
+            terms: of ``DiSKLoss.terms`` or ``guided_feature_terms``; ``ce`` includes a sample weight if there was one.
+            target: class indices, or probabilities (recorded as their argmax).
+            **extras: further columns by name, such as ``teacher_ce=...`` or ``distill=terms.distill``; floating-point
+                values are kept as float32, integers as int64. Every batch has to bring the same columns.
+
+        Shape:
+            terms (N,) or (N, d1, ...); index and extras (N,) or the terms'; target the terms', or with its classes
+            (N, C) or (N, C, d1, ...).
+
+        Raises:
+            ValueError: terms reduced to scalars, shapes that do not fit, ``epoch`` < 0, an extra with the name of a
+                column, other columns than those of the batches before.
+            TypeError: terms, tensors or ``epoch`` of another type.
+        """
+        _checks.integer("epoch", epoch, at_least=0)
+        disk = _per_position(terms)
+        shape = tuple(disk.guide.shape)
+        batch = {"index": _column("index", _indices("index", index), shape)}
+        batch["epoch"] = torch.full_like(batch["index"], epoch, dtype=DTYPES["epoch"])
+        if target is not None:
+            batch["target"] = _column("target", _label(target), shape, DTYPES["target"])
+        for name in ("guide", "discount", "ce", "correct"):
+            batch[name] = _column(name, getattr(disk, name), shape, DTYPES[name])
+        for name, value in extras.items():
+            if name in DTYPES:
+                raise ValueError(f"extras must not have the name of a column {list(DTYPES)}, got {name!r}")
+            batch[name] = _column(name, value, shape)
+        self._check_columns(batch)
+        if epoch != self._epoch:
+            self._to_cpu()
+        self._batches.append(batch)
+        self._epoch = epoch
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all rows as one CPU tensor per column, empty if there is none; later batches do not change them."""
+        self._to_cpu()
+        return _joined(self._parts)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the rows of ``state_dict()``, which are copied; rows recorded so far are dropped.
+
+        Raises:
+            RuntimeError: ``state`` does not hold the columns as tensors (rows,) of one length.
+        """
+        if state and not _is_whole(state):
+            came = {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in state.items()}
+            raise RuntimeError(f"expected a state with {tables.COLUMNS}, tensors (rows,) of one length, got {came}")
+        self._batches, self._epoch = [], None
+        self._parts = [{name: value.detach().to("cpu", copy=True) for name, value in state.items()}] if state else []
+
+    def table(self) -> "DataFrame":
+        """Return a row per sample and epoch, in the order of recording.
+
+        Returns:
+            Columns ``index`` (int64), ``epoch`` (int32), ``target`` (int32, if recorded), ``guide``, ``discount``,
+            ``ce`` in nats (float32), ``correct`` (bool), then the extras.
+
+        Raises:
+            ImportError: pandas is absent; the message holds the pip line.
+        """
+        columns = self.state_dict() or {name: torch.empty(0, dtype=DTYPES[name]) for name in tables.COLUMNS}
+        return extra("pandas").DataFrame({name: column.numpy() for name, column in columns.items()})
+
+    def write(self, path: str | Path) -> None:
+        """Write ``table()`` to ``path``, whose suffix is .parquet or .csv; :func:`read` gets it back as it was.
+
+        Raises:
+            ValueError: another suffix.
+            ImportError: pandas, or pyarrow for .parquet, is absent; the message holds the pip line.
+        """
+        tables.write(self.table(), path)
+
+    def _check_columns(self, batch: dict[str, Tensor]) -> None:
+        """Refuse a batch that has other columns, or other types of them, than those before."""
+        first = [*self._parts[:1], *self._batches[:1], batch][0]
+        expected, came = ({name: column.dtype for name, column in each.items()} for each in (first, batch))
+        if came != expected:
+            raise ValueError(f"every batch must bring the columns of the first {expected}, got {came}")
+
+    def _to_cpu(self) -> None:
+        """Move the epoch's batches to the CPU as one part, without the ignored positions."""
+        if not self._batches:
+            return
+        part = {name: column.to("cpu") for name, column in _joined(self._batches).items()}
+        if "target" in part:
+            kept = part["target"] != self.ignore_index
+            part = {name: column[kept] for name, column in part.items()}
+        self._parts.append(part)
+        self._batches = []
+
+
+def _per_position(terms: DiSKTerms | GuidedFeatureTerms) -> DiSKTerms:
+    """Refuse what is not DiSK's terms per position."""
+    disk = terms.disk if isinstance(terms, GuidedFeatureTerms) else terms
+    if not isinstance(disk, DiSKTerms):
+        raise TypeError(f"terms must be DiSKTerms or GuidedFeatureTerms, got {type(terms).__name__}")
+    if not disk.guide.ndim:
+        raise ValueError('terms must be evaluated with reduction="none", one value per sample, got scalars')
+    return disk
+
+
+def _is_whole(state: Mapping[str, Tensor]) -> bool:
+    """Tell whether these are columns of one length, none missing."""
+    if not all(isinstance(column, Tensor) and column.ndim == 1 for column in state.values()):
+        return False
+    return state.keys() >= set(tables.COLUMNS) and len({len(column) for column in state.values()}) == 1
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Put rows below each other, in new tensors."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
+def _column(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Return a detached copy with one value per position, (positions,), on the same device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if value.is_complex():
+        raise TypeError(f"{name} must be real, got {value.dtype}")
+    if tuple(value.shape) not in {shape, shape[:1]}:
+        expected = " or ".join(str(each) for each in dict.fromkeys((shape[:1], shape)))
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
+    if dtype is None:
+        own = torch.bool if value.dtype == torch.bool else torch.int64
+        dtype = torch.float32 if value.is_floating_point() else own
+    value = value.detach().reshape(*value.shape, *[1] * (len(shape) - value.ndim))
+    return value.expand(shape).flatten().to(dtype, copy=True)
+
+
+def _indices(name: str, value: Tensor) -> Tensor:
+    """Refuse what is not int64: a narrower type may have wrapped around already."""
+    if isinstance(value, Tensor) and value.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {value.dtype}")
+    return value
+
+
+def _label(target: Tensor) -> Tensor:
+    """Class indices as they are, probabilities as their argmax along dimension 1."""
+    if isinstance(target, Tensor) and target.is_floating_point():
+        if target.ndim < 2:
+            came = f"{target.dtype} of shape {tuple(target.shape)}: call target.long() if these are class indices"
+            raise TypeError(f"target must be int64 class indices or probabilities (N, C), got {came}")
+        return target.argmax(1)
+    return _indices("target", target)
