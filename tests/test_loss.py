@@ -302,7 +302,7 @@ def test_the_plain_gradient_kills_the_guide_and_the_scheduler_says_so(digits_pro
     assert spread < 0.005
 
 
-@pytest.mark.parametrize("name", ["PAPER", "OFFICIAL_CIFAR", "OFFICIAL_IMAGENET"])
+@pytest.mark.parametrize("name", ["PAPER", "OFFICIAL_CIFAR", "OFFICIAL_IMAGENET", "CIFAR100_SEARCHED"])
 def test_presets_splat_into_the_constructors(name):
     preset = getattr(presets, name)
     assert set(preset) == {"guide", "loss", "dual", "recipe"}

@@ -1,0 +1,118 @@
+"""CIFAR-100 at equal cost: CE, KD and DiSK students of a ResNet10 teacher, from data to table.
+
+Trains the teacher and the CE warm starts, searches the settings of KD and of DiSK with the same number of trials on
+5,000 held-out training images (``--search``; frozen in results/cifar100_search.json), then trains every method side by
+side on all 50,000 images from the same start and batches, with the same learning rate and number of passes. The last
+epoch counts. Interrupted, the same command goes on with the last whole epoch.
+
+Usage: python examples/cifar100.py --data data/cifar100.npz [--student NAME] [--teacher NAME] [--epochs N] [--seeds N]
+       [--methods NAME ...] [--search | --screen | --time] [--device cuda] [--out DIR] [--dry-run]
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_images import data, trials
+from small_images.experiment import Experiment
+from small_images.methods import METHODS
+from small_images.report import table, write, write_curves
+from small_images.resnet import SHAPES
+
+RESULTS = Path(__file__).parent / "results"
+ENDLESS = 2**31
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the flags; a dry run shrinks everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="cifar100.npz, or the folder that holds cifar-100-python/")
+    parser.add_argument("--student", choices=sorted(SHAPES), default="resnet10-xxs")
+    parser.add_argument("--teacher", choices=sorted(SHAPES), default="resnet10-l")
+    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=list(METHODS))
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--third",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also KD at a third of the passes, the paper's own comparison",
+    )
+    parser.add_argument("--search", action="store_true", help="search settings on held-out training images")
+    parser.add_argument("--screen", action="store_true", help="look at further settings of DiSK on the same images")
+    parser.add_argument("--time", action="store_true", help="time an epoch of each method alone")
+    parser.add_argument("--teacher-epochs", type=int, default=24)
+    parser.add_argument("--warm-epochs", type=int, default=15, help="of the CE warm start")
+    parser.add_argument("--search-epochs", type=int, default=15)
+    parser.add_argument("--views", type=int, help="distinct augmented copies of each image (30 on a CPU, else endless)")
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--batch-size", type=int, default=200)
+    parser.add_argument("--side-by-side", type=int, default=8, help="trials of the search that train as one network")
+    parser.add_argument("--only", type=int, nargs="+", help="groups of the search or seeds of the report; no table")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("g++") is not None)
+    parser.add_argument("--out", type=Path, default=Path("runs/cifar100"))
+    parser.add_argument("--dry-run", action="store_true", help="random images, two epochs of everything")
+    args = parser.parse_args()
+    args.held_out = data.HELD_OUT
+    args.views = args.views or (30 if args.device == "cpu" else ENDLESS)
+    if args.dry_run:
+        args.student, args.teacher, args.compile, args.held_out = "resnet10-xxs", "resnet10-s", False, 200
+        args.epochs = args.teacher_epochs = args.warm_epochs = args.search_epochs = args.views = args.seeds = 2
+        args.epochs = 3
+        trials.KD_TRIALS, trials.DISK_TRIALS = trials.KD_TRIALS[:2], trials.DISK_TRIALS[:2]
+    elif args.data is None:
+        parser.error("--data is needed: a cifar100.npz, or the folder that holds cifar-100-python/")
+    return args
+
+
+def frozen(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Read the settings that the search froze for this pair.
+
+    Raises:
+        FileNotFoundError: no search was run for it.
+    """
+    if not path.exists():
+        command = f"python examples/cifar100.py --search --student {args.student} --teacher {args.teacher}"
+        raise FileNotFoundError(
+            f"expected the settings of a search in {path}, got none: run {command} and copy it there"
+        )
+    return json.loads(path.read_text())
+
+
+def main() -> None:
+    """Search, screen, time or report."""
+    args = arguments()
+    experiment = Experiment(args)
+    pair = f"cifar100_{args.teacher.removeprefix('resnet')}_{args.student.removeprefix('resnet')}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.screen:
+        screened = experiment.tried(trials.SCREEN, "screen", args.only)
+        if args.only is None:
+            write(screened, args.out / f"{pair}_screen.json")
+        return
+    if args.search or args.dry_run:
+        search = experiment.search(args.only if args.search else None)
+        if search is not None:
+            write(search, args.out / f"{pair}_search.json")
+        if args.search:
+            return
+    else:
+        search = frozen(RESULTS / f"{pair}_search.json", args)
+    if args.time:
+        taken = experiment.seconds(search)
+        print(json.dumps(taken, indent=1))
+        (args.out / f"{pair}_seconds.json").write_text(json.dumps(taken, indent=1) + "\n")
+        return
+    results = experiment.report(search, args.only)
+    if results is not None:
+        print(table(results))
+        (args.out / f"{pair}_{args.epochs}.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_curves(results, args.out, f"{pair}_{args.epochs}")
+
+
+if __name__ == "__main__":
+    main()

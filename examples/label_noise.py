@@ -1,0 +1,154 @@
+"""Does the guide find wrong labels? A tenth of CIFAR-100's training labels are flipped, then nobody is told.
+
+Teacher and student train on the flipped labels; DiSK's g and discount and both networks' cross-entropy are recorded for
+every sample and epoch with ``disk_plugin.diagnostics``, and each is scored by the area under its ROC curve as a finder
+of the flipped ones. No setting is chosen here: DiSK runs with the default schedule, and with the settings that
+``cifar100.py --search`` froze, which never saw a flipped label; CE and KD run beside it.
+
+Usage: python examples/label_noise.py --data data/cifar100.npz [--samples N] [--epochs N] [--out DIR] [--dry-run]
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_images import data
+from small_images.methods import CE, KD, Batch, DiSK
+from small_images.report import machine
+from small_images.resnet import SHAPES, ResNet
+from small_images.training import Recipe, Run
+from small_images.views import Views
+from torch.nn import functional as F  # noqa: N812
+
+from disk_plugin.diagnostics import (
+    SampleRecord,
+    detection_auroc,
+    gallery,
+    plot_against_ce,
+    plot_over_epochs,
+    plot_per_class,
+)
+
+RESULTS = Path(__file__).parent / "results"
+TEACHER, STUDENT, SHARE = "resnet10-s", "resnet10-xxs", 0.1
+
+
+class RecordedDiSK(DiSK):
+    """DiSK that keeps what it did to each sample in each epoch."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.record, self.epoch = SampleRecord(), 0
+
+    def terms(self, student_logits, batch: Batch):
+        """Record the batch, with the teacher's cross-entropy and the student's without DiSK's weight."""
+        terms = super().terms(student_logits, batch)
+        teacher_ce = F.cross_entropy(batch.teacher_logits, batch.labels, reduction="none")
+        self.record.add(batch.index, self.epoch, terms, target=batch.labels, teacher_ce=teacher_ce)
+        return terms
+
+    def end_epoch(self) -> dict[str, float]:
+        """Count epochs for the record."""
+        self.epoch += 1
+        return super().end_epoch()
+
+
+def flip(labels: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return labels of which a share became another class, and which ones did."""
+    generator = torch.Generator().manual_seed(0)
+    flipped = torch.zeros(len(labels), dtype=torch.bool)
+    flipped[torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]] = True
+    other = (labels + torch.randint(1, 100, labels.shape, generator=generator)) % 100
+    return torch.where(flipped, other, labels), flipped
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the areas as Markdown."""
+    names = {
+        "guide": "g",
+        "1 - guide": "1 - g",
+        "discount": "discount",
+        "ce": "student's CE",
+        "teacher_ce": "teacher's CE",
+        "1 - correct": "share of epochs the student was wrong",
+    }
+    lines = ["| ranks the flipped labels on top | mean over epochs | last epoch |", "|---|---|---|"]
+    for settings, scores in results["auroc"].items():
+        for key, name in names.items():
+            lines.append(f"| {name} ({settings}) | {scores['mean'][key]:.3f} | {scores['last'][key]:.3f} |")
+    accuracy = ", ".join(f"{name} {value:.1f}" for name, value in results["accuracy"].items())
+    return "\n".join([*lines, "", f"Test accuracy of the last epoch: {accuracy}."])
+
+
+def main() -> None:
+    """Train on flipped labels, score and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="cifar100.npz, or the folder that holds cifar-100-python/")
+    parser.add_argument("--samples", type=int, default=10000, help="training images to use")
+    parser.add_argument("--epochs", type=int, default=10, help="of the teacher, and of the student")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("g++") is not None)
+    parser.add_argument("--out", type=Path, default=Path("runs/label_noise"))
+    parser.add_argument("--dry-run", action="store_true", help="random images, two epochs")
+    args = parser.parse_args()
+    if args.data is None and not args.dry_run:
+        parser.error("--data is needed: a cifar100.npz, or the folder that holds cifar-100-python/")
+    if args.dry_run:
+        args.epochs, args.compile = 2, False
+    whole, held_out = data.synthetic() if args.dry_run else data.load(args.data)
+    chosen = torch.randperm(len(whole.labels), generator=torch.Generator().manual_seed(1))[: args.samples]
+    clean = whole.part(chosen)
+    labels, flipped = flip(clean.labels, SHARE)
+    train = data.Split(*(part.to(args.device) for part in (clean.images, labels)))
+    held_out = data.Split(*(part.to(args.device) for part in held_out))
+    every = torch.arange(len(labels))
+
+    def fit(model, methods, views):
+        recipe = Recipe(model, args.epochs, 0, device=args.device, compiled=args.compile)
+        return Run(recipe, methods, None, views, every, held_out, None).fit()
+
+    teacher_run = fit(TEACHER, {"ce": CE()}, Views(train, args.epochs, None, None))
+    teacher = ResNet(TEACHER).to(args.device).eval().requires_grad_(False)
+    teacher.load_state_dict(teacher_run.states()["ce"])
+    search = json.loads((RESULTS / "cifar100_10-l_10-xxs_search.json").read_text())
+    settings = {"default schedule": {}, "searched": search["chosen"]["disk"]["settings"]}
+    run = {"feature_dim": SHAPES[TEACHER][0][-1], "epochs": args.epochs, "seed": 0}
+    # the same budget for both: the search's, where the settings give none
+    methods = {name: RecordedDiSK(**{"budget": search["budget"], **own}, **run) for name, own in settings.items()}
+    others = {"ce": CE(), "kd": KD(**search["chosen"]["kd"]["settings"])}
+    student_run = fit(STUDENT, {**methods, **others}, Views(train, args.epochs, teacher, None))
+
+    last = args.epochs - 1
+    results: dict[str, Any] = {
+        "protocol": {"samples": len(labels), "epochs": args.epochs, "share": SHARE, "machine": machine(args.device)},
+        "accuracy": {"teacher": teacher_run.logs["ce"][-1]["accuracy"]}
+        | {name: log[-1]["accuracy"] for name, log in student_run.logs.items()},
+        "settings": settings,
+        "auroc": {},
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, method in methods.items():
+        samples = method.record.table()
+        results["auroc"][name] = {
+            "mean": detection_auroc(samples, flipped),
+            "last": detection_auroc(samples, flipped, epoch=last),
+        }
+        method.record.write(args.out / f"label_noise_{name.replace(' ', '_')}.parquet")
+    samples = methods["searched"].record.table()
+    drawn = {
+        "over_epochs": plot_over_epochs(samples),
+        "against_ce": plot_against_ce(samples, epoch=last),
+        "per_class": plot_per_class(samples, epoch=last),
+        "gallery": gallery(samples, clean.images, epoch=last),
+    }
+    for name, figure in drawn.items():
+        figure.savefig(args.out / f"label_noise_{name}.png", dpi=70)
+    (args.out / "label_noise.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The stages of the CIFAR-100 example: teacher, warm starts, search, report, each kept in its folder."""
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import data, trials
+from .methods import CE, METHODS, Method, make_method
+from .report import differences, machine, summary
+from .resnet import SHAPES, ResNet, State
+from .training import Recipe, Run
+from .views import Views, digest, outputs_of
+
+SEARCH_SEED = 100  # never one of the report's
+TEACHER_SEED = 0
+
+
+class Experiment:
+    """Data, teacher, warm starts and runs of one call, each kept in its folder under ``out``."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, args.out
+        train, self.test = data.synthetic() if args.dry_run else data.load(args.data)
+        self.test = data.Split(*(part.to(args.device) for part in self.test))
+        self.train = data.Split(*(part.to(args.device) for part in train))
+        self.all = torch.arange(len(self.train.labels))
+        self.searched, held_out = data.search_split(len(self.train.labels), args.held_out)
+        self.held_out = self.train.part(held_out)
+        self.teacher, self.teacher_accuracy = self._teacher()
+        # on a GPU the teacher's forward is cheaper than a disk
+        kept = f"outputs-{digest(self.teacher.state_dict())}-{len(self.train.labels)}"
+        folder = None if args.device == "cuda" else self.out / kept
+        self.views = Views(self.train, args.views, self.teacher, folder)
+
+    def recipe(self, model: str, epochs: int, seed: int) -> Recipe:
+        """Return what all runs share."""
+        args = self.args
+        return Recipe(
+            model, epochs, seed, lr=args.lr, batch_size=args.batch_size, device=args.device, compiled=args.compile
+        )
+
+    def _teacher(self) -> tuple[ResNet, dict[str, float]]:
+        """Train the teacher on what the search trains on, so that the held-out images are new to it as well."""
+        args = self.args
+        recipe = self.recipe(args.teacher, args.teacher_epochs, TEACHER_SEED)._replace(compiled=args.device == "cuda")
+        views = Views(self.train, args.views, None, None)
+        folder = self.out / f"teacher-{args.teacher}-{args.teacher_epochs}"
+        run = Run(recipe, {"ce": CE()}, None, views, self.searched, self.held_out, folder).fit()
+        model = ResNet(args.teacher).to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        model.load_state_dict(run.states()["ce"])
+        return model, {"held_out": run.accuracies(self.held_out)[0], "test": run.accuracies(self.test)[0]}
+
+    def warm_start(self, seed: int, index: Tensor, judge: data.Split) -> tuple[State, float]:
+        """Train a student with cross-entropy: the common start of all methods, and its accuracy."""
+        args = self.args
+        folder = self.out / f"warm-{args.student}-{args.warm_epochs}-{len(index)}-seed{seed}"
+        views = Views(self.train, args.views, None, None)
+        recipe = self.recipe(args.student, args.warm_epochs, seed)
+        run = Run(recipe, {"ce": CE()}, None, views, index, judge, folder).fit()
+        return run.states()["ce"], run.logs["ce"][-1]["accuracy"]
+
+    def methods(self, chosen: dict[str, tuple[str, dict[str, Any]]], epochs: int, seed: int, budget: float):
+        """Build methods from name -> (method, settings)."""
+        run = {"feature_dim": SHAPES[self.args.teacher][0][-1], "epochs": epochs, "seed": seed}
+        made: dict[str, Method] = {}
+        for name, (method, settings) in chosen.items():
+            made[name] = make_method(method, settings, budget=budget, **run)
+        return made
+
+    def tried(self, chosen: dict[str, tuple[str, dict[str, Any]]], name: str, only: list[int] | None) -> dict[str, Any]:
+        """Train every trial from one warm start, some side by side; return what each logged, by its name.
+
+        ``only`` some groups, so that several processes can share the work; the call without it collects.
+        """
+        args = self.args
+        start, accuracy = self.warm_start(SEARCH_SEED, self.searched, self.held_out)
+        names, rows = list(chosen), {}
+        groups = [names[i : i + args.side_by_side] for i in range(0, len(names), args.side_by_side)]
+        for number, group in enumerate(groups):
+            if only is None or number in only:
+                own = {each: chosen[each] for each in group}
+                methods = self.methods(own, args.search_epochs, SEARCH_SEED, 1 - accuracy / 100)
+                recipe = self.recipe(args.student, args.search_epochs, SEARCH_SEED)
+                folder = self.out / f"{name}-{args.student}-{number}"
+                logs = Run(recipe, methods, start, self.views, self.searched, self.held_out, folder).fit().logs
+                for each in group:
+                    method, settings = chosen[each]
+                    last = logs[each][-1]["accuracy"]
+                    rows[each] = {"method": method, "settings": settings, "accuracy": last, "log": logs[each]}
+        protocol = {"epochs": args.search_epochs, "seed": SEARCH_SEED, "held_out": len(self.held_out.labels)}
+        return {
+            "protocol": {**protocol, "student": args.student, "teacher": args.teacher, "machine": machine(args.device)},
+            "teacher": self.teacher_accuracy["held_out"],
+            "warm_start": accuracy,
+            "rows": rows,
+        }
+
+    def search(self, only: list[int] | None) -> dict[str, Any] | None:
+        """Search the settings of KD and of DiSK with as many trials; return the best of each beside all of them."""
+        chosen = {f"kd {i}": ("kd", settings) for i, settings in enumerate(trials.KD_TRIALS)}
+        chosen |= {f"disk {i}": ("disk", settings) for i, settings in enumerate(trials.DISK_TRIALS)}
+        found = self.tried(chosen, "search", only)
+        if only is not None:
+            return None
+        best = {}
+        for method in ("kd", "disk"):
+            rows = [row for row in found["rows"].values() if row["method"] == method]
+            row = max(rows, key=lambda each: each["accuracy"])
+            best[method] = {"settings": row["settings"], "accuracy": row["accuracy"]}
+        number = {"kd": len(trials.KD_TRIALS), "disk": len(trials.DISK_TRIALS)}
+        return {**found, "budget": 1 - found["warm_start"] / 100, "trials": number, "chosen": best}
+
+    def chosen(self, search: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Return each method with its frozen settings; the variants of DiSK share theirs."""
+        found = {name: METHODS[name].searched_as for name in self.args.methods}
+        return {name: (name, search["chosen"][whose]["settings"] if whose else {}) for name, whose in found.items()}
+
+    def report(self, search: dict[str, Any], only: list[int] | None) -> dict[str, Any] | None:
+        """Train every method from every seed on all images; return accuracies on the test split."""
+        args = self.args
+        chosen = self.chosen(search)
+        logs: dict[str, list[Any]] = {name: [] for name in chosen}
+        warm = []
+        for seed in range(args.seeds) if only is None else only:
+            start, accuracy = self.warm_start(seed, self.all, self.test)
+            warm.append(accuracy)
+            run = self._run(chosen, args.epochs, seed, start, search["budget"])
+            for name in chosen:
+                logs[name].append(run.logs[name])
+            if args.third:
+                third = self._run(
+                    {"kd": ("kd", search["chosen"]["kd"]["settings"])}, args.epochs // 3, seed, start, 0.0
+                )
+                logs.setdefault("kd, 1/3 of the passes", []).append(third.logs["kd"])
+        if only is not None:
+            return None
+        protocol = {
+            key: getattr(args, key) for key in ("student", "teacher", "epochs", "warm_epochs", "seeds", "views", "lr")
+        }
+        return {
+            "protocol": {
+                **protocol,
+                "machine": machine(args.device),
+                "settings": search["chosen"],
+                "budget": search["budget"],
+            },
+            "teacher": self.teacher_accuracy["test"],
+            "warm_start": warm,
+            "methods": {name: summary(runs, self.passes(name)) for name, runs in logs.items()},
+            "differences": differences(logs),
+            "logs": logs,
+        }
+
+    def _run(self, chosen, epochs: int, seed: int, start: State, budget: float) -> Run:
+        args = self.args
+        folder = self.out / f"final-{args.student}-{epochs}-seed{seed}-{'-'.join(chosen)}"
+        recipe = self.recipe(args.student, epochs, seed)
+        return Run(
+            recipe, self.methods(chosen, epochs, seed, budget), start, self.views, self.all, self.test, folder
+        ).fit()
+
+    def seconds(self, search: dict[str, Any]) -> dict[str, Any]:
+        """Time an epoch of each method alone, the teacher's outputs at hand, and the teacher's forward apart."""
+        start, _ = self.warm_start(SEARCH_SEED, self.searched, self.held_out)
+        taken: dict[str, float] = {}
+        for epoch in range(4):
+            self.views(SEARCH_SEED, epoch)
+        for name, chosen in self.chosen(search).items():
+            epochs = 1 + (METHODS[name].guide_passes or 1)
+            recipe = self.recipe(self.args.student, epochs, SEARCH_SEED)
+            methods = self.methods({name: chosen}, epochs, SEARCH_SEED, search["budget"])
+            run = Run(recipe, methods, start, self.views, self.searched, self.held_out, None)
+            ends = [time.perf_counter()]
+            for _ in range(epochs):
+                run.fit_epoch()
+                ends.append(time.perf_counter())
+            # the first epoch compiles; an alternating method's others hold its guide's passes once
+            taken[name] = (ends[-1] - ends[1]) / (epochs - 1)
+        images = self.views(SEARCH_SEED, 0)[0]
+        for _ in range(2):  # the first call warms up
+            begin = time.perf_counter()
+            outputs_of(self.teacher, images)[0].cpu()  # waits for the device
+            taken["teacher's forward"] = (time.perf_counter() - begin) * len(self.searched) / len(images)
+        return {"seconds_per_epoch": taken, "images": len(self.searched), "machine": machine(self.args.device)}
+
+    def passes(self, name: str) -> dict[str, float]:
+        """Passes over the data: of the student, and forwards of it beside those."""
+        student = self.args.epochs // 3 if "1/3" in name else self.args.epochs
+        extra = 0 if name not in METHODS else METHODS[name].extra_passes * student
+        return {"student": student, "extra_forwards": extra}

@@ -1,0 +1,120 @@
+"""What a run of the CIFAR-100 example leaves behind: statistics over the seeds, tables, curves."""
+
+import csv
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from scipy import stats
+
+
+def summary(runs: list[list[dict[str, float]]], passes: dict[str, float]) -> dict[str, Any]:
+    """Last-epoch accuracies over the seeds; the best epoch on test apart, as it selects on test data."""
+    last = torch.tensor([run[-1]["accuracy"] for run in runs], dtype=torch.float64)
+    best = torch.tensor([max(epoch["accuracy"] for epoch in run) for run in runs], dtype=torch.float64)
+    return {
+        "last_epoch": last.tolist(),
+        "mean": last.mean().item(),
+        "std": last.std().item() if len(last) > 1 else None,
+        "best_on_test_mean": best.mean().item(),
+        "passes": passes,
+    }
+
+
+def differences(logs: dict[str, list[Any]]) -> dict[str, Any]:
+    """Paired differences to KD at equal passes, seed by seed, with a 95 % t-interval."""
+    last = {
+        name: torch.tensor([run[-1]["accuracy"] for run in runs], dtype=torch.float64) for name, runs in logs.items()
+    }
+    found = {}
+    for name in last:
+        if "kd" not in last or name == "kd" or len(last[name]) < 2:
+            continue
+        gap = last[name] - last["kd"]
+        half = stats.t.ppf(0.975, len(gap) - 1) * gap.std().item() / len(gap) ** 0.5
+        mean = gap.mean().item()
+        found[f"{name} - kd"] = {"mean": mean, "interval_95": [mean - half, mean + half], "values": gap.tolist()}
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the report as Markdown."""
+    lines = [
+        "| method | test accuracy, last epoch, per seed | mean ± std | minus KD (95 % interval) "
+        "| student passes | extra forwards | best epoch on test (selects on test) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in results["methods"].items():
+        values = " / ".join(f"{value:.2f}" for value in row["last_epoch"])
+        std = f" ± {row['std']:.2f}" if row["std"] is not None else ""
+        gap = results["differences"].get(f"{name} - kd")
+        shown = f"{gap['mean']:+.2f} ({gap['interval_95'][0]:+.2f} to {gap['interval_95'][1]:+.2f})" if gap else ""
+        passes = f"{row['passes']['student']:g} | {row['passes']['extra_forwards']:g}"
+        lines.append(
+            f"| {name} | {values} | {row['mean']:.2f}{std} | {shown} | {passes} | {row['best_on_test_mean']:.2f} |"
+        )
+    warm = " / ".join(f"{value:.2f}" for value in results["warm_start"])
+    return "\n".join([*lines, "", f"Teacher {results['teacher']:.2f}; warm start {warm}."])
+
+
+def search_table(search: dict[str, Any]) -> str:
+    """Return every trial of the search as Markdown, with what its guide did in the last epoch."""
+    lines = [
+        "| trial | settings | held-out accuracy | g right / wrong | discount right / wrong | usage / budget |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in sorted(search["rows"].items(), key=lambda item: -item[1]["accuracy"]):
+        last, cells = row["log"][-1], ["", "", ""]
+        if "usage" in last:
+            cells = [f"{last[f'{key}_right']:.2f} / {last[f'{key}_wrong']:.2f}" for key in ("guide", "discount")]
+            cells.append(f"{last['usage']:.2f} / {last['budget']:.2f}")
+        settings = ", ".join(f"{key} {value}" for key, value in row["settings"].items())
+        lines.append(f"| {name} | {settings} | {row['accuracy']:.2f} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Teacher {search['teacher']:.2f}, warm start {search['warm_start']:.2f}."])
+
+
+def write_curves(results: dict[str, Any], out: Path, name: str) -> None:
+    """Write one CSV row per method, seed and epoch, and the curves as PNG."""
+    rows = [
+        {"method": method, "seed": seed, **epoch}
+        for method, runs in results["logs"].items()
+        for seed, run in enumerate(runs)
+        for epoch in run
+    ]
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    with (out / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    accuracy, guide = figure.subplots(1, 2)
+    for method, runs in results["logs"].items():
+        epochs = range(1, len(runs[0]) + 1)
+        mean = torch.tensor([[epoch["accuracy"] for epoch in run] for run in runs]).mean(0)
+        accuracy.plot(epochs, mean, label=method)
+        for key, style in (("discount_right", "-"), ("discount_wrong", "--")):
+            if key in runs[0][0]:
+                mean = torch.tensor([[epoch[key] for epoch in run] for run in runs]).mean(0)
+                guide.plot(epochs, mean, style, label=f"{method}: {key.replace('_', ', ')}")
+    accuracy.set(xlabel="epoch", ylabel="test accuracy, % (mean over seeds)")
+    guide.set(xlabel="epoch", ylabel="discount (share of the teacher's pull taken off)", ylim=(0, 1))
+    for axes in (accuracy, guide):
+        if axes.lines:
+            axes.legend(fontsize="small")
+    figure.savefig(out / f"{name}.png", dpi=110)
+
+
+def write(search: dict[str, Any], path: Path) -> None:
+    """Print the trials as a table and keep them."""
+    print(search_table(search))
+    path.write_text(json.dumps(search, indent=1) + "\n")
+
+
+def machine(device: str) -> str:
+    """Name what the numbers were computed on."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{torch.get_num_threads()} CPU threads ({platform.machine()}), torch {torch.__version__}"

@@ -1,0 +1,203 @@
+"""Students trained side by side on the very same batches, each with its own method; resumable after every epoch.
+
+Start, order of samples, augmentation, learning rate and number of passes are thus equal by construction, and a batch is
+augmented once for all. The students are one joint network (see resnet.py), stepped by one SGD.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import data
+from .methods import Batch, Method
+from .resnet import ResNet, State, joined, parted
+from .views import Views, accuracies, batches, digest, precision, save
+
+MOMENTUM, WEIGHT_DECAY, BATCH_SIZE = 0.9, 5e-4, 200
+
+
+class Recipe(NamedTuple):
+    """What is equal for all students of a run."""
+
+    model: str
+    epochs: int
+    seed: int
+    lr: float = 0.1
+    batch_size: int = BATCH_SIZE
+    device: str = "cpu"
+    compiled: bool = False
+    progress: bool = True
+
+
+class Run:
+    """Students of one seed, one per method, trained side by side.
+
+    Args:
+        recipe: what they share.
+        methods: name -> method.
+        start: the state that all begin with, or None for a fresh one of ``recipe.seed``.
+        views: the training data.
+        index: positions of the training split to train on.
+        held_out: what accuracy is measured on after each epoch.
+        folder: takes ``checkpoint.pt`` after every epoch, from which a second call goes on; or None.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        methods: dict[str, Method],
+        start: State | None,
+        views: Views,
+        index: Tensor,
+        held_out: data.Split,
+        folder: Path | None,
+    ) -> None:
+        self.recipe, self.methods, self.views, self.index, self.held_out = recipe, methods, views, index, held_out
+        self.folder, self.epoch = folder, 0
+        self.logs: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
+        torch.manual_seed(recipe.seed)
+        start = ResNet(recipe.model).state_dict() if start is None else start
+        self.start = digest(start)
+        self.model = ResNet(recipe.model, copies=len(methods)).to(recipe.device, memory_format=torch.channels_last)
+        self.model.load_state_dict(joined([start] * len(methods)))
+        for method in methods.values():
+            method.to(recipe.device)
+        student = torch.optim.SGD(
+            self.model.parameters(), lr=recipe.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=False
+        )
+        self.optimizers = [student, *(method.optimizer for method in methods.values() if method.optimizer)]
+        steps = recipe.epochs * -(-len(index) // recipe.batch_size)
+        self.schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(each, steps) for each in self.optimizers]
+        self.forward = torch.compile(self.model) if recipe.compiled else self.model
+        self._resume()
+
+    def fit(self) -> "Run":
+        """Train what is left of the epochs."""
+        bar = tqdm(
+            total=self.recipe.epochs,
+            initial=self.epoch,
+            desc=self._label(),
+            unit="epoch",
+            disable=not self.recipe.progress,
+        )
+        with bar:
+            while self.epoch < self.recipe.epochs:
+                self.fit_epoch()
+                best = max(self.logs, key=lambda name: self.logs[name][-1]["accuracy"])
+                bar.set_postfix_str(f"best {best} {self.logs[best][-1]['accuracy']:.1f}")
+                bar.update()
+        return self
+
+    def fit_epoch(self) -> None:
+        """Train one epoch, log it and keep it."""
+        self._guide_passes()
+        self._log(self._student_pass())
+        self.epoch += 1
+        self._save()
+
+    def accuracies(self, split: data.Split) -> list[float]:
+        """Percent of a split that each student gets right."""
+        return accuracies(self.model, split, len(self.methods))
+
+    def states(self) -> dict[str, State]:
+        """Return each student's state."""
+        return dict(zip(self.methods, parted(self.model.state_dict(), len(self.methods)), strict=True))
+
+    def _label(self) -> str:
+        return f"seed {self.recipe.seed}: {', '.join(self.methods)}"[:60]
+
+    def _epoch_batches(self) -> Iterator[Batch]:
+        recipe = self.recipe
+        return batches(self.views, self.index, recipe.seed, self.epoch, recipe.batch_size)
+
+    def _student_pass(self) -> Tensor:
+        """One pass over the data for all; return each one's mean loss."""
+        self.model.train()
+        losses, count = torch.zeros(len(self.methods), device=self.recipe.device), 0
+        for batch in self._epoch_batches():
+            with precision(self.recipe.device):
+                logits = self.forward(batch.images)
+            students = logits.float().unflatten(1, (len(self.methods), -1)).unbind(1)
+            each = torch.stack(
+                [method(own, batch) for method, own in zip(self.methods.values(), students, strict=True)]
+            )
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            each.sum().backward()  # every loss reaches its own student alone
+            for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+                optimizer.step()
+                scheduler.step()
+            losses, count = losses + each.detach(), count + 1
+        return losses / count
+
+    def _guide_passes(self) -> None:
+        """Algorithm 1: before every third pass of the student, three of the guide with the student fixed."""
+        due = {
+            name: method
+            for name, method in self.methods.items()
+            if method.guide_passes and self.epoch % method.guide_passes == 0
+        }
+        if not due:
+            return
+        states = self.states()
+        for name, method in due.items():
+            student = ResNet(self.recipe.model).to(self.recipe.device)
+            student.load_state_dict(states[name])
+            student.eval()
+            for guide_pass in range(method.guide_passes):
+                epoch = min(self.epoch + guide_pass, self.recipe.epochs - 1)
+                for batch in batches(self.views, self.index, self.recipe.seed, epoch, self.recipe.batch_size):
+                    with torch.no_grad(), precision(self.recipe.device):
+                        logits = student(batch.images).float()
+                    method.optimizer.zero_grad()
+                    method.guide_loss(logits, batch).backward()
+                    method.optimizer.step()
+            method.end_guide_passes()
+
+    def _log(self, losses: Tensor) -> None:
+        scores = self.accuracies(self.held_out)
+        for (name, method), loss, score in zip(self.methods.items(), losses.tolist(), scores, strict=True):
+            self.logs[name].append({"epoch": self.epoch, "loss": loss, "accuracy": score, **method.end_epoch()})
+
+    def _settings(self) -> str:
+        same = self.recipe._asdict() | {"device": None, "compiled": None, "progress": None}
+        teacher = digest(self.views.teacher.state_dict()) if self.views.teacher else None
+        data_seen = [len(self.index), self.views.count, self.views.content, teacher]
+        return json.dumps([same, [repr(method) for method in self.methods.values()], data_seen, self.start])
+
+    def _save(self) -> None:
+        if not self.folder:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "settings": self._settings(),
+            "epoch": self.epoch,
+            "logs": self.logs,
+            "model": self.model.state_dict(),
+            "methods": [method.state_dict() for method in self.methods.values()],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+        }
+        save(state, self.folder / "checkpoint.pt")
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.pt" if self.folder else None
+        if not path or not path.exists():
+            return
+        state = torch.load(path, map_location=self.recipe.device, weights_only=True)
+        if state["settings"] != self._settings():
+            raise RuntimeError(
+                f"{path} holds a run with other settings; expected {self._settings()}, got {state['settings']}: "
+                f"remove it or choose another --out"
+            )
+        self.epoch, self.logs = state["epoch"], state["logs"]
+        self.model.load_state_dict(state["model"])
+        pairs = [(self.methods.values(), "methods"), (self.optimizers, "optimizers"), (self.schedulers, "schedulers")]
+        for objects, key in pairs:
+            for each, saved in zip(objects, state[key], strict=True):
+                each.load_state_dict(saved)

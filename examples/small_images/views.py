@@ -1,0 +1,101 @@
+"""Augmented views of the training images, the teacher's outputs on them, and the batches that students see."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import data
+from .methods import Batch
+from .resnet import ResNet, State
+
+
+class Views:
+    """Augmented views of the training images, with the teacher's outputs on them, computed when first asked for.
+
+    Args:
+        train: the whole training split; runs choose samples of it by position.
+        count: number of distinct views; epoch e of seed s sees view (7 s + e) mod count.
+        teacher: the network whose outputs are wanted, or None.
+        folder: keeps the teacher's outputs in half precision (712 bytes per image and view at 256 features), or None.
+    """
+
+    def __init__(self, train: data.Split, count: int, teacher: ResNet | None, folder: Path | None) -> None:
+        self.train, self.count, self.teacher, self.folder = train, count, teacher, folder
+        self.content = digest({"images": train.images, "labels": train.labels})
+
+    def __call__(self, seed: int, epoch: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return the images of an epoch and the teacher's (logits, features) on them."""
+        number = (7 * seed + epoch) % self.count
+        images = data.augmented(self.train.images, number)
+        return images, self._outputs(images, number) if self.teacher else None
+
+    def _outputs(self, images: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        path = self.folder / f"view-{number:03d}.pt" if self.folder else None
+        if path and path.exists():
+            return tuple(torch.load(path, weights_only=True))
+        outputs = outputs_of(self.teacher, images)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(outputs, path)
+        return outputs
+
+
+def save(state: Any, path: Path) -> None:
+    """Write a file that is whole or absent, whenever the process ends."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def digest(state: State) -> str:
+    """Return a short fingerprint of weights or data."""
+    content = hashlib.sha256()
+    for value in state.values():
+        content.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:12]
+
+
+def precision(device: str):
+    """bfloat16 for the networks; the losses compute in float32."""
+    return torch.autocast(device, torch.bfloat16)
+
+
+@torch.no_grad()
+def outputs_of(model: ResNet, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """Return logits (N, C) and pooled features (N, D) in half precision."""
+    model.eval()
+    seen: list[Tensor] = []
+    handle = model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].half()))
+    with precision(images.device.type):
+        logits = [model(normalized(part)).half() for part in images.split(batch_size)]
+    handle.remove()
+    return torch.cat(logits), torch.cat(seen)
+
+
+def normalized(images: Tensor) -> Tensor:
+    """Network input, in the memory format that convolutions are fastest in."""
+    return data.normalized(images).contiguous(memory_format=torch.channels_last)
+
+
+def accuracies(model: ResNet, split: data.Split, copies: int) -> list[float]:
+    """Percent of the split that each copy gets right."""
+    logits, _ = outputs_of(model, split.images)
+    right = logits.unflatten(1, (copies, -1)).argmax(2) == split.labels.unsqueeze(1)
+    return (100 * right.float().mean(0)).tolist()
+
+
+def batches(views: Views, index: Tensor, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
+    """Yield an epoch's batches, in an order that depends on seed and epoch alone."""
+    images, outputs = views(seed, epoch)
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    order = index[torch.randperm(len(index), generator=generator)].to(images.device)
+    empty = images.new_empty((len(images), 0), dtype=torch.half)
+    logits, features = outputs or (empty, empty)
+    for part in order.split(batch_size):
+        labels = views.train.labels[part]
+        yield Batch(normalized(images[part]), labels, logits[part].float(), features[part].float(), part)
