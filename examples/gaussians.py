@@ -145,8 +145,6 @@ ABLATIONS: dict[str, tuple[table1.Toy, dict[str, Any]]] = {
     "as reported": (TOY, {}),
     "r = .05 is the standard deviation": (make_toy(variance=0.05**2), {}),
     "student without biases": (make_toy(bias=False), {}),
-    "batches of 200": (make_toy(batch_size=BATCH_SIZE), {}),
-    "three times the passes": (TOY._replace(iterations=200), {}),
     **table1.OPEN_SETTINGS,
 }
 

@@ -151,11 +151,8 @@ TOY = make_toy()
 ABLATIONS: dict[str, tuple[table1.Toy, dict[str, Any]]] = {
     "as reported": (TOY, {}),
     "kappa 5": (make_toy(kappa=5.0), {}),
-    "kappa 20": (make_toy(kappa=20.0), {}),
     "clamp 1e-3": (make_toy(clamp=1e-3), {}),
     "kappa 5, clamp 1e-3": (make_toy(kappa=5.0, clamp=1e-3), {}),
-    "batches of 200": (make_toy(batch_size=200), {}),
-    "three times the passes": (TOY._replace(iterations=200), {}),
     **table1.OPEN_SETTINGS,
 }
 

@@ -34,6 +34,7 @@ from disk_plugin.diagnostics import (
 
 RESULTS = Path(__file__).parent / "results"
 TEACHER, STUDENT, SHARE = "resnet10-s", "resnet10-xxs", 0.1
+FLIP_SEED = 987_654_321
 
 
 class RecordedDiSK(DiSK):
@@ -41,7 +42,7 @@ class RecordedDiSK(DiSK):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.record, self.epoch = SampleRecord(), 0
+        self.record = SampleRecord()
 
     def terms(self, student_logits, batch: Batch):
         """Record the batch, with the teacher's cross-entropy and the student's without DiSK's weight."""
@@ -50,15 +51,11 @@ class RecordedDiSK(DiSK):
         self.record.add(batch.index, self.epoch, terms, target=batch.labels, teacher_ce=teacher_ce)
         return terms
 
-    def end_epoch(self) -> dict[str, float]:
-        """Count epochs for the record."""
-        self.epoch += 1
-        return super().end_epoch()
-
 
 def flip(labels: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return labels of which a share became another class, and which ones did."""
-    generator = torch.Generator().manual_seed(0)
+    # a seed that orders no epoch: the flipped samples would come first in it
+    generator = torch.Generator().manual_seed(FLIP_SEED)
     flipped = torch.zeros(len(labels), dtype=torch.bool)
     flipped[torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]] = True
     other = (labels + torch.randint(1, 100, labels.shape, generator=generator)) % 100

@@ -23,9 +23,7 @@ SEARCHED_STARTS = 25  # of each seed of the search
 # changes of DiSK's frozen settings that both problems are tried with; None leaves the problem as it is
 OPEN_SETTINGS: dict[str, tuple[None, dict[str, Any]]] = {
     "guide reads logits alone": (None, {"disk.inputs": "logits"}),
-    "guide of 64 and 128 units": (None, {"disk.hidden_dims": (64, 128)}),
     "guide's gradient as it is": (None, {"disk.guide_gradient_scale": None}),
-    "guide's gradient scaled (.3)": (None, {"disk.guide_gradient_scale": 0.3}),
     "guide with the other norm": (None, {"disk.norm": "other"}),
     "ce_weight .5": (None, {"ce_weight": 0.5}),
     "student_temperature as temperature": (None, {"student_temperature": None}),
