@@ -1,7 +1,7 @@
 """CIFAR-100 at equal cost: CE, KD and DiSK students of a ResNet10 teacher, from data to table.
 
 Trains the teacher and the CE warm starts, searches the settings of KD and of DiSK with the same number of trials on
-5,000 held-out training images (``--search``; frozen in results/cifar100_search.json), then trains every method side by
+5,000 held-out training images (``--search``; frozen in results/*_search.json), then trains every method side by
 side on all 50,000 images from the same start and batches, with the same learning rate and number of passes. The last
 epoch counts. Interrupted, the same command goes on with the last whole epoch.
 

@@ -103,31 +103,6 @@ def classify(students: Starts, _problem: Problem, _seed: int) -> Tensor:
     return torch.where(nearest.values < REACH, nearest.indices + 1, 0)
 
 
-# A.1's ranges; "disk." is what it leaves open
-TRIALS: dict[str, dict[str, list[Any]]] = {
-    "KD": {
-        "ce_weight": [0.0, 0.1, 0.5, 0.9],
-        "temperature": [1.0, 2.0, 4.0],
-        "student_temperature": [1.0, 2.0, 4.0],
-    },
-    "DiSK": {
-        "ce_weight": [0.0, 0.1, 0.5],
-        "temperature": [1.0, 2.0, 4.0],
-        "student_temperature": [1.0, 2.0, 4.0],
-        "top_k": [1, 2],
-        "multiplier_min": [0.01, 0.1, 1.0, 5.0, 10.0],
-        "multiplier_max": [1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1000.0],
-        "budget": [0.0, 0.05, 0.1],
-        "period": [20, 50],
-        "disk.guide_lr": [0.01, 0.03, 0.1],
-        "disk.hidden_dims": [(2,), (16, 16)],
-        "disk.norm": ["layer", "batch"],
-        "disk.guide_gradient_scale": [None, 0.3],
-        "disk.inputs": ["both", "features"],
-    },
-}
-
-
 def make_toy(kappa: float = KAPPA, clamp: float = CLAMP, batch_size: int | None = None) -> table1.Toy:
     """Return the problem, with what the paper leaves open as arguments."""
     return table1.Toy(
@@ -140,7 +115,7 @@ def make_toy(kappa: float = KAPPA, clamp: float = CLAMP, batch_size: int | None 
         make_student=lambda: Intervals(1, kappa, clamp),
         make_problem=lambda seed: problem(seed, kappa, clamp),
         classify=classify,
-        trials=TRIALS,
+        trials=table1.RANGES,
         iterations=67,
         batch_size=batch_size,
     )

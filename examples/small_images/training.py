@@ -67,9 +67,7 @@ class Run:
         self.model.load_state_dict(joined([start] * len(methods)))
         for method in methods.values():
             method.to(recipe.device)
-        student = torch.optim.SGD(
-            self.model.parameters(), lr=recipe.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=False
-        )
+        student = torch.optim.SGD(self.model.parameters(), lr=recipe.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         self.optimizers = [student, *(method.optimizer for method in methods.values() if method.optimizer)]
         steps = recipe.epochs * -(-len(index) // recipe.batch_size)
         self.schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(each, steps) for each in self.optimizers]

@@ -45,7 +45,6 @@ class Starts:
             return functional_call(caller, state, own)
 
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(inputs)
-        # every start draws its own random numbers; no module here draws any
         return vmap(one, in_dims=(0, 0, *dims))(self.parameters, self.buffers, *inputs)
 
     def train(self, mode: bool) -> "Starts":

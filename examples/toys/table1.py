@@ -19,7 +19,29 @@ RESULTS = Path(__file__).parents[1] / "results"
 REPORT_SEED, SEARCH_SEEDS = 0, (100, 101)  # of data, teacher and starts
 SEARCHED_STARTS = 25  # of each seed of the search
 
-
+# A.1's ranges; "disk." is what it leaves open
+RANGES: dict[str, dict[str, list[Any]]] = {
+    "KD": {
+        "ce_weight": [0.0, 0.1, 0.5, 0.9],
+        "temperature": [1.0, 2.0, 4.0],
+        "student_temperature": [1.0, 2.0, 4.0],
+    },
+    "DiSK": {
+        "ce_weight": [0.0, 0.1, 0.5],
+        "temperature": [1.0, 2.0, 4.0],
+        "student_temperature": [1.0, 2.0, 4.0],
+        "top_k": [1, 2],
+        "multiplier_min": [0.01, 0.1, 1.0, 5.0, 10.0],
+        "multiplier_max": [1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1000.0],
+        "budget": [0.0, 0.05, 0.1],
+        "period": [20, 50],
+        "disk.guide_lr": [0.01, 0.03, 0.1],
+        "disk.hidden_dims": [(2,), (16, 16)],
+        "disk.norm": ["layer", "batch"],
+        "disk.guide_gradient_scale": [None, 0.3],
+        "disk.inputs": ["both", "features"],
+    },
+}
 # changes of DiSK's frozen settings that both problems are tried with; None leaves the problem as it is
 OPEN_SETTINGS: dict[str, tuple[None, dict[str, Any]]] = {
     "guide reads logits alone": (None, {"disk.inputs": "logits"}),
