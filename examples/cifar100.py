@@ -6,7 +6,8 @@ side on all 50,000 images from the same start and batches, with the same learnin
 epoch counts. Interrupted, the same command goes on with the last whole epoch.
 
 Usage: python examples/cifar100.py --data data/cifar100.npz [--student NAME] [--teacher NAME] [--epochs N] [--seeds N]
-       [--methods NAME ...] [--search | --screen | --time] [--device cuda] [--out DIR] [--dry-run]
+       [--methods NAME ...] [--search | --screen | --repeat | --regimes | --time] [--device cuda] [--out DIR]
+       [--dry-run]
 """
 
 import argparse
@@ -19,8 +20,17 @@ import torch
 from small_images import data, trials
 from small_images.experiment import Experiment
 from small_images.methods import METHODS
-from small_images.report import table, write, write_curves
+from small_images.report import (
+    compared_table,
+    regimes_table,
+    search_table,
+    seconds_table,
+    table,
+    write,
+    write_curves,
+)
 from small_images.resnet import SHAPES
+from small_images.screening import regimes, repeated
 
 RESULTS = Path(__file__).parent / "results"
 ENDLESS = 2**31
@@ -32,7 +42,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="cifar100.npz, or the folder that holds cifar-100-python/")
     parser.add_argument("--student", choices=sorted(SHAPES), default="resnet10-xxs")
     parser.add_argument("--teacher", choices=sorted(SHAPES), default="resnet10-l")
-    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=sorted(METHODS), default=["ce", "kd", "disk", "disk-alternating"]
+    )
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
@@ -43,6 +55,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--search", action="store_true", help="search settings on held-out training images")
     parser.add_argument("--screen", action="store_true", help="look at further settings of DiSK on the same images")
+    parser.add_argument("--repeat", action="store_true", help="train what came close to the best from two more starts")
+    parser.add_argument("--regimes", action="store_true", help="few images, wrong labels, no warm start")
     parser.add_argument("--time", action="store_true", help="time an epoch of each method alone")
     parser.add_argument("--teacher-epochs", type=int, default=24)
     parser.add_argument("--warm-epochs", type=int, default=15, help="of the CE warm start")
@@ -84,34 +98,35 @@ def frozen(path: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Search, screen, time or report."""
+    """Search, screen, repeat, look at regimes, time, or report."""
     args = arguments()
     experiment = Experiment(args)
     pair = f"cifar100_{args.teacher.removeprefix('resnet')}_{args.student.removeprefix('resnet')}"
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.screen:
-        screened = experiment.tried(trials.SCREEN, "screen", args.only)
-        if args.only is None:
-            write(screened, args.out / f"{pair}_screen.json")
-        return
     if args.search or args.dry_run:
         search = experiment.search(args.only if args.search else None)
         if search is not None:
-            write(search, args.out / f"{pair}_search.json")
+            write(search, search_table(search), args.out / f"{pair}_search.json")
         if args.search:
             return
     else:
         search = frozen(RESULTS / f"{pair}_search.json", args)
-    if args.time:
-        taken = experiment.seconds(search)
-        print(json.dumps(taken, indent=1))
-        (args.out / f"{pair}_seconds.json").write_text(json.dumps(taken, indent=1) + "\n")
-        return
-    results = experiment.report(search, args.only)
-    if results is not None:
-        print(table(results))
-        (args.out / f"{pair}_{args.epochs}.json").write_text(json.dumps(results, indent=1) + "\n")
-        write_curves(results, args.out, f"{pair}_{args.epochs}")
+    if args.screen:
+        name, found, shown = "screen", experiment.tried(trials.SCREEN, "screen", args.only), search_table
+    elif args.repeat:
+        screen = json.loads((RESULTS / f"{pair}_screen.json").read_text())
+        name, found, shown = "repeat", repeated(experiment, search["rows"] | screen["rows"], args.only), compared_table
+    elif args.regimes:
+        name, found, shown = "regimes", regimes(experiment, search, args.only), regimes_table
+    elif args.time:
+        name, found, shown = "seconds", experiment.seconds(search), seconds_table
+    else:
+        name, found, shown = f"{args.epochs}", experiment.report(search, args.only), table
+    if found is None or (args.only is not None and args.screen):
+        return  # a share of the work; the call without --only collects
+    write(found, shown(found), args.out / f"{pair}_{name}.json")
+    if shown is table:
+        write_curves(found, args.out, f"{pair}_{name}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from disk_plugin.diagnostics import (
 
 RESULTS = Path(__file__).parent / "results"
 TEACHER, STUDENT, SHARE = "resnet10-s", "resnet10-xxs", 0.1
-FLIP_SEED = 987_654_321
 
 
 class RecordedDiSK(DiSK):
@@ -50,16 +49,6 @@ class RecordedDiSK(DiSK):
         teacher_ce = F.cross_entropy(batch.teacher_logits, batch.labels, reduction="none")
         self.record.add(batch.index, self.epoch, terms, target=batch.labels, teacher_ce=teacher_ce)
         return terms
-
-
-def flip(labels: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return labels of which a share became another class, and which ones did."""
-    # a seed that orders no epoch: the flipped samples would come first in it
-    generator = torch.Generator().manual_seed(FLIP_SEED)
-    flipped = torch.zeros(len(labels), dtype=torch.bool)
-    flipped[torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]] = True
-    other = (labels + torch.randint(1, 100, labels.shape, generator=generator)) % 100
-    return torch.where(flipped, other, labels), flipped
 
 
 def table(results: dict[str, Any]) -> str:
@@ -98,7 +87,7 @@ def main() -> None:
     whole, held_out = data.synthetic() if args.dry_run else data.load(args.data)
     chosen = torch.randperm(len(whole.labels), generator=torch.Generator().manual_seed(1))[: args.samples]
     clean = whole.part(chosen)
-    labels, flipped = flip(clean.labels, SHARE)
+    labels, flipped = data.flip(clean.labels, SHARE)
     train = data.Split(*(part.to(args.device) for part in (clean.images, labels)))
     held_out = data.Split(*(part.to(args.device) for part in held_out))
     every = torch.arange(len(labels))

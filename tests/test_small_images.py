@@ -10,14 +10,14 @@ import label_noise
 import numpy as np
 import pytest
 import torch
-from small_images import data, report, trials
+from small_images import data, report, screening, trials
 from small_images.methods import CE, KD, METHODS, Batch, make_method
 from small_images.resnet import ResNet, joined, parted
 from small_images.training import Recipe, Run
 from small_images.views import Views
 from torch.nn import functional as F  # noqa: N812
 
-from disk_plugin import presets
+from disk_plugin import functional, presets
 
 RESULTS = Path(cifar100.__file__).parent / "results"
 
@@ -256,11 +256,88 @@ def test_a_checkpoint_of_another_experiment_is_refused(tmp_path, train, teacher,
 
 def test_labels_are_flipped_to_another_class():
     labels = torch.arange(1000) % 100
-    noisy, flipped = label_noise.flip(labels, 0.1)
+    noisy, flipped = data.flip(labels, 0.1)
     assert flipped.sum() == 100
     assert torch.equal(noisy != labels, flipped)
     assert noisy.min() >= 0
     assert noisy.max() < 100
+
+
+def test_the_budget_on_the_discount_moves_the_guide_as_its_equation_says(train, teacher):
+    method = disk("disk-discount-budget", temperature=2.0, multiplier=3.0, budget=0.01)
+    batch = Batch(train.images[:16], torch.arange(16), torch.randn(16, 100), torch.randn(16, 64), torch.arange(16))
+    logits = torch.randn(16, 100, requires_grad=True)
+    method(logits, batch).backward()
+    loss = method.disk
+    guide = [parameter.grad.clone() for parameter in loss.guide.parameters()]
+    student = logits.grad.clone()
+    logits.grad = None
+    loss.guide.zero_grad()
+    terms = loss.terms(logits, batch.teacher_logits, batch.labels, batch.teacher_features)
+    terms.student_loss.backward()
+    torch.testing.assert_close(student, logits.grad)
+    # by small steps of the guide's logits through the library's own divergence and discount
+    arguments = (logits.detach().double(), batch.teacher_logits.double())
+    guide_logits = loss.guide_logits(batch.teacher_logits, batch.teacher_features)
+
+    def objective(guide_logits):
+        scaffold = functional.scaffolded_kl(*arguments, guide_logits.double(), temperature=2.0, reduction="none")
+        discount = functional.discount(*arguments, guide_logits.double(), temperature=2.0)
+        assert discount.mean() > 0.01
+        return 0.9 * scaffold + 3.0 * discount
+
+    exact = guide_logits.detach().double()
+    slope = (objective(exact + 1e-4) - objective(exact - 1e-4)) / 2e-4 / 16
+    loss.guide.zero_grad()
+    guide_logits.backward(slope.float())
+    for found, parameter in zip(guide, loss.guide.parameters(), strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=2e-3, atol=1e-5)
+
+
+def test_what_is_repeated_came_within_a_point_of_the_best():
+    rows = {
+        "kd 0": {"method": "kd", "accuracy": 20.0, "settings": {}},
+        "kd 1": {"method": "kd", "accuracy": 25.0, "settings": {"temperature": 2.0}},
+        "disk 0": {"method": "disk", "accuracy": 22.0, "settings": {}},
+        "disk 1": {"method": "disk", "accuracy": 23.0, "settings": {"top_k": 5}},
+        "alternating": {"method": "disk-alternating", "accuracy": 21.5, "settings": {}},
+    }
+    assert screening.close_to_best(rows) == {
+        "kd 1": ("kd", {"temperature": 2.0}),
+        "disk 0": ("disk", {}),
+        "disk 1": ("disk", {"top_k": 5}),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:the guide is dead")
+def test_screen_repeat_and_regimes_run_as_typed(monkeypatch, tmp_path, capsys):
+    """On random images: the search's and the screen's files of one call are what the next one reads."""
+    monkeypatch.setattr(cifar100, "RESULTS", tmp_path)
+    monkeypatch.setattr(data, "load", lambda path: data.synthetic())
+    monkeypatch.setattr(data, "HELD_OUT", 200)
+    monkeypatch.setattr(trials, "KD_TRIALS", trials.KD_TRIALS[:1])
+    monkeypatch.setattr(trials, "DISK_TRIALS", trials.DISK_TRIALS[:1])
+    monkeypatch.setattr(trials, "SCREEN", {"alternating": trials.SCREEN["alternating"]})
+    regimes = {"few": trials.Regime(images=100, wrong_labels=0.5, epochs=2, warm_epochs=1)}
+    monkeypatch.setattr(trials, "REGIMES", regimes | {"scratch": trials.Regime(epochs=1, warm_epochs=0)})
+    shared = ["--data", "x.npz", "--out", str(tmp_path), "--teacher", "resnet10-s", "--views", "2", "--seeds", "2"]
+    shared += ["--teacher-epochs", "1", "--warm-epochs", "1", "--search-epochs", "2", "--no-compile"]
+    for flag in ("--search", "--screen", "--repeat", "--regimes"):
+        monkeypatch.setattr(sys, "argv", ["cifar100.py", flag, *shared, "--methods", "kd", "disk", "--device", "cpu"])
+        cifar100.main()
+    found = {
+        name: json.loads((tmp_path / f"cifar100_10-s_10-xxs_{name}.json").read_text())
+        for name in ("screen", "repeat", "regimes")
+    }
+    assert len(found["screen"]["rows"]["alternating"]["log"]) == 2
+    assert found["repeat"]["protocol"]["seed"] == [100, 101, 102]
+    assert all(len(row["last_epoch"]) == 3 for row in found["repeat"]["methods"].values())
+    assert found["repeat"]["methods"].keys() >= {"kd"}
+    assert {name: list(row["logs"]) for name, row in found["regimes"]["regimes"].items()} == {
+        "few": ["kd", "disk"],
+        "scratch": ["kd", "disk"],
+    }
+    assert report.regimes_table(found["regimes"]) in capsys.readouterr().out
 
 
 def test_an_unknown_method_is_refused():

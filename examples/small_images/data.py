@@ -12,6 +12,7 @@ from torchvision.transforms import AutoAugmentPolicy, v2
 
 MEAN, STD = (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)  # of the training images
 HELD_OUT = 5000
+_FLIP_SEED = 987_654_321  # orders no epoch: the flipped samples would come first in it
 _SAME_POLICY = 10  # images that share one draw of AutoAugment
 _PADDING, _HOLE = 4, 16  # RandomCrop's padding and Cutout's square, pixels
 
@@ -70,6 +71,15 @@ def search_split(size: int, held_out: int = HELD_OUT) -> tuple[Tensor, Tensor]:
     """Return the positions of the training split that the search trains on, and those that it judges by."""
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def flip(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Return labels of which a share became another class, and which ones did."""
+    generator = torch.Generator().manual_seed(_FLIP_SEED)
+    flipped = torch.zeros(len(labels), dtype=torch.bool)
+    flipped[torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]] = True
+    other = (labels + torch.randint(1, 100, labels.shape, generator=generator)) % 100
+    return torch.where(flipped, other, labels), flipped
 
 
 def normalized(images: Tensor) -> Tensor:

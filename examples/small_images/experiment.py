@@ -30,10 +30,14 @@ class Experiment:
         self.searched, held_out = data.search_split(len(self.train.labels), args.held_out)
         self.held_out = self.train.part(held_out)
         self.teacher, self.teacher_accuracy = self._teacher()
-        # on a GPU the teacher's forward is cheaper than a disk
-        kept = f"outputs-{digest(self.teacher.state_dict())}-{len(self.train.labels)}"
-        folder = None if args.device == "cuda" else self.out / kept
-        self.views = Views(self.train, args.views, self.teacher, folder)
+        self.views = self.views_of(self.train)
+
+    def views_of(self, train: data.Split) -> Views:
+        """Augmented views of some images with the teacher's outputs."""
+        views = Views(train, self.args.views, self.teacher, None)
+        if self.args.device != "cuda":  # there the teacher's forward is cheaper than a disk
+            views.folder = self.out / f"outputs-{digest(self.teacher.state_dict())}-{views.content}"
+        return views
 
     def recipe(self, model: str, epochs: int, seed: int) -> Recipe:
         """Return what all runs share."""
@@ -70,27 +74,33 @@ class Experiment:
             made[name] = make_method(method, settings, budget=budget, **run)
         return made
 
-    def tried(self, chosen: dict[str, tuple[str, dict[str, Any]]], name: str, only: list[int] | None) -> dict[str, Any]:
+    def tried(
+        self,
+        chosen: dict[str, tuple[str, dict[str, Any]]],
+        name: str,
+        only: list[int] | None = None,
+        seed: int = SEARCH_SEED,
+    ) -> dict[str, Any]:
         """Train every trial from one warm start, some side by side; return what each logged, by its name.
 
         ``only`` some groups, so that several processes can share the work; the call without it collects.
         """
         args = self.args
-        start, accuracy = self.warm_start(SEARCH_SEED, self.searched, self.held_out)
+        start, accuracy = self.warm_start(seed, self.searched, self.held_out)
         names, rows = list(chosen), {}
         groups = [names[i : i + args.side_by_side] for i in range(0, len(names), args.side_by_side)]
         for number, group in enumerate(groups):
             if only is None or number in only:
                 own = {each: chosen[each] for each in group}
-                methods = self.methods(own, args.search_epochs, SEARCH_SEED, 1 - accuracy / 100)
-                recipe = self.recipe(args.student, args.search_epochs, SEARCH_SEED)
+                methods = self.methods(own, args.search_epochs, seed, 1 - accuracy / 100)
+                recipe = self.recipe(args.student, args.search_epochs, seed)
                 folder = self.out / f"{name}-{args.student}-{number}"
                 logs = Run(recipe, methods, start, self.views, self.searched, self.held_out, folder).fit().logs
                 for each in group:
                     method, settings = chosen[each]
                     last = logs[each][-1]["accuracy"]
                     rows[each] = {"method": method, "settings": settings, "accuracy": last, "log": logs[each]}
-        protocol = {"epochs": args.search_epochs, "seed": SEARCH_SEED, "held_out": len(self.held_out.labels)}
+        protocol = {"epochs": args.search_epochs, "seed": seed, "held_out": len(self.held_out.labels)}
         return {
             "protocol": {**protocol, "student": args.student, "teacher": args.teacher, "machine": machine(args.device)},
             "teacher": self.teacher_accuracy["held_out"],

@@ -178,7 +178,44 @@ class AlternatingDiSK(DiSK):
         return self.terms(student_logits, batch).student_loss.mean()
 
 
-METHODS: dict[str, type[Method]] = {"ce": CE, "kd": KD, "disk": DiSK, "disk-alternating": AlternatingDiSK}
+class DiscountBudgetDiSK(DiSK):
+    """The budget on the mean discount, a share in [0, 1], instead of on g * CE: an idea to compare, not the paper's.
+
+    Full target, all classes scaffolded. The guide's gradient is autograd's, by its logit, hence Adam.
+    """
+
+    @classmethod
+    def made(cls, settings: dict[str, Any], **run: Any) -> "Method":
+        """Build it for a run."""
+        return super().made({"guide_optimizer": "adam", **settings}, **run)
+
+    def forward(self, student_logits: Tensor, batch: Batch) -> Tensor:
+        """One backward for student and guide; the guide's half has the value 0."""
+        disk, tau, tau_s = self.disk, self.disk.temperature, self.disk.student_temperature
+        guide_logits = disk.guide_logits(batch.teacher_logits, batch.teacher_features)
+        terms = disk.terms(
+            student_logits,
+            batch.teacher_logits,
+            batch.labels,
+            guide_logits=guide_logits.detach(),
+            reduction="none",
+        )
+        self.report.add(terms)
+        student, g = student_logits.detach(), guide_logits.sigmoid().unsqueeze(1)
+        s, t = (student / tau_s).softmax(1), (batch.teacher_logits / tau).softmax(1)
+        discount = 1 - (t * s / (s + g)).sum(1).mean()
+        distill = -disk.distill_weight * tau * tau_s * (t * (s + g).log()).sum(1).mean()
+        guide_loss = distill + disk.multiplier.float() * (discount - disk.budget.float()).relu()
+        return terms.student_loss.mean() + guide_loss - guide_loss.detach()
+
+
+METHODS: dict[str, type[Method]] = {
+    "ce": CE,
+    "kd": KD,
+    "disk": DiSK,
+    "disk-alternating": AlternatingDiSK,
+    "disk-discount-budget": DiscountBudgetDiSK,
+}
 
 
 def make_method(name: str, settings: dict[str, Any], **run: Any) -> Method:

@@ -3,12 +3,15 @@
 import csv
 import json
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from scipy import stats
+
+_KINDS = ("right", "wrong")
 
 
 def summary(runs: list[list[dict[str, float]]], passes: dict[str, float]) -> dict[str, Any]:
@@ -107,10 +110,54 @@ def write_curves(results: dict[str, Any], out: Path, name: str) -> None:
     figure.savefig(out / f"{name}.png", dpi=110)
 
 
-def write(search: dict[str, Any], path: Path) -> None:
-    """Print the trials as a table and keep them."""
-    print(search_table(search))
-    path.write_text(json.dumps(search, indent=1) + "\n")
+def compared_table(results: dict[str, Any]) -> str:
+    """Return held-out accuracies of methods over seeds as Markdown."""
+    lines = ["| trial | held-out accuracy, per seed | mean ± std | minus KD (95 % interval) |", "|---|---|---|---|"]
+    for name, row in results["methods"].items():
+        values = " / ".join(f"{value:.2f}" for value in row["last_epoch"])
+        gap = results["differences"].get(f"{name} - kd")
+        shown = f"{gap['mean']:+.2f} ({gap['interval_95'][0]:+.2f} to {gap['interval_95'][1]:+.2f})" if gap else ""
+        lines.append(f"| {name} | {values} | {row['mean']:.2f} ± {row['std']:.2f} | {shown} |")
+    return "\n".join(lines)
+
+
+def regimes_table(results: dict[str, Any]) -> str:
+    """Return the regimes as Markdown, with what DiSK's guide did in the last epoch."""
+    lines = [
+        "| regime | method | held-out accuracy, per seed | minus KD (95 % interval) | g right / wrong "
+        "| discount right / wrong |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, regime in results["regimes"].items():
+        for method, row in regime["methods"].items():
+            values = " / ".join(f"{value:.2f}" for value in row["last_epoch"])
+            gap = regime["differences"].get(f"{method} - kd")
+            shown = f"{gap['mean']:+.2f} ({gap['interval_95'][0]:+.2f} to {gap['interval_95'][1]:+.2f})" if gap else ""
+            last = [run[-1] for run in regime["logs"][method]]
+            cells = [
+                " / ".join(f"{statistics.fmean(each[f'{key}_{kind}'] for each in last):.3f}" for kind in _KINDS)
+                if "usage" in last[0]
+                else ""
+                for key in ("guide", "discount")
+            ]
+            lines.append(f"| {name} | {method} | {values} | {shown} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def seconds_table(results: dict[str, Any]) -> str:
+    """Return the seconds per epoch as Markdown."""
+    taken = results["seconds_per_epoch"]
+    lines = ["| method alone | seconds per epoch | over KD's |", "|---|---|---|"]
+    for name, value in taken.items():
+        ratio = "" if "teacher" in name else f"{value / taken['kd']:.2f}"
+        lines.append(f"| {name} | {value:.1f} | {ratio} |")
+    return "\n".join(lines)
+
+
+def write(results: dict[str, Any], shown: str, path: Path) -> None:
+    """Print results as a table and keep them."""
+    print(shown)
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def machine(device: str) -> str:

@@ -1,6 +1,6 @@
-"""The settings that are searched, as many for KD as for DiSK, and what was screened beside them to see the guide."""
+"""What is tried: settings of KD and of DiSK, as many of each; further settings of DiSK; regimes to use them in."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 Settings = dict[str, Any]
 
@@ -23,10 +23,25 @@ DISK_TRIALS: list[Settings] = [
     {"ce_weight": 0.1, "top_k": 5, **_SMALL_K, **_TIGHT},
     {"ce_weight": 0.1, "top_k": 20, **_SMALL_K},
 ]
+_BEST: Settings = {"ce_weight": 0.1, "temperature": 2.0, **_TIGHT}  # the search's choice; one change at a time below
 SCREEN: dict[str, tuple[str, Settings]] = {
-    "alternating": ("disk-alternating", {"ce_weight": 0.1}),
-    "top-20, full target": ("disk", {"ce_weight": 0.1, "top_k": 20}),  # the paper's
-    "guide reads logits alone": ("disk", {"ce_weight": 0.1, "guide_inputs": "logits"}),
+    "alternating": ("disk-alternating", _BEST),
+    "budget on the discount, .1": ("disk-discount-budget", _BEST),
+    "top-20": ("disk", {**_BEST, "top_k": 20}),
+    "top-20, target zeroed outside": ("disk", {**_BEST, "top_k": 20, **_SMALL_K}),
+    "guide reads logits alone": ("disk", {**_BEST, "guide_inputs": "logits"}),
+    "guide reads features alone": ("disk", {**_BEST, "guide_inputs": "features"}),
+    "guide's gradient as it is, Adam": (
+        "disk",
+        {**_BEST, "guide_gradient_scale": None, "guide_optimizer": "adam"},
+    ),
+    "guide's gradient times 3": ("disk", {**_BEST, "guide_gradient_scale": 0.9}),
+    "multiplier .1 to 50": ("disk", {**_BEST, "multiplier": (0.1, 50.0)}),
+    "multiplier 10 to 50": ("disk", {**_BEST, "multiplier": (10.0, 50.0)}),
+    "budget 1 to .05": ("disk", {**_BEST, "budget": (1.0, 0.05)}),
+    "budget .02, multiplier 1000": ("disk", {**_BEST, "budget": 0.02, "multiplier": 1000.0}),
+    "ce_weight 0": ("disk", {**_BEST, "ce_weight": 0.0}),
+    "temperature 1": ("disk", {**_BEST, "temperature": 1.0}),
     "official_cifar": (
         "disk",
         {
@@ -49,4 +64,20 @@ SCREEN: dict[str, tuple[str, Settings]] = {
             "budget": 0.2,
         },
     ),
+}
+
+
+class Regime(NamedTuple):
+    """Where a scaffold might matter: how many images, what share of their labels wrong, how long, from what start."""
+
+    images: int | None = None  # None: all that the search trains on
+    wrong_labels: float = 0.0
+    epochs: int = 30
+    warm_epochs: int = 15  # 0: from scratch
+
+
+REGIMES = {
+    "5,000 images, 100 epochs": Regime(images=5000, epochs=100, warm_epochs=30),
+    "15,000 images, 40 % of the labels wrong": Regime(images=15000, wrong_labels=0.4),
+    "15,000 images, from scratch": Regime(images=15000, warm_epochs=0),
 }

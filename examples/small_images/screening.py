@@ -1,0 +1,86 @@
+"""What makes the guide help: the best trials from further starts, and regimes in which a scaffold might matter."""
+
+from typing import Any
+
+import torch
+
+from . import trials
+from .data import Split, flip
+from .experiment import SEARCH_SEED, Experiment
+from .methods import CE
+from .report import differences, machine, summary
+from .training import Run
+from .views import Views
+
+SEEDS = (SEARCH_SEED, SEARCH_SEED + 1, SEARCH_SEED + 2)  # none of them one of the report's
+WITHIN = 1.0  # percentage points of the best
+_PART_SEED = 123_456_789  # orders no epoch
+
+
+def close_to_best(rows: dict[str, dict[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Choose DiSK's trials within a point of its best, and KD's best, from rows of search and screen."""
+    kd = max((name for name in rows if rows[name]["method"] == "kd"), key=lambda name: rows[name]["accuracy"])
+    best = max(row["accuracy"] for row in rows.values() if row["method"] != "kd")
+    close = [n for n, row in rows.items() if row["method"] != "kd" and row["accuracy"] >= best - WITHIN]
+    return {name: (rows[name]["method"], rows[name]["settings"]) for name in [kd, *close]}
+
+
+def repeated(experiment: Experiment, rows: dict[str, dict[str, Any]], only: list[int] | None) -> dict[str, Any] | None:
+    """Train what came close to the best from two more starts; return means and paired differences to KD."""
+    chosen = close_to_best(rows)
+    first, *more = SEEDS
+    found = {
+        seed: experiment.tried(chosen, f"repeat-seed{seed}", seed=seed)
+        for number, seed in enumerate(more)
+        if only is None or number in only
+    }
+    if only is not None:
+        return None
+    logs = {name: [rows[name]["log"], *(found[seed]["rows"][name]["log"] for seed in more)] for name in chosen}
+    kd = next(iter(chosen))
+    named = {"kd" if name == kd else name: log for name, log in logs.items()}
+    protocol = {**found[more[0]]["protocol"], "seed": [first, *more]}
+    return {"protocol": protocol, "settings": chosen, **_compared(named, protocol["epochs"])}
+
+
+def regimes(experiment: Experiment, search: dict[str, Any], only: list[int] | None) -> dict[str, Any] | None:
+    """Compare CE, KD and DiSK with their frozen settings in each regime, on the held-out images."""
+    found: dict[str, Any] = {}
+    for number, (name, regime) in enumerate(trials.REGIMES.items()):
+        if only is not None and number not in only:
+            continue
+        logs: dict[str, list[Any]] = {}
+        for seed in SEEDS[: experiment.args.seeds]:
+            for method, log in _in_regime(experiment, search, regime, seed).items():
+                logs.setdefault(method, []).append(log)
+        found[name] = {"regime": regime._asdict(), **_compared(logs, regime.epochs)}
+    protocol = {"student": experiment.args.student, "teacher": experiment.args.teacher, "seeds": experiment.args.seeds}
+    machine_used = machine(experiment.args.device)
+    return None if only is not None else {"protocol": {**protocol, "machine": machine_used}, "regimes": found}
+
+
+def _in_regime(experiment: Experiment, search: dict[str, Any], regime: trials.Regime, seed: int) -> dict[str, Any]:
+    """Train all methods of a seed side by side; return their logs."""
+    args = experiment.args
+    generator = torch.Generator().manual_seed(_PART_SEED)  # the positions are sorted: a random part of them
+    index = experiment.searched[torch.randperm(len(experiment.searched), generator=generator)[: regime.images]]
+    images, labels = experiment.train.part(index)
+    train = Split(images, flip(labels.cpu(), regime.wrong_labels)[0].to(labels.device))
+    views, every = experiment.views_of(train), torch.arange(len(index))
+    name = "-".join(str(value) for value in regime)
+    start = None
+    if regime.warm_epochs:
+        plain = Views(train, args.views, None, None)
+        recipe = experiment.recipe(args.student, regime.warm_epochs, seed)
+        folder = experiment.out / f"regime-warm-{args.student}-{name}-seed{seed}"
+        start = Run(recipe, {"ce": CE()}, None, plain, every, experiment.held_out, folder).fit().states()["ce"]
+    methods = experiment.methods(experiment.chosen(search), regime.epochs, seed, search["budget"])
+    recipe = experiment.recipe(args.student, regime.epochs, seed)
+    folder = experiment.out / f"regime-{args.student}-{name}-seed{seed}"
+    return Run(recipe, methods, start, views, every, experiment.held_out, folder).fit().logs
+
+
+def _compared(logs: dict[str, list[Any]], epochs: int) -> dict[str, Any]:
+    passes = {"student": epochs, "extra_forwards": 0}
+    methods = {name: summary(runs, passes) for name, runs in logs.items()}
+    return {"methods": methods, "differences": differences(logs), "logs": logs}
