@@ -1,0 +1,165 @@
+"""The teacher's outputs for batches of sample-views, and as the rows that are stored."""
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.data import DataLoader, Dataset
+
+from ..loss import without_autocast
+from ..taps import FeatureTap, logits_of, with_features
+from .views import PlainView, SeededViews, image_of
+
+MODES = ("features", "logits", "logits+features")
+
+
+def check_mode(mode: str) -> None:
+    """Refuse a mode that is not known, and the one that is not built.
+
+    Raises:
+        ValueError: with the modes that are.
+    """
+    if mode == "sparse":
+        raise ValueError(
+            f"mode must be one of {list(MODES)}, got 'sparse' (K + label ids and logits, a guide that reads features "
+            "only, a scaffolded target): it is not implemented, and would not equal the reference"
+        )
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
+
+
+class TeacherOutputs:
+    """A teacher as images -> logits and features, float32 on the CPU.
+
+    Attributes:
+        layer: dotted name of the layer that reads the features; None in mode ``"logits"``.
+        head: that layer, where the logits will be recomputed by it.
+    """
+
+    def __init__(self, teacher: nn.Module, mode: str, layer: str | None, device: torch.device | str | None) -> None:
+        model = teacher.model if isinstance(teacher, FeatureTap) else teacher
+        if layer is None and isinstance(teacher, FeatureTap):
+            layer = teacher.layer
+        if layer is None and mode == "features":  # by name: the tap leaves the comparison with the logits to us
+            layer = next((name for name in reversed(_linear_names(model))), None)
+        self.mode = mode
+        self._model = model if mode == "logits" else with_features(model, layer)
+        self.layer = self._model.layer if isinstance(self._model, FeatureTap) else None
+        self.head = None if self.layer is None or mode != "features" else _linear(model, self.layer)
+        if device is not None:
+            model.to(device)
+        self._device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return logits (N, C) and features (N, D), None in mode ``"logits"``."""
+        output = self._model(images.to(self._device))
+        logits, features = output if self.layer is not None else (logits_of(output), None)
+        for name, values in {"logits": logits, "features": features}.items():
+            if values is not None and (values.ndim != 2 or len(values) != len(images)):
+                raise ValueError(f"the teacher's {name} must be ({len(images)}, width), got {tuple(values.shape)}")
+        if self.head is not None and features is not None:
+            _check_head(self.head, logits, features)
+        return logits.float().cpu(), None if features is None else features.float().cpu()
+
+    def rows(self, images: Tensor) -> Tensor:
+        """Return what is stored of a batch: (N, width) in float32, before it is rounded."""
+        logits, features = self(images)
+        if features is None:
+            return logits
+        return features if self.mode == "features" else torch.cat([logits, features], dim=1)
+
+    def head_bytes(self) -> bytes:
+        """Return the head as a file's content, empty without one."""
+        if self.head is None:
+            return b""
+        weights = {name: value.detach().float().cpu() for name, value in self.head.state_dict().items()}
+        content = io.BytesIO()
+        torch.save({"weight": weights["weight"], "bias": weights.get("bias")}, content)
+        return content.getvalue()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; its modules' own modes come back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def batches(
+    views: SeededViews | PlainView, rows: Sequence[int], batch_size: int, num_workers: int
+) -> DataLoader[tuple[Tensor, int]]:
+    """Load the images of rows, in that order, as batches (images, rows); row = view * samples + index."""
+    return DataLoader(
+        _Rows(views),
+        batch_size,
+        sampler=rows,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # the workers' seed would else be drawn from the caller's
+    )
+
+
+def to_half(rows: Tensor, places: Tensor, samples: int) -> Tensor:
+    """Round to float16, or say what does not fit, and where.
+
+    Raises:
+        ValueError: a value is not finite in float16.
+    """
+    rounded = rows.half()
+    misfits = (~rounded.isfinite()).nonzero()
+    if len(misfits):
+        row, column = misfits[0].tolist()
+        view, index = divmod(int(places[row]), samples)
+        raise ValueError(
+            f"the teacher's outputs must be finite in float16 (up to 65504), got {rows[row, column].item()} at index "
+            f"{index}, view {view}"
+        )
+    return rounded
+
+
+class _Rows(Dataset[tuple[Tensor, int]]):
+    """Images by row."""
+
+    def __init__(self, views: SeededViews | PlainView) -> None:
+        self._views = views
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        view, index = divmod(row, len(self._views))
+        return image_of(self._views.item(index, view)), row
+
+
+def _check_head(head: nn.Linear, logits: Tensor, features: Tensor) -> None:
+    """Whether the head makes the logits of features rounded to float16, up to what that rounding explains."""
+    weight, bias, rounded = head.weight.float(), None if head.bias is None else head.bias.float(), features.half()
+    if not rounded.isfinite().all():
+        return  # to_half will say where
+    device = logits.device.type
+    own = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else logits.dtype
+    with without_autocast(logits):
+        recomputed = linear(rounded.float(), weight, bias)
+        size = linear(rounded.float().abs(), weight.abs(), None if bias is None else bias.abs())
+    # float16 is off by 2**-11 of each feature at most; the teacher itself may have computed in half precision
+    allowed = (2**-10 + 2 * torch.finfo(own).eps) * size + 1e-6
+    if recomputed.shape != logits.shape or not ((recomputed - logits).abs() <= allowed).all():
+        raise ValueError(
+            "mode 'features' needs a teacher whose last Linear makes its logits, got others when they are recomputed "
+            "by it: use mode='logits' or 'logits+features'"
+        )
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _linear(model: nn.Module, layer: str) -> nn.Linear:
+    head = model.get_submodule(layer)
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"mode 'features' needs a Linear as layer, got {type(head).__name__} {layer!r}: use another")
+    return head

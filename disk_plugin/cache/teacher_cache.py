@@ -1,0 +1,244 @@
+"""TeacherCache: writes, reads and verifies a store of the teacher's outputs."""
+
+import importlib
+import importlib.util
+import math
+import os
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.data import Dataset
+
+from .. import _checks
+from ..loss import without_autocast
+from . import fingerprint, storage
+from .outputs import TeacherOutputs, batches, check_mode, evaluating, to_half
+from .verification import largest_difference
+from .views import PlainView, SeededViews, as_views
+
+Mode = Literal["features", "logits", "logits+features"]
+
+
+class TeacherCache:
+    """A teacher's outputs for every (sample, view), written once and read from a memory-mapped file in float16.
+
+    Written by :meth:`write`. Opening checks that it is whole and, given the teacher or the data set, that it is of
+    these: their weights, targets, transform, views, seed and, bit for bit, a few images. Any number of processes may
+    read; in a loader's workers a cache opens the files again.
+
+    Args:
+        folder: where it was written.
+        teacher: to check its weights; None to leave that out.
+        dataset: to check the data set: the ``SeededViews`` it was written from, or the plain data set.
+
+    Attributes:
+        mode: what is stored.
+        samples, views: number of samples, and of views of each.
+        num_classes, feature_dim: C and D, for ``GuideHead``; D is 0 in mode ``"logits"``.
+        layer: dotted name of the teacher's layer that reads the features; None in mode ``"logits"``.
+
+    Shape:
+        cache(index, view), int or int64 (N,): logits (N, C) and features (N, D), float32 on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no cache.
+        RuntimeError: it is incomplete, truncated, or of something else; the message says what differs.
+        ValueError: ``dataset`` is random and not in ``SeededViews``; in a call an index or view out of range, or shapes
+            that differ.
+        TypeError: in a call values of another type.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> dataset = torch.utils.data.TensorDataset(torch.randn(6, 4), torch.arange(6))
+        >>> folder, teacher = tempfile.mkdtemp(), nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> cache = TeacherCache.write(folder, teacher, SeededViews(dataset, views=2), progress=False)
+        >>> [tuple(part.shape) for part in cache(torch.tensor([5, 0, 1]), view=1)]
+        [(3, 3), (3, 8)]
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        teacher: nn.Module | None = None,
+        dataset: Dataset[Any] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        meta = self._meta = storage.read_meta(self.folder)
+        storage.check_complete(self.folder, meta)
+        found = {} if teacher is None else fingerprint.of_teacher(teacher)
+        found |= {} if dataset is None else fingerprint.of_views(as_views(dataset))
+        different = fingerprint.differences(meta.fingerprint, found)
+        if different:
+            raise RuntimeError(f"{self.folder} was written for something else:{different}")
+        self.mode, self.layer = meta.mode, meta.layer
+        self.samples, self.views = meta.samples, meta.views
+        self.num_classes, self.feature_dim = meta.num_classes, meta.feature_dim
+        path = str(self.folder / storage.DATA)
+        # a private mapping: read-only files will do, and nothing done to the tensor reaches the file
+        data = torch.from_file(path, shared=False, size=meta.rows * meta.width, dtype=torch.float16)
+        self._data = data.view(meta.rows, meta.width)
+        self._head = torch.load(self.folder / storage.HEAD, weights_only=True) if meta.head_bytes else None
+
+    def __call__(self, index: int | Tensor, view: int | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return logits and features of sample-views; features are None in mode ``"logits"``."""
+        index, view = _places("index", index, self.samples), _places("view", view, self.views)
+        if index.ndim and view.ndim and index.shape != view.shape:
+            raise ValueError(f"view must be an int or have index's shape {tuple(index.shape)}, got {tuple(view.shape)}")
+        values = self._data[view * self.samples + index].float()
+        if self._head is not None:
+            with torch.no_grad(), without_autocast(values):
+                return linear(values, self._head["weight"], self._head["bias"]), values
+        logits, features = values.tensor_split([self.num_classes], dim=-1)
+        return logits, features if self.feature_dim else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TeacherCache, (self.folder,)  # a worker gets the path, not a copy of the data
+
+    @classmethod
+    @torch.no_grad()
+    def write(
+        cls,
+        folder: str | os.PathLike[str],
+        teacher: nn.Module,
+        views: Dataset[Any],
+        *,
+        mode: Mode = "features",
+        layer: str | None = None,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        device: torch.device | str | None = None,
+        progress: bool = True,
+    ) -> "TeacherCache":
+        """Run the teacher over every view of every sample, or go on where an interrupted run stopped.
+
+        Each batch is on the disk before the next begins. The same arguments resume; what is whole is only opened. In
+        evaluation mode without gradients; precision (autocast) is the caller's. One process writes at a time.
+
+        Args:
+            folder: made if need be.
+            teacher: any classifier (:func:`disk_plugin.taps.with_features`), or what ``with_features`` returned.
+            views: ``SeededViews``, or a data set without random augmentation: its one view is 0.
+            mode: ``"features"``: the pooled features in float16, of which the teacher's last Linear, stored beside
+                them, recomputes the logits in float32; ``"logits"``: the logits in float16; ``"logits+features"``:
+                both. All of them equal the teacher up to float16's rounding. ``"sparse"`` is refused.
+            layer: dotted name of the layer whose input is the features; None for the last ``nn.Linear``.
+            batch_size: sample-views per batch; a resumed cache equals an uninterrupted one bit for bit if it stays.
+            num_workers: of the loader.
+            device: moves the teacher; None leaves it where it is.
+            progress: show a bar if tqdm is installed.
+
+        Raises:
+            ValueError: an unknown mode; a random data set without ``SeededViews``, or one that is random all the same;
+                outputs that do not fit float16; with ``"features"``, logits that the last Linear does not make.
+            RuntimeError: the folder's cache is of something else, damaged, or another process is writing it.
+            FileExistsError: the folder holds a ``data.bin`` that is not ours.
+            TypeError: a data set or items of another kind.
+        """
+        check_mode(mode)
+        _checks.integer("batch_size", batch_size, at_least=1)
+        source, outputs = as_views(views), TeacherOutputs(teacher, mode, layer, device)
+        with evaluating(teacher):
+            meta = _describe(teacher, source, outputs)
+            with storage.open_writer(Path(folder), meta, outputs.head_bytes()) as writer:
+                remaining = range(writer.meta.written, meta.rows)
+                for images, places in _bar(batches(source, remaining, batch_size, num_workers), progress):
+                    writer.append(to_half(outputs.rows(images), places, meta.samples))
+        return cls(folder)
+
+    @torch.no_grad()
+    def verify(
+        self,
+        teacher: nn.Module,
+        views: Dataset[Any],
+        *,
+        share: float = 0.01,
+        tolerance: float = 0.01,
+        seed: int = 0,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        device: torch.device | str | None = None,
+    ) -> float:
+        """Run the teacher again on a random share of the sample-views and compare.
+
+        Compares numbers only: another machine's rounding passes, other weights do not.
+
+        Args:
+            teacher: as for :meth:`write`.
+            views: as for :meth:`write`.
+            share: of the sample-views, in (0, 1]; at least one is recomputed.
+            tolerance: largest difference allowed, as a share of the sample's largest absolute value.
+            seed: another seed draws another share.
+            batch_size: sample-views per batch.
+            num_workers: of the loader.
+            device: moves the teacher; None leaves it where it is.
+
+        Returns:
+            The largest difference found, in the units of ``tolerance``.
+
+        Raises:
+            RuntimeError: a difference is larger (the message names the largest and its place); other numbers of samples
+                or views.
+            ValueError: ``share`` or ``tolerance`` out of range.
+        """
+        _checks.number("share", share, above=0, at_most=1)
+        _checks.number("tolerance", tolerance, at_least=0)
+        source = as_views(views)
+        if (len(source), source.views) != (self.samples, self.views):
+            expected, got = f"{self.samples} samples in {self.views} views", f"{len(source)} in {source.views}"
+            raise RuntimeError(f"{self.folder} must be verified with {expected}, got {got}")
+        outputs = TeacherOutputs(teacher, self.mode, self.layer, device)
+        rows = random.Random(seed).sample(range(self._meta.rows), math.ceil(share * self._meta.rows))
+        with evaluating(teacher):
+            largest, where = largest_difference(self, outputs, batches(source, sorted(rows), batch_size, num_workers))
+        if largest > tolerance:
+            raise RuntimeError(
+                f"{self.folder} must equal the teacher within {tolerance} of each sample's largest value, got a "
+                f"difference of {largest:.3g} in {where}, the largest of {len(rows)} recomputed sample-views"
+            )
+        return largest
+
+
+def _describe(teacher: nn.Module, views: SeededViews | PlainView, outputs: TeacherOutputs) -> storage.Meta:
+    """Find out what a cache would hold, before any file is touched."""
+    found = fingerprint.of_views(views)
+    fingerprint.refuse_random(views, found)
+    images, _ = next(iter(batches(views, range(1), 1, 0)))
+    logits, features = outputs(images)
+    return storage.Meta(
+        mode=outputs.mode,
+        layer=outputs.layer,
+        num_classes=logits.shape[1],
+        feature_dim=0 if features is None else features.shape[1],
+        samples=len(views),
+        views=views.views,
+        head_bytes=len(outputs.head_bytes()),
+        fingerprint=fingerprint.of_teacher(teacher) | found,
+    )
+
+
+def _places(name: str, value: int | Tensor, size: int) -> Tensor:
+    """Refuse what is no position in [0, size)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = torch.tensor(value)
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an int or an int64 Tensor, got {came}")
+    value = value.cpu()
+    if value.numel() and not (value.min() >= 0 and value.max() < size):
+        raise ValueError(f"{name} must be in [0, {size}), got {value.min()} to {value.max()}")
+    return value
+
+
+def _bar(loader: Iterable[Any], shown: bool) -> Iterable[Any]:
+    """Show a bar over the batches where tqdm is installed."""
+    if not shown or importlib.util.find_spec("tqdm") is None:
+        return loader
+    bar: Iterable[Any] = importlib.import_module("tqdm").tqdm(loader, desc="teacher outputs")
+    return bar

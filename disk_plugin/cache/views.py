@@ -1,0 +1,174 @@
+"""A data set whose random augmentation is a pure function of (sample, view)."""
+
+import hashlib
+import importlib
+import operator
+import pickle
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from .. import _checks
+
+
+class SeededViews(Dataset[tuple[Any, ...]]):
+    """A data set seen as ``views`` fixed augmentations of each sample, so that a teacher's outputs can be stored.
+
+    While an item is read, the global generators of torch (CPU), numpy and ``random`` start from a hash of
+    (seed, index, view); afterwards they are as before. So an item depends on nothing else: not on the order of reading,
+    the worker, the epoch or the run. Generators that the data set or its transforms own are beyond reach
+    (``TeacherCache.write`` looks for them), and so is what mixes samples after the data set, such as mixup.
+
+    Training cycles through the views: ``views.set_epoch(epoch)`` before each epoch, also with persistent workers.
+
+    Args:
+        dataset: map-style, with a length; its items are tuples or lists such as (image, target).
+        views: number of augmentations of each sample, >= 1.
+        seed: another seed gives other views.
+
+    Returns:
+        ``views[index]``: the data set's item in the epoch's view, its place appended: (image, target, index, view).
+
+    Raises:
+        ValueError: ``views`` < 1, an empty data set; in ``set_epoch`` an epoch < 0.
+        TypeError: ``dataset`` is not map-style, values or items of another type.
+        IndexError: an index or view out of range.
+
+    Example:
+        >>> import torch
+        >>> class Noise(torch.utils.data.Dataset):
+        ...     __len__, __getitem__ = lambda self: 5, lambda self, index: (torch.rand(3), index % 2)
+        >>> views = SeededViews(Noise(), views=4)
+        >>> image, target, index, view = views[2]
+        >>> torch.equal(image, views[2][0]), torch.equal(image, views.item(2, view=1)[0])
+        (True, False)
+    """
+
+    def __init__(self, dataset: Dataset[Any], views: int, *, seed: int = 0) -> None:
+        check_map_style(dataset)
+        _checks.integer("views", views, at_least=1)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__} {seed!r}")
+        self.dataset, self.views, self.seed = dataset, views, seed
+        # in shared memory, so that workers that live on see the next epoch
+        self._view = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Show view ``epoch % views`` from now on, in every worker: call it before the epoch's first batch."""
+        _checks.integer("epoch", epoch, at_least=0)
+        self._view.fill_(epoch % self.views)
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return self.item(index, int(self._view))
+
+    def item(self, index: int, view: int) -> tuple[Any, ...]:
+        """Return sample ``index`` in a view of choice, with both appended."""
+        index, view = place("index", index, len(self)), place("view", view, self.views)
+        with seeded(self.seed, index, view):
+            item = self.dataset[index]
+        return (*parts_of(item), index, view)
+
+
+class PlainView(Dataset[tuple[Any, ...]]):
+    """A data set without random augmentation as its own single view; refuses one that draws random numbers."""
+
+    views, seed = 1, None
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        check_map_style(dataset)
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def item(self, index: int, view: int) -> tuple[Any, ...]:
+        """Return sample ``index`` with (index, 0) appended, as ``SeededViews.item`` does."""
+        index, view = place("index", index, len(self)), place("view", view, 1)
+        before = _states()
+        item = self.dataset[index]
+        if _states() != before:
+            raise ValueError(
+                f"reading item {index} must not draw random numbers, as the student would see another image than the "
+                "teacher: wrap the data set, SeededViews(dataset, views=V), and train on the wrapper"
+            )
+        return (*parts_of(item), index, view)
+
+
+def as_views(dataset: Any) -> SeededViews | PlainView:
+    """Take a data set for what it is: seeded views, or one view that must not be random."""
+    return dataset if isinstance(dataset, SeededViews) else PlainView(dataset)
+
+
+@contextmanager
+def seeded(seed: int, index: int, view: int) -> Iterator[None]:
+    """Start the three global generators from a hash of their key, and put them back afterwards."""
+    # a hash, not a sum: neighbours must not share a stream
+    digest = hashlib.sha256(f"{seed} {index} {view}".encode()).digest()
+    words = [int.from_bytes(digest[start : start + 4], "little") for start in range(0, 32, 4)]
+    numpy = _numpy_random()
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    numpy_state = None if numpy is None else numpy.get_state()
+    try:
+        torch.default_generator.manual_seed(words[0])  # torch.manual_seed would reach for the GPUs' too
+        random.seed(digest)
+        if numpy is not None:
+            numpy.seed(words)
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.set_state(numpy_state)
+
+
+def check_map_style(dataset: Any) -> None:
+    """Refuse what has no length or no items by position."""
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(f"dataset must be map-style, with a length, got {type(dataset).__name__}")
+    if not len(dataset):
+        raise ValueError("dataset must hold at least one sample, got none")
+
+
+def place(name: str, value: Any, size: int) -> int:
+    """Return an index as an int in [0, size); IndexError ends a loop over the data set."""
+    position = operator.index(value)
+    if not 0 <= position < size:
+        raise IndexError(f"{name} must be in [0, {size}), got {position}")
+    return position
+
+
+def parts_of(item: Any) -> tuple[Any, ...]:
+    """Refuse an item to which nothing can be appended."""
+    if not isinstance(item, tuple | list) or not item:
+        raise TypeError(f"the data set's items must be tuples such as (image, target), got {type(item).__name__}")
+    return tuple(item)
+
+
+def image_of(item: tuple[Any, ...]) -> Tensor:
+    """Return what the teacher reads: the item's first part."""
+    if not isinstance(item[0], Tensor):
+        raise TypeError(f"the data set's items must begin with the image as a Tensor, got {type(item[0]).__name__}")
+    return item[0]
+
+
+def _states() -> tuple[Any, ...]:
+    """Where the three global generators stand, in a form that compares with ==."""
+    numpy = _numpy_random()
+    numpy_state = None if numpy is None else pickle.dumps(numpy.get_state())  # arrays inside
+    return torch.get_rng_state().tolist(), random.getstate(), numpy_state
+
+
+def _numpy_random() -> Any:
+    """Return ``numpy.random`` if there is a numpy: torch alone does without."""
+    try:
+        return importlib.import_module("numpy.random")
+    except ImportError:
+        return None
