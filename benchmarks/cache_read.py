@@ -1,0 +1,74 @@
+"""Size of a teacher cache and speed of reading it: bytes per sample-view, samples/s on one core in random order.
+
+256 features, 100 classes, the two exact modes with features: "features", whose logits are recomputed by the teacher's
+last layer while reading, and "logits+features". The teacher is a random layer on random vectors; its outputs are
+written as any other's. The bytes are those of all files, meta.json and the last layer included.
+
+Usage: python benchmarks/cache_read.py [--samples N] [--views V] [--batch-size N] [--seconds S] [--out DIR] [--dry-run]
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from disk_plugin.cache import SeededViews, TeacherCache
+
+FEATURES, CLASSES = 256, 100
+BYTES_WANTED, RATE_WANTED = {"features": 530, "logits+features": 730}, 50_000
+
+
+def samples_per_second(cache: TeacherCache, batch_size: int, seconds: float) -> float:
+    """Read whole epochs of batches in random order for that long; return the median over the epochs."""
+    rates = []
+    end = time.perf_counter() + seconds
+    while len(rates) < 3 or time.perf_counter() < end:
+        view = len(rates) % cache.views
+        batches = torch.randperm(cache.samples).split(batch_size)
+        start = time.perf_counter()
+        for index in batches:
+            cache(index, view)
+        rates.append(cache.samples / (time.perf_counter() - start))
+    return sorted(rates)[len(rates) // 2]
+
+
+def main() -> None:
+    """Write, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=50_000)
+    parser.add_argument("--views", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of reading, per mode")
+    parser.add_argument("--out", type=Path, help="folder for cache_read.json")
+    parser.add_argument("--dry-run", action="store_true", help="5,000 samples, a tenth of a second")
+    args = parser.parse_args()
+    samples, seconds = (5000, 0.1) if args.dry_run else (args.samples, args.seconds)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(16, FEATURES), nn.ReLU(), nn.Linear(FEATURES, CLASSES))
+    views = SeededViews(TensorDataset(torch.randn(samples, 16)), args.views)
+    print(f"{samples} samples, {args.views} views, batch {args.batch_size}; {platform.machine()}, 1 thread")
+    print("| mode | bytes per sample-view | wanted | samples/s | wanted |\n|---|---|---|---|---|")
+    found = {}
+    for mode, wanted in BYTES_WANTED.items():
+        with tempfile.TemporaryDirectory() as folder:
+            cache = TeacherCache.write(folder, teacher, views, mode=mode)
+            size = sum(path.stat().st_size for path in Path(folder).iterdir()) / (samples * args.views)
+            rate = samples_per_second(cache, args.batch_size, seconds)
+        found[mode] = {"bytes_per_sample_view": size, "samples_per_second": rate}
+        print(f"| {mode} | {size:.1f} | <= {wanted} | {rate:,.0f} | >= {RATE_WANTED:,} |")
+    print(f"\ntorch {torch.__version__}")
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        settings = {"samples": samples, "views": args.views, "batch_size": args.batch_size}
+        (args.out / "cache_read.json").write_text(json.dumps(settings | {"modes": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
