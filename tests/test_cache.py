@@ -7,6 +7,7 @@ import pickle
 import random
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -194,6 +195,14 @@ def test_loaders_give_the_view_of_the_epoch_also_in_workers_that_live_on(workers
                 assert torch.equal(image, seeded_views().item(place, epoch % VIEWS)[0])
             seen |= set(index.tolist())
         assert seen == set(range(SAMPLES))
+
+
+def test_views_are_pure_without_numpy(monkeypatch):
+    expected = SeededViews(Images(Transform(("torch", "random"))), VIEWS).item(3, 1)[0]
+    monkeypatch.setitem(sys.modules, "numpy.random", None)  # importing it fails
+    views, before = SeededViews(Images(Transform(("torch", "random"))), VIEWS), random.getstate()
+    assert torch.equal(views.item(3, 1)[0], expected)
+    assert random.getstate() == before
 
 
 class Stream(IterableDataset):
@@ -622,7 +631,7 @@ def test_verify_names_the_place_of_a_damaged_row(tmp_path, mode):
     with (tmp_path / "data.bin").open("r+b") as file:
         file.seek((2 * SAMPLES + 7) * row_bytes)  # view 2 of sample 7: views lie one after the other
         file.write(torch.full((row_bytes // 2,), 3.0, dtype=torch.float16).numpy().tobytes())
-    with pytest.raises(RuntimeError, match=r"difference of [\d.]+ in the \w+ of index 7, view 2"):
+    with pytest.raises(RuntimeError, match=r"got [\d.]+ in the \w+ of index 7, view 2"):
         TeacherCache(tmp_path).verify(make_teacher(), seeded_views(), share=1.0)
     assert cache.views == VIEWS
 

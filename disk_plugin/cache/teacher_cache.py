@@ -191,16 +191,17 @@ class TeacherCache:
         _checks.number("tolerance", tolerance, at_least=0)
         source = as_views(views)
         if (len(source), source.views) != (self.samples, self.views):
-            expected, got = f"{self.samples} samples in {self.views} views", f"{len(source)} in {source.views}"
-            raise RuntimeError(f"{self.folder} must be verified with {expected}, got {got}")
+            expected = f"{self.samples} samples in {self.views} views"
+            raise RuntimeError(f"{self.folder} must be verified with {expected}, got {len(source)} in {source.views}")
         outputs = TeacherOutputs(teacher, self.mode, self.layer, device)
         rows = random.Random(seed).sample(range(self._meta.rows), math.ceil(share * self._meta.rows))
+        loader = batches(source, sorted(rows), batch_size, num_workers)
         with evaluating(teacher):
-            largest, where = largest_difference(self, outputs, batches(source, sorted(rows), batch_size, num_workers))
+            largest, where = largest_difference(self, outputs, loader)
         if largest > tolerance:
             raise RuntimeError(
-                f"{self.folder} must equal the teacher within {tolerance} of each sample's largest value, got a "
-                f"difference of {largest:.3g} in {where}, the largest of {len(rows)} recomputed sample-views"
+                f"{self.folder} must equal the teacher within {tolerance} of each sample's largest value, got "
+                f"{largest:.3g} in {where}, the largest difference of {len(rows)} recomputed sample-views"
             )
         return largest
 
