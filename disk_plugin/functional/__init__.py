@@ -7,9 +7,10 @@
 """
 
 from .budget import budget_loss, usage, violation
+from .kd import kd_loss
 from .objective import DiSKTerms, disk_loss, disk_terms
 from .oracle import optimal_guide, optimal_multiplier
-from .scaffold import discount, kd_loss, scaffold_mask, scaffolded_kl
+from .scaffold import discount, scaffold_mask, scaffolded_kl
 from .temperature import fit_student_temperature, student_temperature_step
 
 __all__ = [

@@ -59,28 +59,30 @@ def budget_loss(usage: Tensor, budget: float | Tensor) -> Tensor:
     return violation(usage, budget).relu()
 
 
-def budget_cross_entropy(
-    log_probs: Tensor,
-    teacher_logits: Tensor,
-    where: Positions,
+def budget_cross_entropy(log_probs: Tensor, teacher_logits: Tensor, where: Positions, variant: Variant) -> Tensor:
+    """Cross-entropy that the budget counts, per position, nats."""
+    ce = label_cross_entropy(log_probs, teacher_logits.argmax(1) if variant.budget_label == "teacher" else where.label)
+    return ce if variant.budget_clamp is None else ce.clamp(max=variant.budget_clamp)
+
+
+def over_denominator(
+    ce: Tensor,
     wrong: Tensor,
+    where: Positions,
     variant: Variant,
     reduce_mean: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Cross-entropy that the budget counts, per position, scaled so that its mean has the variant's denominator.
+    """Scale the budget's cross-entropy so that its mean over positions has the variant's denominator.
 
     With ``reduce_mean`` the errors are those of the whole of which the batch is a part, over the number of parts.
     """
-    ce = label_cross_entropy(log_probs, teacher_logits.argmax(1) if variant.budget_label == "teacher" else where.label)
-    if variant.budget_clamp is not None:
-        ce = ce.clamp(max=variant.budget_clamp)
-    if variant.budget_denominator == "errors":
-        errors = (wrong & where.valid).sum().to(ce.dtype)
-        if reduce_mean is not None:
-            errors = reduce_mean(errors)
-        # a batch without errors divides by 1, not by 0
-        ce = ce * (where.total.to(ce.dtype) / torch.where(errors > 0, errors, 1.0))
-    return ce
+    if variant.budget_denominator == "samples":
+        return ce
+    errors = (wrong & where.valid).sum().to(ce.dtype)
+    if reduce_mean is not None:
+        errors = reduce_mean(errors)
+    # a batch without errors divides by 1, not by 0
+    return ce * (where.total.to(ce.dtype) / torch.where(errors > 0, errors, 1.0))
 
 
 def hinge(spent: Tensor, where: Positions, budget: float | Tensor, mean_usage: Tensor, reduction: Reduction) -> Tensor:

@@ -6,20 +6,15 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from .. import _checks
 from ..variants import Variant
 from ._positions import Reduction, as_dtype, cross_entropy, positions_of, promote
-from .budget import budget_cross_entropy, hinge
-from .scaffold import Scaffold, discount_of, scaffold, scaffold_mask, temperatures
-
-# Guide logits between which the scaled gradient is at work, g = .0009 to .953. The ends differ because g counts against
-# the student's probabilities: .95 is as good as 1, while s_k << .01 (many classes) still tells g = .01 from .001.
-REACH = (-7.0, 3.0)
-SPRING = 0.1  # per unit of logit beyond REACH, at most 1 in all; the scaled slope of (5) is of order 1 too
+from .budget import budget_cross_entropy, over_denominator
+from .guide_half import guide_half
+from .scaffold import discount_of, scaffold, scaffold_mask, temperatures
 
 
 class DiSKTerms(NamedTuple):
@@ -120,7 +115,6 @@ def disk_terms(
     s, t, guide_logits = promote(student_logits, teacher_logits.detach(), guide_logits)
     tau_s = as_dtype(temperatures(temperature, student_temperature), s.dtype)
     where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
-    lam, delta = as_dtype(multiplier, s.dtype), as_dtype(budget, s.dtype)
 
     log_probs = log_softmax(s, 1)
     ce = where.weighted(cross_entropy(log_probs, target, where.label))
@@ -136,36 +130,37 @@ def disk_terms(
     )
     distill = where.weighted(temperature * tau_s * parts.kl)
     prediction = s.argmax(1)
-    budget_ce = budget_cross_entropy(log_probs, t, where, prediction != where.label, record, reduce_mean)
+    budget_ce = budget_cross_entropy(log_probs, t, where, record)
+    budget_ce = over_denominator(budget_ce, prediction != where.label, where, record, reduce_mean)
     budget_ce = budget_ce if record.student_feels_budget else budget_ce.detach()
 
     # the student's half: the guide is detached
-    g = guide_logits.detach().sigmoid()
     core = where.reduce(ce_weight * ce + distill_weight * distill, reduction)
-    spent = where.weighted(g * budget_ce)
-    mean_usage = where.reduce(spent.detach(), "mean")
-    if reduce_mean is not None:
-        mean_usage = reduce_mean(mean_usage)
-    over_budget = lam * hinge(spent, where, delta, mean_usage, reduction)
-
-    # the guide's half: the student is detached, values carry no graph, the gradient is in closed form
-    penalty, penalty_slope = _penalty(record.guide_penalty, g, min(top_k or s.shape[1], s.shape[1]))
-    penalty = where.reduce(where.weighted(penalty), reduction)
-    slope = distill_weight * _distill_slope(temperature * tau_s, parts, guide_logits.detach())
-    slope = slope + (lam * (mean_usage > delta) * budget_ce.detach() + penalty_slope) * g * (1 - g)
-    if guide_gradient_scale is not None:
-        slope = guide_gradient_scale * _well_scaled(slope, guide_logits.detach(), 1 / (temperature * tau_s + lam))
-    guide_gradient = where.reduce(where.weighted(slope * _zero_valued(guide_logits)), reduction)
-    guide_loss = where.reduce(distill_weight * distill.detach(), reduction) + over_budget.detach() + penalty
+    half = guide_half(
+        guide_logits,
+        parts.removed,
+        budget_ce,
+        where,
+        factor=temperature * tau_s,
+        classes=min(top_k or s.shape[1], s.shape[1]),
+        distill_weight=distill_weight,
+        multiplier=multiplier,
+        budget=budget,
+        variant=record,
+        guide_gradient_scale=guide_gradient_scale,
+        reduce_mean=reduce_mean,
+        reduction=reduction,
+    )
+    guide_value = where.reduce(distill_weight * distill.detach(), reduction) + half.over_budget.detach() + half.penalty
 
     return DiSKTerms(
-        loss=core + over_budget + penalty + guide_gradient,
-        student_loss=core + over_budget if record.student_feels_budget else core,
-        guide_loss=guide_loss + guide_gradient,
+        loss=core + half.over_budget + half.penalty + half.gradient,
+        student_loss=core + half.over_budget if record.student_feels_budget else core,
+        guide_loss=guide_value + half.gradient,
         ce=where.reduce(ce.detach(), reduction),
         distill=where.reduce(distill.detach(), reduction),
-        usage=where.reduce(spent.detach(), reduction),
-        guide=where.reduce(where.plain(g.detach()), reduction),
+        usage=where.reduce(half.spent.detach(), reduction),
+        guide=where.reduce(where.plain(half.guide), reduction),
         discount=where.reduce(where.plain(discount_of(parts)), reduction),
         correct=where.reduce(where.plain((prediction == where.label).to(s.dtype)), reduction),
         agreement=where.reduce(where.plain((prediction == t.argmax(1)).to(s.dtype)), reduction),
@@ -177,39 +172,3 @@ def disk_loss(
 ) -> Tensor:
     """Return ``disk_terms(...).loss``: Kag et al. (ICLR 2023), eq. (5), with the arguments of :func:`disk_terms`."""
     return disk_terms(student_logits, teacher_logits, target, guide_logits, **settings).loss  # type: ignore[arg-type]
-
-
-def _penalty(weight: float, g: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Return the authors' extra term weight * log(1 + K g) per position, and its slope by g."""
-    if not weight:
-        return torch.zeros_like(g), torch.zeros_like(g)
-    return weight * torch.log1p(classes * g), weight * classes / (1 + classes * g)
-
-
-def _distill_slope(factor: float | Tensor, parts: Scaffold, guide_logits: Tensor) -> Tensor:
-    """Return d L_dist / d guide logit per position, in closed form.
-
-    d L_dist / d log g = -tau tau_s sum_k t_k g / (s_k + g), which the discount needs anyway, and d log g / d logit =
-    1 - g: the scaffold is evaluated and differentiated once, for the student, and the guide's half costs (N,) more.
-    """
-    return -factor * parts.removed * (-guide_logits).sigmoid()
-
-
-def _well_scaled(slope: Tensor, guide_logits: Tensor, scale: float | Tensor) -> Tensor:
-    """Turn the slope by the guide's logit into that by g (equal at g = 1/2), and hold the logits within REACH.
-
-    By the logit, every slope carries the sigmoid's derivative g (1 - g). At a small multiplier (5) is least at g = 1 on
-    every sample; once there the derivative is 0 and no multiplier brings any g back: the guide has died. By g the pull
-    back keeps its strength (in terms of the logit: mirror descent with the binary entropy); it changes the size of each
-    sample's slope, not the g at which it is zero. Beyond REACH, where momentum may carry the logits and where (5) may
-    be least for a while, a spring leads back.
-    """
-    held = guide_logits.clamp(*REACH)
-    g = held.sigmoid()
-    return scale * slope / (4 * g * (1 - g)) + (SPRING * (guide_logits - held)).clamp(-1, 1)
-
-
-def _zero_valued(guide_logits: Tensor) -> Tensor:
-    """Zero with gradient one; an infinite guide logit (g exactly 0 or 1) has slope 0, and inf - inf would be NaN."""
-    finite = guide_logits.masked_fill(guide_logits.isinf(), 0.0)
-    return finite - finite.detach()

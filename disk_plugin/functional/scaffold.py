@@ -1,4 +1,4 @@
-"""Equations (1) and (4): knowledge distillation, plain and scaffolded, and the discount the scaffold amounts to."""
+"""Equation (4): scaffolded knowledge distillation, and the discount that the scaffold amounts to."""
 
 from typing import Literal, NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
 
 from .. import _checks
-from ._positions import Reduction, as_dtype, cross_entropy, positions_of, promote
+from ._positions import Reduction, as_dtype, promote
 
 TeacherTarget = Literal["all", "scaffolded"]
 
@@ -72,19 +72,35 @@ def scaffold(
     teacher_target: TeacherTarget = "all",
 ) -> Scaffold:
     """Evaluate (4) per position in log space; gradients flow to the student and the guide through ``kl`` alone."""
+    t, log_t = softened_target(teacher_logits, mask, temperature, teacher_target)
+    log_s = log_softmax(student_logits / student_temperature, 1)
+    scaffolded, removed = with_guide(log_s, t, guide_logits, mask)
+    return Scaffold((t * (log_t - scaffolded)).sum(1), removed, t.sum(1))
+
+
+def softened_target(
+    teacher_logits: Tensor, mask: Tensor, temperature: float | Tensor, teacher_target: TeacherTarget
+) -> tuple[Tensor, Tensor]:
+    """Return the teacher's probabilities t and log t; t is 0 outside the mask where only "scaffolded" ones count."""
     softened = teacher_logits / temperature
     if teacher_target == "scaffolded":
         softened = torch.where(mask, softened, teacher_logits.amin(1, keepdim=True))
     log_t = log_softmax(softened, 1)
     # a product, not torch.where: an infinite teacher logit must end as NaN, not as a zero
-    t = log_t.exp() * mask if teacher_target == "scaffolded" else log_t.exp()
-    log_s = log_softmax(student_logits / student_temperature, 1)
+    return log_t.exp() * mask if teacher_target == "scaffolded" else log_t.exp(), log_t
+
+
+def with_guide(log_s: Tensor, t: Tensor, guide_logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return log(s_y + 1[y in K] g), and the sum over K of t_k g / (s_k + g); without a mask all classes are in K."""
     log_g = logsigmoid(guide_logits).unsqueeze(1)  # g is never formed: log g stays finite where g underflows
-    scaffolded = torch.where(mask, torch.logaddexp(log_s, log_g), log_s)  # log(s_y + 1[y in K] g)
+    scaffolded = torch.logaddexp(log_s, log_g)
+    if mask is not None:
+        scaffolded = torch.where(mask, scaffolded, log_s)
     with torch.no_grad():
+        t = t if mask is None else t * mask
         # g / (s + g) <= 1 on the scaffold; off it, where it could overflow, it is not used
-        removed = (t * mask * (log_g - scaffolded).clamp(max=0).exp()).sum(1)
-    return Scaffold((t * (log_t - scaffolded)).sum(1), removed, t.sum(1))
+        removed = (t * (log_g - scaffolded).clamp(max=0).exp()).sum(1)
+    return scaffolded, removed
 
 
 def scaffolded_kl(
@@ -191,54 +207,3 @@ def _parts(
 def discount_of(parts: Scaffold) -> Tensor:
     """Divide what is removed by the target's mass; a target that underflowed to nothing has nothing to take off."""
     return parts.removed / parts.target_mass.clamp(min=torch.finfo(parts.removed.dtype).tiny)
-
-
-def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    *,
-    ce_weight: float = 0.1,
-    distill_weight: float = 0.9,
-    temperature: float = 4.0,
-    student_temperature: float | Tensor | None = None,
-    ignore_index: int = -100,
-    sample_weight: Tensor | None = None,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    r"""Return plain knowledge distillation, Kag et al. (ICLR 2023), eq. (1): what DiSK becomes at g = 0.
-
-    .. math:: \alpha\, CE(s) + (1-\alpha)\, \tau\tau_s\, \frac1N \sum_i KL(t^\tau \| s^{\tau_s})
-
-    Args:
-        student_logits: before softmax.
-        teacher_logits: before softmax; no gradient reaches them.
-        target: class indices, or probabilities of the logits' shape.
-        ce_weight: weight of the cross-entropy, >= 0 (paper: alpha).
-        distill_weight: weight of the divergence, >= 0 (paper: 1 - alpha).
-        temperature: divides the teacher's logits, dimensionless, > 0.
-        student_temperature: divides the student's logits, > 0; None for ``temperature``.
-        ignore_index: class index of positions that take part in nothing.
-        sample_weight: weight per sample or position; the mean still divides by the count of positions.
-        reduction: ``"mean"`` over the positions not ignored, or ``"none"``.
-
-    Shape:
-        logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; sample_weight (N,) or (N, d1, ...);
-        returns a scalar, or (N, d1, ...) with 0 where ignored.
-
-    Raises:
-        ValueError: shapes that do not fit, temperatures <= 0, weights < 0.
-        TypeError: logits not floating-point, or a target that is neither int64 nor floating-point.
-    """
-    _checks.logits(student_logits, teacher_logits)
-    _checks.number("ce_weight", ce_weight, at_least=0)
-    _checks.number("distill_weight", distill_weight, at_least=0)
-    _checks.choice("reduction", reduction, ("mean", "none"))
-    tau_s = temperatures(temperature, student_temperature)
-    s, t = promote(student_logits, teacher_logits.detach())
-    where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
-    ce = cross_entropy(log_softmax(s, 1), target, where.label)
-    log_t = log_softmax(t / temperature, 1)
-    kl = (log_t.exp() * (log_t - log_softmax(s / tau_s, 1))).sum(1)
-    distill = temperature * as_dtype(tau_s, s.dtype) * kl
-    return where.reduce(where.weighted(ce_weight * ce + distill_weight * distill), reduction)

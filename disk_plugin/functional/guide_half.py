@@ -1,0 +1,200 @@
+"""The guide's half of eq. (5), and the constants that it reads: all that the guide needs while the student is fixed."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from ..variants import Variant
+from ._positions import Positions, Reduction, as_dtype, positions_of, promote
+from .budget import budget_cross_entropy, hinge, over_denominator
+from .scaffold import scaffold_mask, softened_target, with_guide
+
+# Guide logits between which the scaled gradient is at work, g = .0009 to .953. The ends differ because g counts against
+# the student's probabilities: .95 is as good as 1, while s_k << .01 (many classes) still tells g = .01 from .001.
+REACH = (-7.0, 3.0)
+SPRING = 0.1  # per unit of logit beyond REACH, at most 1 in all; the scaled slope of (5) is of order 1 too
+
+
+class GuideConstants(NamedTuple):
+    """What the guide's half of (5) reads of teacher and student, for M positions; no gradient."""
+
+    target: Tensor  # t_k of the K scaffolded classes, (M, K); 0 where a position has fewer
+    log_student: Tensor  # log s_k of these, (M, K)
+    offset: Tensor  # what g does not change: sum_y t_y log t_y - sum_(y not in K) t_y log s_y, nats, (M,)
+    budget_ce: Tensor  # the budget's cross-entropy, nats, (M,); its denominator is a batch's
+    wrong: Tensor  # bool, (M,): the student's argmax is not the label
+    factor: Tensor  # tau tau_s, (M,)
+    weight: Tensor  # sample weight, (M,)
+    valid: Tensor  # bool, (M,): not under ignore_index
+
+
+class GuideHalf(NamedTuple):
+    """What the guide adds to eq. (5), reduced but for the first two; only ``gradient`` reaches the guide."""
+
+    guide: Tensor  # g per position
+    spent: Tensor  # g times the budget's cross-entropy per position
+    over_budget: Tensor  # multiplier (usage - budget)_+
+    penalty: Tensor  # the authors' extra term
+    gradient: Tensor  # 0, with the gradient of scaffold, budget and penalty
+
+
+@torch.no_grad()
+def guide_constants(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float,
+    student_temperature: float | Tensor,
+    top_k: int | None,
+    variant: Variant,
+    ignore_index: int,
+    sample_weight: Tensor | None = None,
+) -> GuideConstants:
+    """Evaluate them for M = N d1 ... positions, with the arguments of ``disk_terms``."""
+    s, t = promote(student_logits, teacher_logits)
+    tau_s = as_dtype(student_temperature, s.dtype)
+    where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
+    mask = scaffold_mask(t, top_k, where.label if variant.scaffold_label else None)
+    target_t, log_t = softened_target(t, mask, temperature, variant.teacher_target)
+    log_s = log_softmax(s / tau_s, 1)
+    offset = (target_t * log_t).sum(1) - torch.where(mask, 0.0, target_t * log_s).sum(1)
+    classes = s.shape[1]
+    if top_k is not None and top_k < classes:
+        width = min(top_k + variant.scaffold_label, classes)
+        ids = mask.to(s.dtype).topk(width, 1).indices
+        inside = mask.gather(1, ids)  # one class short where the label is among the top-K
+        target_t, log_s = (torch.where(inside, value.gather(1, ids), 0.0) for value in (target_t, log_s))
+    return GuideConstants(
+        target=by_position(target_t),
+        log_student=by_position(log_s),
+        offset=offset.flatten(),
+        budget_ce=budget_cross_entropy(log_softmax(s, 1), t, where, variant).flatten(),
+        wrong=(s.argmax(1) != where.label).flatten(),
+        factor=(torch.ones_like(offset) * temperature * tau_s).flatten(),
+        weight=where.weight.flatten(),
+        valid=where.valid.flatten(),
+    )
+
+
+def by_position(value: Tensor) -> Tensor:
+    """Turn (N, C, d1, ...) into (M, C), M = N d1 ..."""
+    return value.movedim(1, -1).flatten(0, -2)
+
+
+def guide_loss(
+    constants: GuideConstants,
+    guide_logits: Tensor,
+    *,
+    distill_weight: float,
+    multiplier: float | Tensor,
+    budget: float | Tensor,
+    top_k: int | None,
+    variant: Variant,
+    guide_gradient_scale: float | None,
+    reduce_mean: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return ``disk_terms(...).guide_loss`` of a batch of positions from its constants and guide logits (M,)."""
+    guide_logits, offset = promote(guide_logits, constants.offset)
+    valid, factor = constants.valid, constants.factor
+    where = Positions(valid.long(), valid, constants.weight, valid.sum().clamp(min=1))  # no label is read
+    scaffolded, removed = with_guide(constants.log_student, constants.target, guide_logits.detach())
+    kl = offset - (constants.target * scaffolded).sum(1)
+    half = guide_half(
+        guide_logits,
+        removed,
+        over_denominator(constants.budget_ce, constants.wrong, where, variant, reduce_mean),
+        where,
+        factor=factor,
+        classes=min(top_k or constants.target.shape[1], constants.target.shape[1]),
+        distill_weight=distill_weight,
+        multiplier=multiplier,
+        budget=budget,
+        variant=variant,
+        guide_gradient_scale=guide_gradient_scale,
+        reduce_mean=reduce_mean,
+        reduction="mean",
+    )
+    distill = where.reduce(distill_weight * where.weighted(factor * kl), "mean")
+    return distill + half.over_budget + half.penalty + half.gradient
+
+
+def guide_half(
+    guide_logits: Tensor,
+    removed: Tensor,
+    budget_ce: Tensor,
+    where: Positions,
+    *,
+    factor: float | Tensor,
+    classes: int,
+    distill_weight: float,
+    multiplier: float | Tensor,
+    budget: float | Tensor,
+    variant: Variant,
+    guide_gradient_scale: float | None,
+    reduce_mean: Callable[[Tensor], Tensor] | None,
+    reduction: Reduction,
+) -> GuideHalf:
+    """Evaluate what (5) asks of the guide; ``factor`` is tau tau_s, ``classes`` K, ``removed`` as in ``Scaffold``.
+
+    Values carry no graph of the guide, whose gradient is in closed form; that of the student passes through
+    ``budget_ce``.
+    """
+    logits = guide_logits.detach()
+    lam, delta = as_dtype(multiplier, logits.dtype), as_dtype(budget, logits.dtype)
+    g = logits.sigmoid()
+    spent = where.weighted(g * budget_ce)
+    mean_usage = where.reduce(spent.detach(), "mean")
+    if reduce_mean is not None:
+        mean_usage = reduce_mean(mean_usage)
+    penalty, penalty_slope = _penalty(variant.guide_penalty, g, classes)
+    slope = distill_weight * _distill_slope(factor, removed, logits)
+    slope = slope + (lam * (mean_usage > delta) * budget_ce.detach() + penalty_slope) * g * (1 - g)
+    if guide_gradient_scale is not None:
+        slope = guide_gradient_scale * _well_scaled(slope, logits, 1 / (factor + lam))
+    return GuideHalf(
+        guide=g,
+        spent=spent,
+        over_budget=lam * hinge(spent, where, delta, mean_usage, reduction),
+        penalty=where.reduce(where.weighted(penalty), reduction),
+        gradient=where.reduce(where.weighted(slope * _zero_valued(guide_logits)), reduction),
+    )
+
+
+def _penalty(weight: float, g: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Return the authors' extra term weight * log(1 + K g) per position, and its slope by g."""
+    if not weight:
+        return torch.zeros_like(g), torch.zeros_like(g)
+    return weight * torch.log1p(classes * g), weight * classes / (1 + classes * g)
+
+
+def _distill_slope(factor: float | Tensor, removed: Tensor, guide_logits: Tensor) -> Tensor:
+    """Return d L_dist / d guide logit per position, in closed form.
+
+    d L_dist / d log g = -tau tau_s sum_k t_k g / (s_k + g), which the discount needs anyway, and d log g / d logit =
+    1 - g: the scaffold is evaluated and differentiated once, for the student, and the guide's half costs (N,) more.
+    """
+    return -factor * removed * (-guide_logits).sigmoid()
+
+
+def _well_scaled(slope: Tensor, guide_logits: Tensor, scale: float | Tensor) -> Tensor:
+    """Turn the slope by the guide's logit into that by g (equal at g = 1/2), and hold the logits within REACH.
+
+    By the logit, every slope carries the sigmoid's derivative g (1 - g). At a small multiplier (5) is least at g = 1 on
+    every sample; once there the derivative is 0 and no multiplier brings any g back: the guide has died. By g the pull
+    back keeps its strength (in terms of the logit: mirror descent with the binary entropy); it changes the size of each
+    sample's slope, not the g at which it is zero. Beyond REACH, where momentum may carry the logits and where (5) may
+    be least for a while, a spring leads back.
+    """
+    held = guide_logits.clamp(*REACH)
+    g = held.sigmoid()
+    return scale * slope / (4 * g * (1 - g)) + (SPRING * (guide_logits - held)).clamp(-1, 1)
+
+
+def _zero_valued(guide_logits: Tensor) -> Tensor:
+    """Zero with gradient one; an infinite guide logit (g exactly 0 or 1) has slope 0, and inf - inf would be NaN."""
+    finite = guide_logits.masked_fill(guide_logits.isinf(), 0.0)
+    return finite - finite.detach()

@@ -1,0 +1,59 @@
+"""Equation (1): plain knowledge distillation."""
+
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from .. import _checks
+from ._positions import Reduction, as_dtype, cross_entropy, positions_of, promote
+from .scaffold import temperatures
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    ce_weight: float = 0.1,
+    distill_weight: float = 0.9,
+    temperature: float = 4.0,
+    student_temperature: float | Tensor | None = None,
+    ignore_index: int = -100,
+    sample_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Return plain knowledge distillation, Kag et al. (ICLR 2023), eq. (1): what DiSK becomes at g = 0.
+
+    .. math:: \alpha\, CE(s) + (1-\alpha)\, \tau\tau_s\, \frac1N \sum_i KL(t^\tau \| s^{\tau_s})
+
+    Args:
+        student_logits: before softmax.
+        teacher_logits: before softmax; no gradient reaches them.
+        target: class indices, or probabilities of the logits' shape.
+        ce_weight: weight of the cross-entropy, >= 0 (paper: alpha).
+        distill_weight: weight of the divergence, >= 0 (paper: 1 - alpha).
+        temperature: divides the teacher's logits, dimensionless, > 0.
+        student_temperature: divides the student's logits, > 0; None for ``temperature``.
+        ignore_index: class index of positions that take part in nothing.
+        sample_weight: weight per sample or position; the mean still divides by the count of positions.
+        reduction: ``"mean"`` over the positions not ignored, or ``"none"``.
+
+    Shape:
+        logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; sample_weight (N,) or (N, d1, ...);
+        returns a scalar, or (N, d1, ...) with 0 where ignored.
+
+    Raises:
+        ValueError: shapes that do not fit, temperatures <= 0, weights < 0.
+        TypeError: logits not floating-point, or a target that is neither int64 nor floating-point.
+    """
+    _checks.logits(student_logits, teacher_logits)
+    _checks.number("ce_weight", ce_weight, at_least=0)
+    _checks.number("distill_weight", distill_weight, at_least=0)
+    _checks.choice("reduction", reduction, ("mean", "none"))
+    tau_s = temperatures(temperature, student_temperature)
+    s, t = promote(student_logits, teacher_logits.detach())
+    where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
+    ce = cross_entropy(log_softmax(s, 1), target, where.label)
+    log_t = log_softmax(t / temperature, 1)
+    kl = (log_t.exp() * (log_t - log_softmax(s / tau_s, 1))).sum(1)
+    distill = temperature * as_dtype(tau_s, s.dtype) * kl
+    return where.reduce(where.weighted(ce_weight * ce + distill_weight * distill), reduction)
