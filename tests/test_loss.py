@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead, functional, presets
+from disk_plugin.replay import GuideReplay
 from disk_plugin.schedule import estimate_budget
 from disk_plugin.taps import FeatureTap, with_features
 from disk_plugin.variants import VARIANTS
@@ -19,6 +20,7 @@ PUBLIC = (
     DiSKLoss,
     GuideHead,
     DualScheduler,
+    GuideReplay,
     with_features,
     estimate_budget,
     functional.disk_terms,

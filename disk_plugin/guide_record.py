@@ -1,0 +1,104 @@
+"""What a guide pass reads of a batch, as rows to keep, and the guide's loss from such rows."""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .functional.guide_half import GuideConstants, by_position, guide_constants, guide_loss
+from .guide import GuideHead
+from .loss import DiSKLoss, without_autocast
+
+_INPUTS = ("teacher_logits", "teacher_features")
+_WIDE = (*_INPUTS, "target", "log_student")  # columns of the chosen type; one number per position is float32 at least
+
+
+@torch.no_grad()
+def rows_of(
+    disk: DiSKLoss,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    teacher_features: Tensor | None,
+    sample_weight: Tensor | None,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Return a row per position that takes part and is finite, by column; waits for the device, to count them.
+
+    A batch that overflowed has a NaN loss already, and a GradScaler skips it; kept, it would end the guide for good.
+    """
+    _checks.logits(student_logits, teacher_logits)
+    with without_autocast(student_logits):
+        constants = guide_constants(
+            student_logits,
+            teacher_logits,
+            target,
+            temperature=disk.temperature,
+            student_temperature=disk.student_temperature,
+            top_k=disk.top_k,
+            variant=disk.variant,
+            ignore_index=disk.ignore_index,
+            sample_weight=sample_weight,
+        )
+    inputs = _inputs(disk, teacher_logits, teacher_features)
+    kept = constants.valid & (constants.offset + constants.budget_ce + constants.weight).isfinite()
+    for value in inputs.values():
+        kept &= value.flatten(1).isfinite().all(1)
+    index = kept.nonzero().squeeze(1)
+    rows = {**inputs, **constants._asdict()}
+    del rows["valid"]
+    return {name: _stored(name, value[index], dtype) for name, value in rows.items()}
+
+
+def loss_of(disk: DiSKLoss, rows: dict[str, Tensor]) -> Tensor:
+    """Return ``disk.terms(...).guide_loss`` of the rows' positions, with the settings now in force."""
+    dtype = torch.promote_types(rows["offset"].dtype, torch.float32)
+    values = {name: value if name == "wrong" else value.to(dtype) for name, value in rows.items()}
+    features = values.pop("teacher_features", None)
+    logits = values.pop("teacher_logits", None)
+    if logits is None:  # the guide looks at their shape alone
+        logits = values["offset"].new_zeros(()).expand(len(values["offset"]), cast(GuideHead, disk.guide).num_classes)
+    constants = GuideConstants(valid=torch.ones_like(values["wrong"]), **values)
+    with without_autocast(logits):
+        return guide_loss(
+            constants,
+            disk.guide_logits(logits, features),
+            distill_weight=disk.distill_weight,
+            multiplier=disk.multiplier,
+            budget=disk.budget,
+            top_k=disk.top_k,
+            variant=disk.variant,
+            guide_gradient_scale=disk.guide_gradient_scale,
+            reduce_mean=disk.reduce_mean,
+        )
+
+
+def _inputs(disk: DiSKLoss, teacher_logits: Tensor, teacher_features: Tensor | None) -> dict[str, Tensor]:
+    """Return what the guide reads, by position: (M, C), (M, D); beside logits (N, C) features may be (N, ...)."""
+    reads_logits = not isinstance(disk.guide, GuideHead) or disk.guide.use_logits
+    inputs = {"teacher_logits": by_position(teacher_logits)} if reads_logits else {}
+    if teacher_features is None:
+        if not reads_logits:
+            raise ValueError("the guide reads features alone, got no teacher_features")
+        return inputs
+    _checks.tensor("teacher_features", teacher_features)
+    count, *positions = (teacher_logits.shape[0], *teacher_logits.shape[2:])
+    shape = tuple(teacher_features.shape)
+    if len(shape) < 2 or shape[0] != count or (positions and list(shape[2:]) not in ([], positions)):
+        dense = f" or ({count}, D, {', '.join(map(str, positions))})" if positions else ""
+        raise ValueError(f"teacher_features must have shape ({count}, D){dense}, got {shape}")
+    if positions:
+        pooled = shape[2:] == ()
+        spread = teacher_features.reshape(*shape, *[1] * len(positions)) if pooled else teacher_features
+        teacher_features = by_position(spread.expand(-1, -1, *positions))
+    return {**inputs, "teacher_features": teacher_features}
+
+
+def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring a column to its type; log s may lie far below what float16 holds."""
+    if value.dtype == torch.bool:
+        return value
+    dtype = dtype if name in _WIDE else torch.promote_types(dtype, torch.float32)
+    largest = torch.finfo(dtype).max
+    return value.clamp(-largest, largest).to(dtype)

@@ -1,0 +1,95 @@
+"""A uniform sample, of bounded size, of rows that come in batches."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Rows = Mapping[str, Tensor]  # columns by name, (rows, ...) each, of one length
+
+
+class Reservoir:
+    """Algorithm R (Vitter, 1985): of all rows that came each is held with the same probability, at most ``capacity``.
+
+    Up to the capacity all are held, in the order of arrival. Memory is taken with the first batch, on its device.
+
+    Args:
+        capacity: rows to hold, >= 1.
+        generator: on the CPU; drawn from only once more rows have come than are held.
+    """
+
+    def __init__(self, capacity: int, generator: torch.Generator) -> None:
+        self.capacity, self.generator, self.seen = capacity, generator, 0
+        self._columns: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return min(self.seen, self.capacity)
+
+    def add(self, rows: Rows) -> None:
+        """Let rows arrive.
+
+        Raises:
+            ValueError: other columns than those held.
+        """
+        if _layout(rows) != _layout(self._columns):
+            if self.seen:
+                raise ValueError(f"every batch must bring the columns {_layout(self._columns)}, got {_layout(rows)}")
+            self._columns = {name: value.new_empty(self.capacity, *value.shape[1:]) for name, value in rows.items()}
+        first, count = self.seen, len(next(iter(rows.values())))
+        self.seen += count
+        if self.seen <= self.capacity:
+            for name, value in rows.items():
+                self._columns[name][first : self.seen] = value
+            return
+        arrivals, slots = self._places(first, count)
+        for name, value in rows.items():
+            self._columns[name][slots.to(value.device)] = value[arrivals.to(value.device)]
+
+    def rows(self, index: Tensor) -> dict[str, Tensor]:
+        """Return the held rows at some positions, < ``len``."""
+        return {name: column[index.to(column.device)] for name, column in self._columns.items()}
+
+    def clear(self) -> None:
+        """Forget all rows; the memory stays."""
+        self.seen = 0
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes that one row takes; 0 before the first."""
+        return sum(column[:1].nbytes for column in self._columns.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of what is held, and how many rows came."""
+        held = {name: column[: len(self)].clone() for name, column in self._columns.items()} if self.seen else {}
+        return {"seen": self.seen, "rows": held}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Hold what another one held, on a device.
+
+        Raises:
+            RuntimeError: it had another capacity.
+        """
+        seen, rows = state["seen"], state["rows"]
+        held = len(next(iter(rows.values()))) if rows else 0
+        if held != min(seen, self.capacity):
+            raise RuntimeError(f"expected the record of a capacity of {self.capacity}, got {held} of {seen} positions")
+        self.clear()
+        if rows:
+            self.add({name: value.to(device) for name, value in rows.items()})
+        self.seen = seen
+
+    def _places(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return which of the arrivals stay, and in which slots, each slot once."""
+        number = torch.arange(first, first + count)
+        # arrival n is held with probability capacity / (n + 1), in the place of any
+        drawn = (torch.rand(count, dtype=torch.float64, generator=self.generator) * (number + 1)).long()
+        slots = torch.where(number < self.capacity, number, drawn)
+        arrivals = (slots < self.capacity).nonzero().squeeze(1)
+        slots, which = torch.unique(slots[arrivals], return_inverse=True)
+        # of several arrivals for one slot the last stays, as if they had come one by one
+        return torch.zeros_like(slots).scatter_reduce(0, which, arrivals, "amax"), slots
+
+
+def _layout(rows: Rows) -> dict[str, tuple[tuple[int, ...], torch.dtype, torch.device]]:
+    return {name: (tuple(value.shape[1:]), value.dtype, value.device) for name, value in rows.items()}
