@@ -96,7 +96,7 @@ def _inputs(disk: DiSKLoss, teacher_logits: Tensor, teacher_features: Tensor | N
 
 
 def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bring a column to its type; log s may lie far below what float16 holds."""
+    """Bring a column to its type; log s and features may lie beyond what float16 holds."""
     if value.dtype == torch.bool:
         return value
     dtype = dtype if name in _WIDE else torch.promote_types(dtype, torch.float32)

@@ -175,7 +175,7 @@ def test_a_student_is_trained_by_its_own_method_alone(train, teacher):
     assert alone.logs["kd"][0]["loss"] == pytest.approx(beside.logs["kd"][0]["loss"], rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["disk", "disk-alternating"])
+@pytest.mark.parametrize("name", ["disk", "disk-alternating", "disk-replay"])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, train, teacher, name):
     def made():
         return {"kd": KD(), name: disk(name)}
@@ -216,6 +216,22 @@ def test_alternation_trains_the_guide_before_every_third_pass_of_the_student(tra
     run.epoch = 1
     run._guide_passes()
     assert all(torch.equal(a, b) for a, b in zip(moved, method.parameters(), strict=True))
+
+
+def test_the_replay_trains_the_guide_between_the_students_passes_alone(train, teacher):
+    method = disk("disk-replay")
+    run, trained = run_of(train, teacher, {"disk": method}, epochs=4), []
+    for _ in range(3):
+        guide = [parameter.clone() for parameter in method.parameters()]
+        run._student_pass()
+        assert all(torch.equal(a, b) for a, b in zip(guide, method.parameters(), strict=True))
+        student = {key: value.clone() for key, value in run.states()["disk"].items()}
+        method.end_epoch()
+        assert all(torch.equal(value, run.states()["disk"][key]) for key, value in student.items())
+        trained.append(not any(torch.equal(a, b) for a, b in zip(guide, method.parameters(), strict=True)))
+        assert len(method.replay) == 0
+    assert trained == [True, False, True]
+    assert method.dual.epoch == 1
 
 
 def test_algorithm_1_moves_the_multiplier_once_per_outer_iteration(train, teacher):

@@ -179,7 +179,7 @@ class Experiment:
         for epoch in range(4):
             self.views(SEARCH_SEED, epoch)
         for name, chosen in self.chosen(search).items():
-            epochs = 1 + (METHODS[name].guide_passes or 1)
+            epochs = 1 + METHODS[name].step_every
             recipe = self.recipe(self.args.student, epochs, SEARCH_SEED)
             methods = self.methods({name: chosen}, epochs, SEARCH_SEED, search["budget"])
             run = Run(recipe, methods, start, self.views, self.searched, self.held_out, None)

@@ -8,6 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead, functional
 from disk_plugin.epoch_report import EpochReport
+from disk_plugin.replay import GuideReplay
 from disk_plugin.variants import VARIANTS
 
 NUM_CLASSES = 100
@@ -29,6 +30,7 @@ class Method(nn.Module):
     searched_as: str | None = None  # whose settings the search froze for it: "kd", "disk" or none
     optimizer: torch.optim.Optimizer | None = None
     guide_passes = 0  # before every as many passes of the student
+    step_every = 1  # epochs after which all comes anew: steps of the schedule, passes of the guide
     extra_passes = 0.0  # student forwards per pass over the data beyond the student's own
 
     @classmethod
@@ -84,7 +86,6 @@ class DiSK(Method):
     """
 
     searched_as = "disk"
-    step_every = 1  # epochs between steps of the schedule
 
     @classmethod
     def made(cls, settings: dict[str, Any], **run: Any) -> "Method":
@@ -158,6 +159,46 @@ class DiSK(Method):
         self.dual.load_state_dict(state["dual"])
 
 
+class ReplayDiSK(DiSK):
+    """Algorithm 1 on a record: after every third pass of the student three of the guide on what that pass showed.
+
+    Also after the first pass, as there is no record before it and an untrained guide would stay for three.
+    """
+
+    step_every = 3
+
+    def __init__(self, *, seed: int, **settings: Any) -> None:
+        super().__init__(seed=seed, **settings)
+        self.replay = GuideReplay(self.disk, self.optimizer, batch_size=200, seed=seed)
+
+    @property
+    def records(self) -> bool:
+        """Whether guide passes follow this epoch."""
+        return self.epoch == 0 or (self.epoch + 1) % self.step_every == 0
+
+    def forward(self, student_logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy and scaffold, which train the student alone."""
+        if self.records:
+            features = batch.teacher_features if self.reads_features else None
+            self.replay.record(student_logits, batch.teacher_logits, batch.labels, features)
+        return self.terms(student_logits, batch).student_loss.mean()
+
+    def end_epoch(self) -> dict[str, float]:
+        """Train the guide where it is due, then step the schedule."""
+        if self.records:
+            self.replay.train_guide(passes=3)
+        return super().end_epoch()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The generator travels with the schedule's progress; the record is empty after an epoch."""
+        return {**super().get_extra_state(), "replay": self.replay.state_dict()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take them up."""
+        super().set_extra_state(state)
+        self.replay.load_state_dict(state["replay"])
+
+
 class AlternatingDiSK(DiSK):
     """DiSK by Algorithm 1: three passes of the guide with the student fixed, then three of the student, then lambda."""
 
@@ -215,6 +256,7 @@ METHODS: dict[str, type[Method]] = {
     "disk": DiSK,
     "disk-alternating": AlternatingDiSK,
     "disk-discount-budget": DiscountBudgetDiSK,
+    "disk-replay": ReplayDiSK,
 }
 
 
