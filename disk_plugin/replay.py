@@ -27,8 +27,9 @@ class GuideReplay:
     reads of them only the guide's input, t_k and log s_k on the scaffolded classes and the budget's CE. These are
     recorded while the student trains; ``train_guide`` makes the guide's passes on the record, touching neither teacher
     nor student nor images. On a fixed student, value and gradient are those of ``disk.terms(...).guide_loss``; a
-    student that trains has moved on a little since its samples were recorded. ``multiplier`` and ``budget`` are those
-    in force in ``train_guide``, temperatures those in force when a position was recorded.
+    student that trains has moved on a little since its samples were recorded. Temperatures are those in force when a
+    position was recorded, ``multiplier`` and ``budget`` those in force in ``train_guide``: call ``dual.step()`` before
+    it, as Algorithm 1's guide trains under the multiplier of the student's passes that follow.
 
     A position takes ``itemsize * (L + D + 2 K) + 17`` bytes (33 for float64): L = C if the guide reads
     logits, else 0; D its features; K = ``top_k`` (one more in the official variants), or C. 100 classes with 256

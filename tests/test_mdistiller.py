@@ -184,18 +184,20 @@ def test_disk_trains_logs_and_leaves_a_student_with_the_hosts_keys_and_the_host_
 
 
 @pytest.mark.parametrize(
-    ("distiller", "trainer"),
+    ("distiller", "trainer", "replay"),
     [
-        ("DISK", "base"),
-        ("DISK", "disk"),
-        ("SIMKD", "base"),
-        ("DISK_SIMKD", "base"),
-        ("DISK_SIMKD", "disk"),
-        ("KD", "base"),
+        ("DISK", "base", False),
+        ("DISK", "disk", False),
+        ("DISK", "disk", True),
+        ("SIMKD", "base", False),
+        ("DISK_SIMKD", "base", False),
+        ("DISK_SIMKD", "disk", False),
+        ("KD", "base", False),
     ],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(host, distiller, trainer):
-    words = ["SOLVER.TRAINER", trainer, *MOVING, "DISK.ALTERNATING.STUDENT_PASSES", "2"]
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(host, distiller, trainer, replay):
+    words = ["SOLVER.TRAINER", trainer, *MOVING, "DISK.ALTERNATING.STUDENT_PASSES", "1" if replay else "2"]
+    words += ["DISK.ALTERNATING.REPLAY", str(replay)]
     words += ["DISK.ALTERNATING.GUIDE_PASSES", "1", "DISK.STUDENT_TEMPERATURE", "fit", "DATASET.NUM_WORKERS", "1"]
     whole = launch(host, *words, distiller=distiller, out="whole", epochs=3)
     launch(host, *words, distiller=distiller, out="parts", epochs=2)
@@ -671,6 +673,37 @@ def test_algorithm_1_alternates_and_each_pass_leaves_the_other_player_alone(host
         0.1 * 0.1
     )  # the guide's decays with the student's
     assert all(type(group["lr"]) is float for group in trainer.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("kind", ["DISK", "DISK_SIMKD"])
+def test_with_a_record_the_first_guide_passes_alone_run_over_the_loader(host, kind):
+    words = ["SOLVER.TRAINER", "disk", "SOLVER.EPOCHS", 4, "DISK.ALTERNATING.STUDENT_PASSES", 2]
+    words += ["DISK.ALTERNATING.GUIDE_PASSES", 1, "DISK.ALTERNATING.REPLAY", True, "SOLVER.BATCH_SIZE", 8]
+    modules, cfg, distiller = distiller_of(host, kind, *words, *MOVING, "DISK.DUAL.PERIOD", 2)
+    image, target = image_batch()
+    loader = [(image, target, torch.arange(8))] * 3
+    torch.Tensor.cuda = nn.Module.cuda = lambda self, *_, **__: self
+    wrapped = torch.nn.DataParallel(distiller)
+    trainer = modules.engine.trainer_dict["disk"]("own", wrapped, loader, [(image, target)], cfg)
+    seen, guide_pass, train_guide = [], trainer._guide_pass, trainer.replay.train_guide
+
+    def watched_guide_pass(epoch, name):
+        seen.append(("literal", epoch))
+        guide_pass(epoch, name)
+
+    def watched_train_guide(passes):
+        student, guide = copy.deepcopy(distiller.student.state_dict()), copy.deepcopy(distiller.disk.guide.state_dict())
+        seen.append(("replay", passes, len(trainer.replay), distiller.disk.multiplier.item()))
+        train_guide(passes)
+        assert_same(distiller.student.state_dict(), student)
+        assert not any(torch.equal(value, guide[name]) for name, value in distiller.disk.guide.state_dict().items())
+
+    trainer._guide_pass, trainer.replay.train_guide = watched_guide_pass, watched_train_guide
+    trainer.train()
+    multipliers = [distiller.dual(iteration)[0] for iteration in (1, 2)]  # of the student's passes that follow
+    # of two student passes of 24 samples the last is recorded
+    assert seen == [("literal", 1), *(("replay", 1, 24, multiplier) for multiplier in multipliers)]
+    assert set(distiller.get_extra_state()) == {"dual", "replay"}
 
 
 def test_the_guide_may_have_adam_and_read_the_logits_alone(host):

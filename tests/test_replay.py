@@ -356,10 +356,10 @@ def test_the_loop_of_the_readme_trains_both_and_keeps_to_its_players():
             optimizer.step()
         assert torch.equal(weights(replay.disk), fixed)
         student_weights = student.weight.detach().clone()
+        dual.step()
         path.append(replay.train_guide(passes=3))
         assert not torch.equal(weights(replay.disk), fixed)
         assert torch.equal(student.weight, student_weights)
-        dual.step()
     assert all(losses[2] < losses[0] for losses in path)
 
 

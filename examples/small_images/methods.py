@@ -184,10 +184,11 @@ class ReplayDiSK(DiSK):
         return self.terms(student_logits, batch).student_loss.mean()
 
     def end_epoch(self) -> dict[str, float]:
-        """Train the guide where it is due, then step the schedule."""
-        if self.records:
+        """Step the schedule, then train the guide where it is due, for the student's passes that follow."""
+        due, log = self.records, super().end_epoch()
+        if due:
             self.replay.train_guide(passes=3)
-        return super().end_epoch()
+        return log
 
     def get_extra_state(self) -> dict[str, Any]:
         """The generator travels with the schedule's progress; the record is empty after an epoch."""

@@ -16,6 +16,7 @@ from disk_plugin import DiSKLoss, DualScheduler, GuideHead
 from disk_plugin.features.guided import guided_feature_terms
 from disk_plugin.features.simkd import SimKD
 from disk_plugin.presets import PAPER
+from disk_plugin.replay import GuideReplay
 
 
 def add_defaults() -> None:
@@ -38,6 +39,9 @@ def add_defaults() -> None:
     CFG.DISK.ALTERNATING.LR = recipe["lr"]  # decays by the factor of the student's
     CFG.DISK.ALTERNATING.MOMENTUM = recipe["momentum"]  # of SGD
     CFG.DISK.ALTERNATING.WEIGHT_DECAY = recipe["weight_decay"]
+    CFG.DISK.ALTERNATING.REPLAY = False  # guide passes after the first iteration's: on a record, not over the loader
+    capacity = inspect.signature(GuideReplay).parameters["capacity"].default
+    CFG.DISK.ALTERNATING.REPLAY_CAPACITY = capacity  # samples that the record holds at most
     CFG.SIMKD = _section(SimKD)
     CFG.DISK_SIMKD = _section(guided_feature_terms, without=("reduction",))  # its guide and budget: the section DISK
     CFG.DISK_SIMKD.FACTOR = CFG.SIMKD.FACTOR
@@ -89,6 +93,15 @@ def build_guide_optimizer(cfg: CfgNode, disk: DiSKLoss) -> torch.optim.Optimizer
     if settings.OPTIMIZER == "Adam":
         return torch.optim.Adam(disk.parameters(), settings.LR, weight_decay=settings.WEIGHT_DECAY)
     raise ValueError(f"DISK.ALTERNATING.OPTIMIZER must be SGD or Adam, got {settings.OPTIMIZER!r}")
+
+
+def build_replay(cfg: CfgNode, disk: DiSKLoss, optimizer: torch.optim.Optimizer) -> GuideReplay | None:
+    """Turn ``cfg.DISK.ALTERNATING`` into the record of the student's passes, None unless ``REPLAY``."""
+    settings = cfg.DISK.ALTERNATING
+    if not settings.REPLAY:
+        return None
+    sizes = {"capacity": settings.REPLAY_CAPACITY, "batch_size": cfg.SOLVER.BATCH_SIZE}
+    return GuideReplay(disk, optimizer, **sizes, seed=cfg.SOLVER.SEED or 0)
 
 
 def feature_arguments(cfg: CfgNode) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 from disk_plugin import DualScheduler
 from disk_plugin.features.guided import GuidedFeatureTerms, guided_feature_terms
 from disk_plugin.functional import DiSKTerms
+from disk_plugin.replay import GuideReplay
 
 from . import config
 from .feature_maps import build_simkd, pooled, probe, student_map
@@ -45,7 +46,7 @@ class GuidedDistiller(Distiller):
         self.disk = config.build_loss(cfg, logits.shape[1], pooled(features).shape[1] if self._use_features else 0)
         self.dual = config.build_dual(cfg, self.disk, self.epochs_per_iteration)
         self.gathers = False
-        self.stateful: dict[str, DualScheduler | torch.optim.Optimizer] = {"dual": self.dual}
+        self.stateful: dict[str, DualScheduler | torch.optim.Optimizer | GuideReplay] = {"dual": self.dual}
 
     def outputs(self, image: Tensor) -> tuple[Tensor, Inputs]:
         """Return the prediction (N, C) and, by name, the other per-sample tensors that :meth:`terms` needs."""

@@ -18,7 +18,7 @@ _GIVEN = ("data", "teacher weights", "DISTILLER.WARM_START")  # files, told apar
 # what a checkpoint holds or its shapes depend on: no flag makes a resumed run change it
 _LASTING = re.compile(
     r"DISTILLER\.|DATASET\.|teacher weights|SOLVER\.(TRAINER|TYPE)|DISK\.(GUIDE\.|STUDENT_TEMPERATURE)"
-    r"|DISK\.ALTERNATING\.(OPTIMIZER|STUDENT_PASSES)|(DISK_)?SIMKD\.FACTOR"
+    r"|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY|STUDENT_PASSES)|(DISK_)?SIMKD\.FACTOR"
 )
 
 

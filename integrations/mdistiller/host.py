@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 from disk_plugin.schedule_notes import low_multiplier
 
 from .checkpoints import fingerprint, load_weights, read_checkpoint, save_atomically, student_weights
-from .config import build_guide_optimizer
+from .config import build_guide_optimizer, build_replay
 
 _CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet": 1000}
 
@@ -158,7 +158,7 @@ def rehearse(cfg: CfgNode) -> list[str]:
         teacher.load_state_dict(weights)
     distiller = distiller_dict[cfg.DISTILLER.TYPE](build_model(cfg, cfg.DISTILLER.STUDENT), teacher, cfg)
     if cfg.SOLVER.TRAINER == "disk":
-        build_guide_optimizer(cfg, distiller.disk)
+        build_replay(cfg, distiller.disk, build_guide_optimizer(cfg, distiller.disk))
     if cfg.DISTILLER.TYPE == "SIMKD":
         return []
     steps = math.ceil(cfg.SOLVER.EPOCHS / distiller.epochs_per_iteration)

@@ -98,7 +98,8 @@ class DISKTrainer(CompleteTrainer):
     the host's; before the first of each ``STUDENT_PASSES`` epochs come ``GUIDE_PASSES`` passes of the guide's own
     optimizer over the same loader, and before the first epoch also ``GUIDE_WARMUP_EPOCHS``. Multiplier and budget
     change from one outer iteration to the next, as in the paper: the lengths in ``DISK.DUAL`` count those. In a guide
-    pass the student is in evaluation mode.
+    pass the student is in evaluation mode. With ``REPLAY`` only the first iteration's guide passes are over the loader,
+    the others on a record of the last student pass before them, where the student is in training mode.
     """
 
     def __init__(self, experiment_name: str, distiller: Any, train_loader: Any, val_loader: Any, cfg: Any) -> None:
@@ -107,23 +108,49 @@ class DISKTrainer(CompleteTrainer):
             raise ValueError(f"SOLVER.TRAINER disk needs DISTILLER.TYPE DISK or DISK_SIMKD, got {cfg.DISTILLER.TYPE}")
         self.guide_optimizer = config.build_guide_optimizer(cfg, module.disk)
         _keep_settings(self.guide_optimizer)
-        module.stateful["guide_optimizer"] = self.guide_optimizer
+        self.replay = config.build_replay(cfg, module.disk, self.guide_optimizer)
+        if self.replay is None:
+            module.stateful["guide_optimizer"] = self.guide_optimizer
+        else:  # which holds the optimizer
+            module.stateful["replay"] = self.replay
         super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
 
     def before_epoch(self, epoch: int) -> None:
         """Run the guide's passes where an outer iteration of Algorithm 1 begins."""
         settings, module = self.cfg.DISK.ALTERNATING, self.distiller.module
-        if (epoch - 1) % settings.STUDENT_PASSES:
+        if (epoch - 1) % settings.STUDENT_PASSES or (self.replay is not None and epoch > 1):
             return
         passes = settings.GUIDE_PASSES + (settings.GUIDE_WARMUP_EPOCHS if epoch == 1 else 0)
-        lr = host.adjust_learning_rate(epoch, self.cfg, self.optimizer)
-        for group in self.guide_optimizer.param_groups:
-            group["lr"] = settings.LR * (lr / self.cfg.SOLVER.LR if self.cfg.SOLVER.LR else 1.0)
+        self._set_guide_rate(epoch)
         for number in range(1, passes + 1):
             self._guide_pass(epoch, f"{number}/{passes}")
         # the statistics that judge the iteration are those of the student's passes
         module.disk.reset_statistics()
         self.report = EpochReport()
+
+    def log(self, lr: float, epoch: int, log_dict: dict[str, Any]) -> None:
+        """Log and end the epoch; with a record, the next iteration's guide passes come here, before the host saves."""
+        super().log(lr, epoch, log_dict)
+        if self.replay is not None and self._ends_iteration(epoch):
+            self._set_guide_rate(epoch)
+            self.replay.train_guide(self.cfg.DISK.ALTERNATING.GUIDE_PASSES)
+
+    def _evaluate_losses(self, distiller: Any, images: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Record the gathered outputs too, in the last of the student's passes before the guide's."""
+        losses = super()._evaluate_losses(distiller, images, kwargs, output)
+        if losses is not None and self.replay is not None and self._ends_iteration(kwargs["epoch"]):
+            logits, inputs = output
+            self.replay.record(logits, inputs["teacher_logits"], kwargs["target"], inputs.get("teacher_features"))
+        return losses
+
+    def _ends_iteration(self, epoch: int) -> bool:
+        return bool(epoch % self.cfg.DISK.ALTERNATING.STUDENT_PASSES == 0)
+
+    def _set_guide_rate(self, epoch: int) -> None:
+        """Let the guide's rate decay by the factor of the student's."""
+        settings, lr = self.cfg.DISK.ALTERNATING, host.adjust_learning_rate(epoch, self.cfg, self.optimizer)
+        for group in self.guide_optimizer.param_groups:
+            group["lr"] = settings.LR * (lr / self.cfg.SOLVER.LR if self.cfg.SOLVER.LR else 1.0)
 
     def _guide_pass(self, epoch: int, name: str) -> None:
         """Pass over the data once with the student fixed: g <- argmin of (5)."""
