@@ -117,7 +117,7 @@ def test_it_trains_logs_and_leaves_a_bare_student(script, folder):
     assert saved["args"].disk_top_k == 3
 
 
-@pytest.mark.parametrize("words", [[], ["--disk-mode", "alternating", "--disk-student-passes", 2]])
+@pytest.mark.parametrize("words", [[], ["--disk-mode", "alternating", "--disk-student-passes", 2, "--disk-replay"]])
 def test_a_resumed_run_goes_on_and_says_what_was_changed(script, folder, words):
     name = f"resumed{len(words)}"
     four = ["--disk-epochs", 4, "--disk-period", 4, *words]
@@ -131,6 +131,7 @@ def test_a_resumed_run_goes_on_and_says_what_was_changed(script, folder, words):
     state = checkpoint(folder, f"{name}b")["task_state"]
     assert state["dual"]["epoch"] == (2 if words else 4)
     assert ("guide_passes" in state) == bool(words)
+    assert ("generator" in state.get("guide_passes", {})) == bool(words)  # the replay's
 
 
 def test_a_resumed_stand_in_run_equals_an_uninterrupted_one_bit_for_bit(folder):
@@ -194,6 +195,10 @@ def test_a_local_teacher_and_a_yaml_file_work_and_a_checkpoint_without_a_guide_n
         (["-c", "{folder}/nowhere.yaml"], "nowhere.yaml; shipped are configs/imagenet/r50_r18.yaml"),
         (["-c", "{folder}/type.yaml"], "error: disk_guide_hidden_dims must be a list, got int 64"),
         (["--disk-guide-lr", 0.7], "error: disk_guide_lr 0.7 changes nothing without --disk-mode alternating"),
+        (
+            ["--disk-mode", "alternating", "--disk-replay-capacity", 9],
+            "error: disk_replay_capacity 9 changes nothing without --disk-replay",
+        ),
         (["-c", "{folder}/typo.yaml"], "error: unknown settings ['disk_topk']; known are"),
         (["-c", "{folder}/value.yaml"], "error: disk_mode must be one of ['joint', 'alternating'], got 'both'"),
     ],

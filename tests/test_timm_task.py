@@ -361,6 +361,7 @@ def epoch_of(task, optimizer, epoch, ema=False):
     [
         (DiSKTask, {"student_temperature": "fit", "dual": {"budget": (0.5, 0.2), "multiplier": (0.1, 5.0)}}),
         (DiSKTask, {"mode": "alternating", "alternating": {"guide_passes": 1, "student_passes": 2}}),
+        (DiSKTask, {"mode": "alternating", "alternating": {"replay": True, "student_passes": 1}}),
         (DiSKTask, {"dual": {"rule": "ascent", "multiplier": (0.0, 9.0)}}),
         (DiSKSimKDTask, {"mode": "alternating", "alternating": {"guide_warmup_passes": 1, "guide_opt": "adam"}}),
         (DiSKSimKDTask, {}),
@@ -445,6 +446,47 @@ def test_in_alternating_mode_the_guide_trains_alone_and_sees_every_multiplier():
         task.end_epoch()
     assert [passes for passes, _ in seen] == [2, 0, 2, 0]
     assert seen[0][1] == seen[1][1] < seen[2][1] == seen[3][1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_a_record_the_first_guide_passes_alone_run_over_the_data(kind):
+    recipe = {"guide_passes": 2, "student_passes": 2, "replay": True, "replay_batch_size": 8}
+    task = make(kind, mode="alternating", epochs=6, alternating=recipe, dual={"period": 3})
+    optimizer, replay, seen = optimizer_of(task), task.guide_passes.replay, []
+    replay.optimizer.register_step_post_hook(lambda *_: seen.append((len(replay), float(task.disk.multiplier))))
+    literal = []
+    for epoch in range(4):
+        task.begin_epoch(epoch)
+        literal.append(task.run_guide_passes([batch(seed=epoch), batch(seed=epoch + 9)]))
+        seen.clear() if epoch == 0 else None
+        guide = copy.deepcopy(task.disk.guide.state_dict())
+        step(task, optimizer)
+        step(task, optimizer)
+        assert all(torch.equal(value, guide[name]) for name, value in task.disk.guide.state_dict().items())
+        student = copy.deepcopy(task.student.state_dict())
+        task.end_epoch()
+        assert all(torch.equal(value, student[name]) for name, value in task.student.state_dict().items())
+        assert not task.disk.guide.training
+    assert literal == [2, 0, 0, 0]
+    # two batches of 8 recorded in the last epoch of two, two passes of two steps, under the multiplier of what follows
+    assert seen == [(16, task.dual(iteration)[0]) for iteration in (1, 2) for _ in range(4)]
+
+
+def test_a_recorded_epoch_whose_rest_the_host_skips_still_trains_the_guide():
+    def fresh():
+        return make(mode="alternating", alternating={"student_passes": 1, "replay": True})
+
+    task = fresh()
+    task.begin_epoch(0)
+    task.run_guide_passes([batch()])
+    step(task, optimizer_of(task))
+    resumed = fresh()  # from a checkpoint in the middle of an epoch
+    resumed.load_task_state(task.get_task_state())
+    guide = copy.deepcopy(resumed.disk.guide.state_dict())
+    resumed.begin_epoch(1)
+    assert resumed.run_guide_passes([batch()]) == 0
+    assert len(resumed.guide_passes.replay) == 0
+    assert any(not torch.equal(value, guide[name]) for name, value in resumed.disk.guide.state_dict().items())
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------
@@ -609,6 +651,8 @@ def test_an_epoch_that_was_interrupted_ends_with_what_it_showed():
         ({"alternating": {"guide_passes": 1}}, ValueError, "needs mode='alternating', got 'joint'"),
         ({"mode": "alternating", "alternating": {"guide_passes": 0}}, ValueError, "guide_passes must be >= 1, got 0"),
         ({"mode": "alternating", "alternating": {"student_passes": 1.5}}, TypeError, "an int, got float"),
+        ({"mode": "alternating", "alternating": {"replay": 1}}, TypeError, "replay must be a bool, got int 1"),
+        ({"mode": "alternating", "alternating": {"replay_capacity": 0}}, ValueError, "replay_capacity must be >= 1"),
         (
             {"teacher": "vit_tiny_patch16_224", "input_size": SIZE},
             ValueError,

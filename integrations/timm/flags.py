@@ -22,6 +22,7 @@ _REFUSED = {
     "naflex_loader": "teacher and student must read the same images, not each its own patches",
     "torchscript": "a scripted student has no configuration to read",
 }
+_SWITCH = {"action": argparse.BooleanOptionalAction}
 MODES, MATCHINGS = ["joint", "alternating"], ["none", "simkd"]
 _ALTERNATING: dict[str, tuple[str, dict[str, Any]]] = {
     "guide_passes": ("guide passes before each group of student passes", {"type": int, "metavar": "N"}),
@@ -31,6 +32,9 @@ _ALTERNATING: dict[str, tuple[str, dict[str, Any]]] = {
     "guide_lr": ("the guide's learning rate, falling to 0 as a cosine", {"type": float, "metavar": "LR"}),
     "guide_momentum": ("the guide's momentum", {"type": float, "metavar": "M"}),
     "guide_weight_decay": ("the guide's weight decay", {"type": float, "metavar": "WD"}),
+    "replay": ("guide passes on a record of the student's, not over the data", _SWITCH),
+    "replay_capacity": ("samples that each process records at most", {"type": int, "metavar": "N"}),
+    "replay_batch_size": ("batch size of those passes, per process", {"type": int, "metavar": "N"}),
 }
 
 
@@ -49,7 +53,6 @@ def _temperature(text: str) -> Any:
 
 
 _INT, _FLOAT = _or_none(int), _or_none(float)
-_SWITCH = {"action": argparse.BooleanOptionalAction}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +152,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _check_types(args: argparse.Namespace) -> None:
-    for name in ("guide_use_features", "guide_use_logits", "allow_fresh_guide"):
+    for name in ("guide_use_features", "guide_use_logits", "replay", "allow_fresh_guide"):
         value = getattr(args, f"disk_{name}")
         if not isinstance(value, bool):
             raise TypeError(f"disk_{name} must be true or false, got {type(value).__name__} {value!r}")
@@ -163,6 +166,7 @@ def _check_unused(args: argparse.Namespace) -> None:
     """Refuse settings of a part that is switched off: they would change nothing."""
     off = {
         "--disk-mode alternating": [] if args.disk_mode == "alternating" else list(_ALTERNATING),
+        "--disk-replay": [] if args.disk_replay else ["replay_capacity", "replay_batch_size"],
         "--disk-feature-matching simkd": (
             [] if args.disk_feature_matching == "simkd" else ["feature_weight", "simkd_factor"]
         ),

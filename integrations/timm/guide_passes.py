@@ -15,8 +15,10 @@ from torch import distributed as dist
 from disk_plugin import DiSKLoss
 from disk_plugin.distributed import mean_over_processes
 from disk_plugin.functional import DiSKTerms
+from disk_plugin.replay import GuideReplay
 
 from .recipe import Recipe
+from .teacher import TeacherOutputs
 
 
 class GuidePasses:
@@ -40,6 +42,10 @@ class GuidePasses:
             momentum=recipe.guide_momentum,
             weight_decay=recipe.guide_weight_decay,
         )
+        self.replay: GuideReplay | None = None
+        if recipe.replay:
+            sizes = {"capacity": recipe.replay_capacity, "batch_size": recipe.replay_batch_size}
+            self.replay = GuideReplay(disk, self.optimizer, **sizes)
 
     def run(
         self,
@@ -54,12 +60,11 @@ class GuidePasses:
 
         The process's random numbers are put back, so that the student sees its samples in the order of a run without.
         """
+        self.run_replay(epoch)  # what an epoch recorded whose rest the host skips
         passes = self.recipe.due(epoch, fresh=not self.passes)
         if not passes:
             return 0
-        progress = min(epoch / self.epochs, 1.0) if self.epochs else 0.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.guide_lr * (1 + math.cos(math.pi * progress)) / 2
+        self._set_rate(epoch)
         self.disk.guide.train()
         with _random_numbers_put_back():
             for _ in range(passes):
@@ -79,9 +84,21 @@ class GuidePasses:
         self.disk.reset_statistics()
         return passes
 
+    def record(self, epoch: int, logits: Tensor, target: Tensor, teacher: TeacherOutputs) -> None:
+        """Record a batch of the last of the student's passes before the guide's, where those run on a record."""
+        if self.replay is not None and (epoch + 1) % self.recipe.student_passes == 0:
+            self.replay.record(logits, teacher[0], target, teacher[1])
+
+    def run_replay(self, epoch: int) -> None:
+        """Make the guide's passes before the host's epoch on what is recorded, if anything is."""
+        if self.replay is not None and len(self.replay):
+            self._set_rate(epoch)
+            self.replay.train_guide(self.recipe.guide_passes)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state and how many passes there were."""
-        return {"optimizer": self.optimizer.state_dict(), "passes": self.passes}
+        """Return the optimizer's state, how many passes over the data there were, and what a replay has beside it."""
+        replay = {} if self.replay is None else self.replay.state_dict()
+        return {**replay, "optimizer": self.optimizer.state_dict(), "passes": self.passes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them up again; rates and decays stay those given here.
@@ -97,10 +114,18 @@ class GuidePasses:
                     f"the guide's optimizer must have the settings {sorted(settings)}, got {sorted(group)}: the run "
                     f"had another one"
                 )
-        self.optimizer.load_state_dict(loaded)
+        if self.replay is not None and "generator" in state:
+            self.replay.load_state_dict({name: value for name, value in state.items() if name != "passes"})
+        else:  # of a run without one: it begins here
+            self.optimizer.load_state_dict(loaded)
         for group, settings in zip(self._groups, kept, strict=True):
             group.update(settings)
         self.passes = state["passes"]
+
+    def _set_rate(self, epoch: int) -> None:
+        progress = min(epoch / self.epochs, 1.0) if self.epochs else 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.guide_lr * (1 + math.cos(math.pi * progress)) / 2
 
     @property
     def _groups(self) -> list[dict[str, Any]]:

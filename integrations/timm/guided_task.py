@@ -113,12 +113,13 @@ class GuidedTask(LogitDistillationTask):
         if self.disk.training:
             self.report.add(terms)
             share_student_temperature(self.disk)
-        own = terms.loss if self.recipe is None else terms.student_loss
+            if self.guide_passes is not None:
+                self.guide_passes.record(self.schedule.epoch, logits, target, teacher)
+        loss = self.task_loss_weight * task_loss + (terms.loss if self.recipe is None else terms.student_loss).mean()
         disk, kd_loss = (terms.disk, terms.feature) if self.matches_features else (terms, terms.distill)
         means = {"kd_loss": kd_loss, "usage": disk.usage, "guide": disk.guide, "discount": disk.discount}
-        loss = self.task_loss_weight * task_loss + own.mean()
-        logged = {"task_loss": task_loss.detach(), **{name: value.mean() for name, value in means.items()}}
-        return {"loss": loss, "output": logits, **logged}
+        means = {name: value.mean() for name, value in means.items()}
+        return {"loss": loss, "output": logits, "task_loss": task_loss.detach(), **means}
 
     def begin_epoch(self, epoch: int) -> None:
         """Bring multiplier and budget to an epoch counted from 0, wherever a resumed run starts."""
@@ -126,10 +127,7 @@ class GuidedTask(LogitDistillationTask):
         self.schedule.begin(epoch)
 
     def run_guide_passes(self, loader: Iterable[tuple[Tensor, Tensor]], **around: Any) -> int:
-        """Make the guide passes that Algorithm 1 has before this epoch; ``around``: see ``GuidePasses.run``.
-
-        Returns how many there were: none in joint mode.
-        """
+        """Make Algorithm 1's guide passes before this epoch; return how many; ``around``: see ``GuidePasses.run``."""
         if self.guide_passes is None:
             return 0
         training = self.trainable_module.training
@@ -146,6 +144,8 @@ class GuidedTask(LogitDistillationTask):
         means |= self.report.means()
         self.report = EpochReport()
         self.schedule.end()
+        if self.guide_passes is not None:
+            self.guide_passes.run_replay(self.schedule.epoch)
         return means
 
     def train(self, mode: bool = True) -> "GuidedTask":

@@ -1,10 +1,13 @@
 """The settings of Algorithm 1's alternation."""
 
+import inspect
 from dataclasses import dataclass
 
 from disk_plugin.presets import PAPER
+from disk_plugin.replay import GuideReplay
 
 _PAPER = PAPER["recipe"]
+_REPLAY = inspect.signature(GuideReplay).parameters
 
 
 @dataclass(frozen=True)
@@ -22,18 +25,24 @@ class Recipe:
     guide_lr: float = _PAPER["lr"]  # falls to 0 as a cosine over the epochs
     guide_momentum: float = _PAPER["momentum"]
     guide_weight_decay: float = _PAPER["weight_decay"]
+    replay: bool = False  # guide passes after the first ones: on a record of the last student pass, not over the data
+    replay_capacity: int = _REPLAY["capacity"].default  # samples that each process records at most
+    replay_batch_size: int = _REPLAY["batch_size"].default  # of the record, in each process
 
     def __post_init__(self) -> None:
-        """Refuse numbers of passes that are none."""
-        for name, least in (("guide_passes", 1), ("student_passes", 1), ("guide_warmup_passes", 0)):
-            value = getattr(self, name)
+        """Refuse numbers that are none."""
+        leasts = {"guide_warmup_passes": 0}
+        for name in ("guide_passes", "student_passes", "guide_warmup_passes", "replay_capacity", "replay_batch_size"):
+            value, least = getattr(self, name), leasts.get(name, 1)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
+        if not isinstance(self.replay, bool):
+            raise TypeError(f"replay must be a bool, got {type(self.replay).__name__} {self.replay!r}")
 
     def due(self, epoch: int, *, fresh: bool) -> int:
-        """Return how many guide passes come before the host's epoch, counted from 0; ``fresh``: none came yet."""
+        """Return how many passes over the data come before the host's epoch, counted from 0; ``fresh``: none yet."""
         if fresh:
             return self.guide_warmup_passes + self.guide_passes
-        return self.guide_passes if epoch % self.student_passes == 0 else 0
+        return self.guide_passes if epoch % self.student_passes == 0 and not self.replay else 0
