@@ -121,12 +121,12 @@ def test_on_a_fixed_student_the_replay_takes_the_steps_of_the_literal_passes(var
     torch.testing.assert_close(torch.stack(path), torch.stack(expected), rtol=1e-9, atol=1e-10)
 
 
-PERIODS = 200
+PERIODS = 100
 
 
 def trained(data, disk, step, settings):
     """Train the guide on a frozen student; ``step`` makes a period's passes. Return the objective on all data."""
-    replay = make_replay(disk, optimizer=torch.optim.Adam, lr=0.02, batch_size=20, **settings)
+    replay = make_replay(disk, optimizer=torch.optim.Adam, lr=0.04, batch_size=20, **settings)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(replay.optimizer, PERIODS)
     for _ in range(PERIODS):
         step(disk, replay, data)
