@@ -12,8 +12,7 @@ from torch import multiprocessing as mp
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead
 from disk_plugin.distributed import mean_over_processes
-from disk_plugin.replay import GuideReplay
-from disk_plugin.reservoir import Reservoir
+from disk_plugin.replay import GuideReplay, Reservoir
 from disk_plugin.variants import VARIANTS
 
 N, C, D = 24, 7, 3

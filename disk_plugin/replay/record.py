@@ -5,10 +5,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import _checks
-from .functional.guide_half import GuideConstants, by_position, guide_constants, guide_loss
-from .guide import GuideHead
-from .loss import DiSKLoss, without_autocast
+from .. import _checks
+from ..functional.guide_half import GuideConstants, by_position, guide_constants, guide_loss
+from ..guide import GuideHead
+from ..loss import DiSKLoss, without_autocast
 
 _INPUTS = ("teacher_logits", "teacher_features")
 _WIDE = (*_INPUTS, "target", "log_student")  # columns of the chosen type; one number per position is float32 at least

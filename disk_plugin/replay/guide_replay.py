@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _checks
-from .distributed import mean_over_processes
-from .guide_record import loss_of, rows_of
-from .loss import DiSKLoss, without_autocast
+from .. import _checks
+from ..distributed import mean_over_processes
+from ..loss import DiSKLoss, without_autocast
+from .record import loss_of, rows_of
 from .reservoir import Reservoir
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,7 +43,7 @@ class GuideReplay:
     Args:
         disk: the loss that owns the guide, unwrapped.
         optimizer: of the guide's parameters, and no others; the student's must not hold them.
-        capacity: positions held, >= 1; of more a uniform sample, see :class:`disk_plugin.reservoir.Reservoir`.
+        capacity: positions held, >= 1; of more a uniform sample, see :class:`disk_plugin.replay.Reservoir`.
         batch_size: positions in a step of the guide, >= 1, over which the hinge is. A pass is split evenly, so that
             its last batch is no smaller than the others.
         dtype: of what is stored, float16, bfloat16, float32 or float64; computed is in float32 at least.
