@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
 from .. import _checks
 
@@ -67,11 +68,14 @@ def positions_of(
     return Positions(label, valid, weight, valid.sum().clamp(min=1))
 
 
-def cross_entropy(log_probs: Tensor, target: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy per position, nats: -log s_y for class indices, -sum_y p_y log s_y for probabilities."""
-    if target.is_floating_point():
-        return -(target.to(log_probs.dtype) * log_probs).sum(1)
-    return label_cross_entropy(log_probs, label)
+def by_position(value: Tensor) -> Tensor:
+    """Turn (N, C, d1, ...) into (M, C), M = N d1 ..."""
+    return value if value.ndim == 2 else value.movedim(1, -1).flatten(0, -2)
+
+
+def soft_cross_entropy(student_logits: Tensor, target: Tensor) -> Tensor:
+    """Return -sum_y p_y log s_y per position, nats, for probabilities p."""
+    return -(target.to(student_logits.dtype) * log_softmax(student_logits, 1)).sum(1)
 
 
 def label_cross_entropy(log_probs: Tensor, label: Tensor) -> Tensor:

@@ -59,9 +59,8 @@ def budget_loss(usage: Tensor, budget: float | Tensor) -> Tensor:
     return violation(usage, budget).relu()
 
 
-def budget_cross_entropy(log_probs: Tensor, teacher_logits: Tensor, where: Positions, variant: Variant) -> Tensor:
-    """Cross-entropy that the budget counts, per position, nats."""
-    ce = label_cross_entropy(log_probs, teacher_logits.argmax(1) if variant.budget_label == "teacher" else where.label)
+def clamped(ce: Tensor, variant: Variant) -> Tensor:
+    """Bound the budget's cross-entropy where the variant does."""
     return ce if variant.budget_clamp is None else ce.clamp(max=variant.budget_clamp)
 
 

@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, logsigmoid
 
 from ..variants import Variant
-from ._positions import Positions, Reduction, as_dtype, positions_of, promote
-from .budget import budget_cross_entropy, hinge, over_denominator
-from .scaffold import scaffold_mask, softened_target, with_guide
+from ._positions import Positions, Reduction, as_dtype, by_position, label_cross_entropy, positions_of, promote
+from .blocks import share_of_guide, softened, with_guide
+from .budget import clamped, hinge, over_denominator
+from .scaffold import mask_or_none
 
 # Guide logits between which the scaled gradient is at work, g = .0009 to .953. The ends differ because g counts against
 # the student's probabilities: .95 is as good as 1, while s_k << .01 (many classes) still tells g = .01 from .001.
@@ -58,31 +59,29 @@ def guide_constants(
     s, t = promote(student_logits, teacher_logits)
     tau_s = as_dtype(student_temperature, s.dtype)
     where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
-    mask = scaffold_mask(t, top_k, where.label if variant.scaffold_label else None)
-    target_t, log_t = softened_target(t, mask, temperature, variant.teacher_target)
+    mask = mask_or_none(t, top_k, where.label if variant.scaffold_label else None)
+    s, t = by_position(s), by_position(t)
+    label = where.label.flatten()
+    mask = None if mask is None else by_position(mask)
+    softened_t, target_t = softened(t, mask, temperature, variant.teacher_target == "scaffolded")
     log_s = log_softmax(s / tau_s, 1)
-    offset = (target_t * log_t).sum(1) - torch.where(mask, 0.0, target_t * log_s).sum(1)
-    classes = s.shape[1]
-    if top_k is not None and top_k < classes:
-        width = min(top_k + variant.scaffold_label, classes)
-        ids = mask.to(s.dtype).topk(width, 1).indices
+    offset = (target_t * log_softmax(softened_t, 1)).sum(1)
+    if mask is not None and top_k is not None:
+        offset = offset - torch.where(mask, 0.0, target_t * log_s).sum(1)
+        ids = mask.to(s.dtype).topk(min(top_k + variant.scaffold_label, s.shape[1]), 1).indices
         inside = mask.gather(1, ids)  # one class short where the label is among the top-K
         target_t, log_s = (torch.where(inside, value.gather(1, ids), 0.0) for value in (target_t, log_s))
+    counted = t.argmax(1) if variant.budget_label == "teacher" else label
     return GuideConstants(
-        target=by_position(target_t),
-        log_student=by_position(log_s),
-        offset=offset.flatten(),
-        budget_ce=budget_cross_entropy(log_softmax(s, 1), t, where, variant).flatten(),
-        wrong=(s.argmax(1) != where.label).flatten(),
-        factor=(torch.ones_like(offset) * temperature * tau_s).flatten(),
+        target=target_t,
+        log_student=log_s,
+        offset=offset,
+        budget_ce=clamped(label_cross_entropy(log_softmax(s, 1), counted), variant),
+        wrong=s.argmax(1) != label,
+        factor=torch.ones_like(offset) * temperature * tau_s,
         weight=where.weight.flatten(),
         valid=where.valid.flatten(),
     )
-
-
-def by_position(value: Tensor) -> Tensor:
-    """Turn (N, C, d1, ...) into (M, C), M = N d1 ..."""
-    return value.movedim(1, -1).flatten(0, -2)
 
 
 def guide_loss(
@@ -101,8 +100,9 @@ def guide_loss(
     guide_logits, offset = promote(guide_logits, constants.offset)
     valid, factor = constants.valid, constants.factor
     where = Positions(valid.long(), valid, constants.weight, valid.sum().clamp(min=1))  # no label is read
-    scaffolded, removed = with_guide(constants.log_student, constants.target, guide_logits.detach())
-    kl = offset - (constants.target * scaffolded).sum(1)
+    log_g = logsigmoid(guide_logits.detach()).unsqueeze(1)
+    kl = offset - (constants.target * with_guide(constants.log_student, log_g)).sum(1)
+    removed = (constants.target * share_of_guide(constants.log_student, log_g)).sum(1)
     half = guide_half(
         guide_logits,
         removed,

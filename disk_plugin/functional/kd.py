@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from .. import _checks
-from ._positions import Reduction, as_dtype, cross_entropy, positions_of, promote
+from ._positions import Reduction, as_dtype, label_cross_entropy, positions_of, promote, soft_cross_entropy
 from .scaffold import temperatures
 
 
@@ -52,7 +52,8 @@ def kd_loss(
     tau_s = temperatures(temperature, student_temperature)
     s, t = promote(student_logits, teacher_logits.detach())
     where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
-    ce = cross_entropy(log_softmax(s, 1), target, where.label)
+    soft = target.is_floating_point()
+    ce = soft_cross_entropy(s, target) if soft else label_cross_entropy(log_softmax(s, 1), where.label)
     log_t = log_softmax(t / temperature, 1)
     kl = (log_t.exp() * (log_t - log_softmax(s / tau_s, 1))).sum(1)
     distill = temperature * as_dtype(tau_s, s.dtype) * kl

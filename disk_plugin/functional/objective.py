@@ -6,15 +6,16 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from .. import _checks
 from ..variants import Variant
-from ._positions import Reduction, as_dtype, cross_entropy, positions_of, promote
-from .budget import budget_cross_entropy, over_denominator
+from ._positions import Reduction, as_dtype, label_cross_entropy, positions_of, promote, soft_cross_entropy
+from .budget import clamped, over_denominator
 from .guide_half import guide_half
-from .scaffold import discount_of, scaffold, scaffold_mask, temperatures
+from .scaffold import discount_of, mask_or_none, scaffold, temperatures
 
 
 class DiSKTerms(NamedTuple):
@@ -115,27 +116,31 @@ def disk_terms(
     s, t, guide_logits = promote(student_logits, teacher_logits.detach(), guide_logits)
     tau_s = as_dtype(temperatures(temperature, student_temperature), s.dtype)
     where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
-
-    log_probs = log_softmax(s, 1)
-    ce = where.weighted(cross_entropy(log_probs, target, where.label))
-    mask = scaffold_mask(t, top_k, where.label if record.scaffold_label else None)
+    soft, teacher_label = target.is_floating_point(), t.argmax(1)
+    counted = teacher_label if record.budget_label == "teacher" else where.label
     parts = scaffold(
         s,
         t,
         guide_logits.detach(),
-        mask,
+        torch.stack([where.label, counted], 1),
+        mask_or_none(t, top_k, where.label if record.scaffold_label else None),
         temperature=temperature,
         student_temperature=tau_s,
+        ce_weight=0.0 if soft else ce_weight,
+        distill_weight=distill_weight,
         teacher_target=record.teacher_target,
     )
-    distill = where.weighted(temperature * tau_s * parts.kl)
-    prediction = s.argmax(1)
-    budget_ce = budget_cross_entropy(log_probs, t, where, record)
-    budget_ce = over_denominator(budget_ce, prediction != where.label, where, record, reduce_mean)
-    budget_ce = budget_ce if record.student_feels_budget else budget_ce.detach()
+    ce, core = parts.ce[..., 0], parts.objective
+    if soft:
+        ce = soft_cross_entropy(s, target)
+        core = core + ce_weight * ce
+    ce, distill = where.weighted(ce.detach()), where.weighted(temperature * tau_s * parts.kl)
+    budget_ce = label_cross_entropy(log_softmax(s, 1), counted) if record.student_feels_budget else parts.ce[..., 1]
+    budget_ce = clamped(budget_ce, record)
+    budget_ce = over_denominator(budget_ce, parts.prediction != where.label, where, record, reduce_mean)
 
     # the student's half: the guide is detached
-    core = where.reduce(ce_weight * ce + distill_weight * distill, reduction)
+    core = where.reduce(where.weighted(core), reduction)
     half = guide_half(
         guide_logits,
         parts.removed,
@@ -151,19 +156,19 @@ def disk_terms(
         reduce_mean=reduce_mean,
         reduction=reduction,
     )
-    guide_value = where.reduce(distill_weight * distill.detach(), reduction) + half.over_budget.detach() + half.penalty
+    guide_value = where.reduce(distill_weight * distill, reduction) + half.over_budget.detach() + half.penalty
 
     return DiSKTerms(
         loss=core + half.over_budget + half.penalty + half.gradient,
         student_loss=core + half.over_budget if record.student_feels_budget else core,
         guide_loss=guide_value + half.gradient,
-        ce=where.reduce(ce.detach(), reduction),
-        distill=where.reduce(distill.detach(), reduction),
+        ce=where.reduce(ce, reduction),
+        distill=where.reduce(distill, reduction),
         usage=where.reduce(half.spent.detach(), reduction),
         guide=where.reduce(where.plain(half.guide), reduction),
         discount=where.reduce(where.plain(discount_of(parts)), reduction),
-        correct=where.reduce(where.plain((prediction == where.label).to(s.dtype)), reduction),
-        agreement=where.reduce(where.plain((prediction == t.argmax(1)).to(s.dtype)), reduction),
+        correct=where.reduce(where.plain((parts.prediction == where.label).to(s.dtype)), reduction),
+        agreement=where.reduce(where.plain((parts.prediction == teacher_label).to(s.dtype)), reduction),
     )
 
 

@@ -1,25 +1,16 @@
 """Equation (4): scaffolded knowledge distillation, and the discount that the scaffold amounts to."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from .. import _checks
-from ._positions import Reduction, as_dtype, promote
+from ._positions import Reduction, as_dtype, by_position, promote
+from .blocks import Rows, rows
 
 TeacherTarget = Literal["all", "scaffolded"]
-
-
-class Scaffold(NamedTuple):
-    """Per-position parts of the scaffolded divergence, (N, d1, ...) each."""
-
-    kl: Tensor  # sum_y t_y log(t_y / (s_y + g)), without the factor tau tau_s
-    removed: (
-        Tensor  # sum_k t_k g / (s_k + g) over the scaffolded classes: the share of t taken off, and -d kl / d log g
-    )
-    target_mass: Tensor  # sum_y t_y
 
 
 def temperatures(temperature: float, student_temperature: float | Tensor | None) -> float | Tensor:
@@ -47,13 +38,19 @@ def scaffold_mask(teacher_logits: Tensor, top_k: int | None = None, label: Tenso
         ValueError: shapes that do not fit, top_k < 1.
         TypeError: logits not floating-point, label not int64.
     """
+    mask = mask_or_none(teacher_logits, top_k, label)
+    return torch.ones_like(teacher_logits, dtype=torch.bool) if mask is None else mask
+
+
+def mask_or_none(teacher_logits: Tensor, top_k: int | None, label: Tensor | None) -> Tensor | None:
+    """Check and return the mask, or None where all classes are in it."""
     _checks.logits(teacher_logits, teacher_logits, student="teacher_logits")
     if label is not None:
         _checks.label(label, teacher_logits)
     if top_k is not None:
         _checks.integer("top_k", top_k, at_least=1)
     if top_k is None or top_k >= teacher_logits.shape[1]:
-        return torch.ones_like(teacher_logits, dtype=torch.bool)
+        return None
     threshold = teacher_logits.topk(top_k, dim=1).values[:, -1:]  # the K-th largest logit
     above, tied = teacher_logits > threshold, teacher_logits == threshold
     places_left = top_k - above.sum(1, keepdim=True)
@@ -65,42 +62,30 @@ def scaffold(
     student_logits: Tensor,
     teacher_logits: Tensor,
     guide_logits: Tensor,
-    mask: Tensor,
+    label: Tensor,
+    mask: Tensor | None,
     *,
-    temperature: float | Tensor,
+    temperature: float,
     student_temperature: float | Tensor,
+    ce_weight: float = 0.0,
+    distill_weight: float = 1.0,
     teacher_target: TeacherTarget = "all",
-) -> Scaffold:
-    """Evaluate (4) per position in log space; gradients flow to the student and the guide through ``kl`` alone."""
-    t, log_t = softened_target(teacher_logits, mask, temperature, teacher_target)
-    log_s = log_softmax(student_logits / student_temperature, 1)
-    scaffolded, removed = with_guide(log_s, t, guide_logits, mask)
-    return Scaffold((t * (log_t - scaffolded)).sum(1), removed, t.sum(1))
-
-
-def softened_target(
-    teacher_logits: Tensor, mask: Tensor, temperature: float | Tensor, teacher_target: TeacherTarget
-) -> tuple[Tensor, Tensor]:
-    """Return the teacher's probabilities t and log t; t is 0 outside the mask where only "scaffolded" ones count."""
-    softened = teacher_logits / temperature
-    if teacher_target == "scaffolded":
-        softened = torch.where(mask, softened, teacher_logits.amin(1, keepdim=True))
-    log_t = log_softmax(softened, 1)
-    # a product, not torch.where: an infinite teacher logit must end as NaN, not as a zero
-    return log_t.exp() * mask if teacher_target == "scaffolded" else log_t.exp(), log_t
-
-
-def with_guide(log_s: Tensor, t: Tensor, guide_logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return log(s_y + 1[y in K] g), and the sum over K of t_k g / (s_k + g); without a mask all classes are in K."""
-    log_g = logsigmoid(guide_logits).unsqueeze(1)  # g is never formed: log g stays finite where g underflows
-    scaffolded = torch.logaddexp(log_s, log_g)
-    if mask is not None:
-        scaffolded = torch.where(mask, scaffolded, log_s)
-    with torch.no_grad():
-        t = t if mask is None else t * mask
-        # g / (s + g) <= 1 on the scaffold; off it, where it could overflow, it is not used
-        removed = (t * (log_g - scaffolded).clamp(max=0).exp()).sum(1)
-    return scaffolded, removed
+) -> Rows:
+    """Evaluate ce_weight CE + distill_weight (4) per position, with labels (N, L, d1, ...): fields (N, d1, ...)."""
+    found = rows(
+        by_position(student_logits),
+        by_position(teacher_logits),
+        logsigmoid(guide_logits).flatten(),
+        by_position(label),
+        None if mask is None else by_position(mask),
+        ce_weight=ce_weight,
+        kl_weight=distill_weight * temperature * student_temperature,
+        temperature=temperature,
+        student_temperature=student_temperature,
+        zero_outside=teacher_target == "scaffolded",
+    )
+    shape = guide_logits.shape
+    return Rows(*(value.reshape(*shape, *value.shape[1:]) for value in found))
 
 
 def scaffolded_kl(
@@ -143,7 +128,7 @@ def scaffolded_kl(
     _checks.choice("reduction", reduction, ("mean", "none"))
     tau_s = temperatures(temperature, student_temperature)
     parts = _parts(student_logits, teacher_logits, guide_logits, temperature, tau_s, top_k, label, teacher_target)
-    loss = temperature * as_dtype(tau_s, parts.kl.dtype) * parts.kl
+    loss = parts.objective
     return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss
 
 
@@ -182,12 +167,12 @@ def _parts(
     student_logits: Tensor,
     teacher_logits: Tensor,
     guide_logits: Tensor,
-    temperature: float | Tensor,
+    temperature: float,
     student_temperature: float | Tensor,
     top_k: int | None,
     label: Tensor | None,
     teacher_target: TeacherTarget,
-) -> Scaffold:
+) -> Rows:
     """Check, promote, mask and evaluate: what the public functions of (4) share."""
     _checks.logits(student_logits, teacher_logits)
     _checks.per_position("guide_logits", guide_logits, student_logits)
@@ -197,13 +182,14 @@ def _parts(
         s,
         t,
         g,
-        scaffold_mask(t, top_k, label),
+        t.argmax(1, keepdim=True),
+        mask_or_none(t, top_k, label),
         temperature=temperature,
-        student_temperature=student_temperature,
+        student_temperature=as_dtype(student_temperature, s.dtype),
         teacher_target=teacher_target,
     )
 
 
-def discount_of(parts: Scaffold) -> Tensor:
+def discount_of(parts: Rows) -> Tensor:
     """Divide what is removed by the target's mass; a target that underflowed to nothing has nothing to take off."""
     return parts.removed / parts.target_mass.clamp(min=torch.finfo(parts.removed.dtype).tiny)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..functional.guide_half import GuideConstants, by_position, guide_constants, guide_loss
+from ..functional._positions import by_position
+from ..functional.guide_half import GuideConstants, guide_constants, guide_loss
 from ..guide import GuideHead
 from ..loss import DiSKLoss, without_autocast
 

@@ -1,0 +1,182 @@
+"""Cross-entropy and eq. (4) over rows of logits, a block of rows at a time, with the gradient in closed form.
+
+Left to autograd they would keep a dozen (N, C) tensors and pass over them one by one, forth and back. Here a block's
+temporaries stay in the cache and its gradient is taken while they are there: one (N, C) tensor outlives the forward.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import log_softmax, softmax
+
+# Entries of a block: on a CPU what stays in a core's cache, elsewhere what bounds the memory.
+_BLOCK = {"cpu": 2**16}
+_BLOCK_ELSEWHERE = 2**26
+
+
+class Rows(NamedTuple):
+    """What (5) reads of (N, C) logits, per row. Gradients flow through ``objective`` alone, to first order."""
+
+    objective: Tensor  # ce_weight ce_0 + kl_weight kl, (N,)
+    ce: Tensor  # -log softmax(student)_label for each of the L labels, nats, (N, L)
+    kl: Tensor  # sum_y t_y log(t_y / (s_y + 1[y in K] g)), (N,)
+    removed: Tensor  # sum_k t_k g / (s_k + g) over K: the share of t taken off, and -d kl / d log g, (N,)
+    target_mass: Tensor  # sum_y t_y, (N,)
+    prediction: Tensor  # the student's argmax, (N,)
+
+
+def rows(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    log_guide: Tensor,
+    label: Tensor,
+    mask: Tensor | None,
+    *,
+    ce_weight: float,
+    kl_weight: float | Tensor,
+    temperature: float,
+    student_temperature: float | Tensor,
+    zero_outside: bool = False,
+) -> Rows:
+    """Evaluate them.
+
+    Args:
+        student_logits: (N, C).
+        teacher_logits: (N, C), of the same floating-point type; no gradient reaches them.
+        log_guide: log g, (N,).
+        label: int64 (N, L).
+        mask: bool (N, C), the scaffolded classes; None for all.
+        ce_weight: of the cross-entropy to the first label.
+        kl_weight: of the divergence.
+        temperature: divides the teacher's logits.
+        student_temperature: divides the student's logits.
+        zero_outside: the teacher's target is the authors', zero outside ``mask``.
+    """
+    *found, _ = _Rows.apply(
+        student_logits,
+        teacher_logits,
+        log_guide,
+        label,
+        mask,
+        ce_weight,
+        kl_weight,
+        temperature,
+        student_temperature,
+        zero_outside,
+        torch.is_grad_enabled(),  # inside a transform such as vmap, requires_grad does not tell
+    )
+    return Rows(*found)
+
+
+def softened(
+    teacher_logits: Tensor, mask: Tensor | None, temperature: float | Tensor, zero_outside: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the teacher's softened logits and their probabilities t, (N, C); with ``zero_outside`` 0 off the mask."""
+    logits = teacher_logits / temperature
+    if not zero_outside or mask is None:
+        return logits, softmax(logits, 1)
+    logits = torch.where(mask, logits, teacher_logits.amin(1, keepdim=True))
+    return logits, softmax(logits, 1) * mask  # not torch.where: an infinite logit must end as NaN, not as a zero
+
+
+def with_guide(log_student: Tensor, log_guide: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return log(s + 1[y in K] g), (N, C); ``log_guide`` (N, 1): it stays finite where g underflows."""
+    # max(log s, log g) - log sigmoid(|log g - log s|), as sigmoid is many times faster than log1p and logaddexp
+    less = (log_guide - log_student).abs_().sigmoid_().log_()
+    scaffolded = torch.maximum(log_student, log_guide) - less
+    return scaffolded if mask is None else torch.where(mask, scaffolded, log_student)
+
+
+def share_of_guide(log_student: Tensor, log_guide: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return 1[y in K] g / (s + g), (N, C)."""
+    share = (log_guide - log_student).sigmoid_()
+    return share if mask is None else share * mask
+
+
+class _Rows(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        student: Tensor,
+        teacher: Tensor,
+        log_guide: Tensor,
+        label: Tensor,
+        mask: Tensor | None,
+        *settings: Any,
+    ) -> tuple[Tensor, ...]:
+        gradient, found = student.new_empty(0), []
+        for part in _parts(student):
+            held = None if mask is None else mask[part]
+            *values, of_part = _block(student[part], teacher[part], log_guide[part], label[part], held, *settings)
+            if len(of_part) == len(student):
+                return (*values, of_part)
+            found.append(values)
+            if len(of_part):
+                gradient = of_part.new_empty(student.shape) if part.start == 0 else gradient
+                gradient[part] = of_part
+        return (*map(torch.cat, zip(*found, strict=True)), gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        kl_weight, removed, gradient = inputs[6], output[3], output[-1]
+        ctx.save_for_backward(kl_weight * removed, gradient)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        pull, gradient = ctx.saved_tensors
+        to_student = to_guide = None
+        if upstream is not None:
+            to_student = gradient * upstream.unsqueeze(1) if ctx.needs_input_grad[0] else None
+            to_guide = -pull * upstream if ctx.needs_input_grad[2] else None
+        return to_student, None, to_guide, *[None] * 8
+
+
+def _block(
+    student: Tensor,
+    teacher: Tensor,
+    log_guide: Tensor,
+    label: Tensor,
+    mask: Tensor | None,
+    ce_weight: float,
+    kl_weight: float | Tensor,
+    temperature: float,
+    student_temperature: float | Tensor,
+    zero_outside: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, ...]:
+    """Evaluate the fields of ``Rows`` and, if wanted, the objective's gradient by the student's logits, (n, C)."""
+    log_guide = log_guide.unsqueeze(1)
+    softened_teacher, target = softened(teacher, mask, temperature, zero_outside)
+    softened_student = student / student_temperature
+    log_s = log_softmax(softened_student, 1)
+    kl = torch.linalg.vecdot(target, log_softmax(softened_teacher, 1) - with_guide(log_s, log_guide, mask))
+    taken = target * share_of_guide(log_s, log_guide, mask)
+    largest, prediction = student.max(1, keepdim=True)
+    probability = softmax(student, 1)
+    # the largest probability is 1 / sum exp(s - max)
+    ce = largest - student.gather(1, label) - probability.amax(1, keepdim=True).log()
+    objective = ce_weight * ce[:, 0] + kl_weight * kl
+    gradient = student.new_empty(0)
+    if with_gradient:
+        left = target - taken  # w: what is left of the teacher's pull
+        gradient = softmax(softened_student, 1) * left.sum(1, keepdim=True)
+        gradient = gradient.sub_(left).mul_(kl_weight / student_temperature).add_(probability, alpha=ce_weight)
+        gradient = gradient.scatter_add_(1, label[:, :1], torch.full_like(ce[:, :1], -ce_weight))
+    return objective, ce, kl, taken.sum(1), target.sum(1), prediction.squeeze(1), gradient
+
+
+def _parts(logits: Tensor) -> Iterator[slice]:
+    """Cut the rows; a compiler fuses what it is given whole."""
+    count, classes = logits.shape
+    size = count
+    if not torch.compiler.is_compiling():
+        size = max(_BLOCK.get(logits.device.type, _BLOCK_ELSEWHERE) // classes, 1)
+    for start in range(0, max(count, 1), max(size, 1)):
+        yield slice(start, start + size)
