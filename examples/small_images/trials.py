@@ -77,7 +77,7 @@ class Regime(NamedTuple):
 
 
 REGIMES = {
-    "5,000 images, 100 epochs": Regime(images=5000, epochs=100, warm_epochs=30),
-    "15,000 images, 40 % of the labels wrong": Regime(images=15000, wrong_labels=0.4),
-    "15,000 images, from scratch": Regime(images=15000, warm_epochs=0),
+    "5,000 images, 60 epochs": Regime(images=5000, epochs=60, warm_epochs=30),
+    "10,000 images, 40 % of the labels wrong": Regime(images=10000, wrong_labels=0.4),
+    "10,000 images, from scratch": Regime(images=10000, warm_epochs=0),
 }
