@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from small_images import data
-from small_images.methods import CE, KD, Batch, DiSK
+from small_images.methods import CE, KD, Batch, DiSK, Method
 from small_images.report import machine
 from small_images.resnet import SHAPES, ResNet
 from small_images.training import Recipe, Run
@@ -69,11 +69,11 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Test accuracy of the last epoch: {accuracy}."])
 
 
-def main() -> None:
-    """Train on flipped labels, score and draw."""
+def arguments() -> argparse.Namespace:
+    """Parse the flags; a dry run shrinks everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="cifar100.npz, or the folder that holds cifar-100-python/")
-    parser.add_argument("--samples", type=int, default=10000, help="training images to use")
+    parser.add_argument("--samples", type=int, default=50000, help="training images to use")
     parser.add_argument("--epochs", type=int, default=10, help="of the teacher, and of the student")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("g++") is not None)
@@ -84,19 +84,28 @@ def main() -> None:
         parser.error("--data is needed: a cifar100.npz, or the folder that holds cifar-100-python/")
     if args.dry_run:
         args.epochs, args.compile = 2, False
+    return args
+
+
+def load(args: argparse.Namespace) -> tuple[data.Split, data.Split, torch.Tensor, data.Split]:
+    """Return the images used, the same with flipped labels, which ones are flipped, and the test split."""
     whole, held_out = data.synthetic() if args.dry_run else data.load(args.data)
     chosen = torch.randperm(len(whole.labels), generator=torch.Generator().manual_seed(1))[: args.samples]
     clean = whole.part(chosen)
     labels, flipped = data.flip(clean.labels, SHARE)
     train = data.Split(*(part.to(args.device) for part in (clean.images, labels)))
-    held_out = data.Split(*(part.to(args.device) for part in held_out))
-    every = torch.arange(len(labels))
+    return clean, train, flipped, data.Split(*(part.to(args.device) for part in held_out))
 
-    def fit(model, methods, views):
+
+def fit(args: argparse.Namespace, train: data.Split, held_out: data.Split) -> tuple[Run, Run, dict[str, Any]]:
+    """Train the teacher, then all students side by side; return both runs and DiSK's settings."""
+    every = torch.arange(len(train.labels))
+
+    def run_of(model: str, methods: dict[str, Method], teacher: ResNet | None) -> Run:
         recipe = Recipe(model, args.epochs, 0, device=args.device, compiled=args.compile)
-        return Run(recipe, methods, None, views, every, held_out, None).fit()
+        return Run(recipe, methods, None, Views(train, args.epochs, teacher, None), every, held_out, None).fit()
 
-    teacher_run = fit(TEACHER, {"ce": CE()}, Views(train, args.epochs, None, None))
+    teacher_run = run_of(TEACHER, {"ce": CE()}, None)
     teacher = ResNet(TEACHER).to(args.device).eval().requires_grad_(False)
     teacher.load_state_dict(teacher_run.states()["ce"])
     search = json.loads((RESULTS / "cifar100_10-l_10-xxs_search.json").read_text())
@@ -105,33 +114,49 @@ def main() -> None:
     # the same budget for both: the search's, where the settings give none
     methods = {name: RecordedDiSK(**{"budget": search["budget"], **own}, **run) for name, own in settings.items()}
     others = {"ce": CE(), "kd": KD(**search["chosen"]["kd"]["settings"])}
-    student_run = fit(STUDENT, {**methods, **others}, Views(train, args.epochs, teacher, None))
+    return teacher_run, run_of(STUDENT, {**methods, **others}, teacher), settings
 
-    last = args.epochs - 1
-    results: dict[str, Any] = {
-        "protocol": {"samples": len(labels), "epochs": args.epochs, "share": SHARE, "machine": machine(args.device)},
-        "accuracy": {"teacher": teacher_run.logs["ce"][-1]["accuracy"]}
-        | {name: log[-1]["accuracy"] for name, log in student_run.logs.items()},
-        "settings": settings,
-        "auroc": {},
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, method in methods.items():
-        samples = method.record.table()
-        results["auroc"][name] = {
-            "mean": detection_auroc(samples, flipped),
-            "last": detection_auroc(samples, flipped, epoch=last),
-        }
-        method.record.write(args.out / f"label_noise_{name.replace(' ', '_')}.parquet")
-    samples = methods["searched"].record.table()
+
+def draw(samples: Any, images: torch.Tensor, last: int, out: Path) -> None:
+    """Write the figures of one record."""
     drawn = {
         "over_epochs": plot_over_epochs(samples),
         "against_ce": plot_against_ce(samples, epoch=last),
         "per_class": plot_per_class(samples, epoch=last),
-        "gallery": gallery(samples, clean.images, epoch=last),
+        "gallery": gallery(samples, images, epoch=last),
     }
     for name, figure in drawn.items():
-        figure.savefig(args.out / f"label_noise_{name}.png", dpi=70)
+        figure.savefig(out / f"label_noise_{name}.png", dpi=70)
+
+
+def main() -> None:
+    """Train on flipped labels, score and draw."""
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    clean, train, flipped, held_out = load(args)
+    teacher_run, student_run, settings = fit(args, train, held_out)
+    last, auroc = args.epochs - 1, {}
+    for name in settings:
+        record = student_run.methods[name].record
+        samples = record.table()
+        auroc[name] = {
+            "mean": detection_auroc(samples, flipped),
+            "last": detection_auroc(samples, flipped, epoch=last),
+        }
+        record.write(args.out / f"label_noise_{name.replace(' ', '_')}.parquet")
+    draw(samples, clean.images, last, args.out)  # of the searched settings, the last
+    results = {
+        "protocol": {
+            "samples": len(flipped),
+            "epochs": args.epochs,
+            "share": SHARE,
+            "machine": machine(args.device),
+        },
+        "accuracy": {"teacher": teacher_run.logs["ce"][-1]["accuracy"]}
+        | {name: log[-1]["accuracy"] for name, log in student_run.logs.items()},
+        "settings": settings,
+        "auroc": auroc,
+    }
     (args.out / "label_noise.json").write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 
