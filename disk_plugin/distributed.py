@@ -1,14 +1,131 @@
-"""What several processes have to agree on."""
+"""What several processes have to agree on: the hinge's gate, the guide's gradients, what the scheduler reads."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.autograd import Variable
+from torch.nn.parallel import DistributedDataParallel
 
 from .loss import DiSKLoss
 
+Group = dist.ProcessGroup | None
+
+
+def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
+    """Make the losses of all processes one: the same guide, the whole batch's hinge, the whole batch's gradient.
+
+    For loops that wrap the student alone in DistributedDataParallel. The guide's parameters and the loss's buffers
+    become those of the group's first process. From then on each evaluation in training mode averages the usage (one
+    scalar all-reduce; with a variant that counts errors, two), and each backward that reaches the guide ends with an
+    average of its gradients (one all-reduce). Every process must therefore evaluate and differentiate equally often.
+
+    The average belongs at the end of the backward, as in DistributedDataParallel: clipping, ``GradScaler.unscale_`` and
+    any optimizer then see the gradient of the whole, and an overflow on one process makes all of them skip the step. A
+    hook on ``optimizer.step`` would come after the first two. Accumulated gradients are averaged right either way, as
+    the mean of means is the mean; with ``no_sync`` around all but the last micro-batch it happens once per step.
+
+    Under gradient accumulation each micro-batch, of all processes together, has its own hinge. With k of them the
+    guide's gradient is the full batch's where all are within the budget or all exceed it; otherwise it differs by
+    multiplier / k times the sum of (1[usage_j > budget] - 1[usage > budget]) grad usage_j.
+    :class:`disk_plugin.accumulation.AccumulatedBatch` removes that difference.
+
+    Args:
+        disk: each process's own loss, on its device, its guide not frozen, not inside DistributedDataParallel.
+        process_group: the processes that share a batch; None for all.
+
+    Returns:
+        What ends it (``detach``) or suspends it for a micro-batch (``no_sync``); it need not be kept.
+
+    Raises:
+        RuntimeError: no process group is initialised; the loss is inside DistributedDataParallel (if it is wrapped
+            later, its first backward raises) or ``reduce_mean`` is taken.
+        ValueError: the process is not in ``process_group``.
+        TypeError: ``disk`` is not a DiSKLoss.
+
+    Example:
+        >>> from torch import distributed
+        >>> from disk_plugin import DiSKLoss, GuideHead
+        >>> distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        >>> shared = attach(DiSKLoss(GuideHead(num_classes=10)))
+        >>> distributed.destroy_process_group()
+    """
+    if not isinstance(disk.module if isinstance(disk, DistributedDataParallel) else disk, DiSKLoss):
+        raise TypeError(f"disk must be a DiSKLoss, got {type(disk).__name__}")
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "attach needs a process group, got none: call torch.distributed.init_process_group() before it, in "
+            "processes that torchrun started"
+        )
+    if dist.get_rank(process_group) < 0:
+        raise ValueError(f"process_group must hold this process, global rank {dist.get_rank()}, got one without it")
+    _refuse_wrapped(disk)
+    if disk.reduce_mean is not None:
+        raise RuntimeError(f"disk.reduce_mean must be None, got {disk.reduce_mean!r}: is the loss attached already?")
+    return SharedGuide(disk, process_group)
+
+
+class SharedGuide:
+    """The bond that :func:`attach` makes."""
+
+    @torch.no_grad()
+    def __init__(self, disk: DiSKLoss, process_group: Group) -> None:
+        self._disk, self._group = disk, process_group
+        self._averages, self._checked, self._backward = True, False, -1
+        for tensor in (*disk.parameters(), *disk.buffers()):
+            dist.broadcast(tensor, group=process_group, group_src=0)
+
+        def mean(value: Tensor) -> Tensor:
+            return mean_over_processes(value, process_group)
+
+        # a function, as a copy of the loss (for a moving average) copies what it holds, and no group can be copied
+        disk.reduce_mean = mean
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+            for parameter in disk.parameters()
+            if parameter.requires_grad
+        ]
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate the guide's gradients on this process alone, beside ``DistributedDataParallel.no_sync``."""
+        before, self._averages = self._averages, False
+        try:
+            yield
+        finally:
+            self._averages = before
+
+    def detach(self) -> None:
+        """Give the loss back to its process: own hinge, own gradient; what was shared stays equal until a step."""
+        for hook in self._hooks:
+            hook.remove()
+        self._disk.reduce_mean = None
+
+    def _accumulated(self, parameter: nn.Parameter) -> None:
+        """Ask, once per backward, to be called at its end, when every parameter's gradient is there."""
+        backward = torch._C._current_graph_task_id()
+        if self._averages and backward != self._backward:
+            self._backward = backward
+            Variable._execution_engine.queue_callback(self._average)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if not self._checked:
+            _refuse_wrapped(self._disk)  # two averages of one gradient may run into each other
+            self._checked = True
+        gradients = [p.grad for p in self._disk.parameters() if p.grad is not None]
+        mean = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]), self._group)
+        parts = torch.split(mean, [gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        share_student_temperature(self._disk, self._group)
+
 
 @torch.no_grad()
-def mean_over_processes(value: Tensor) -> Tensor:
+def mean_over_processes(value: Tensor, process_group: Group = None) -> Tensor:
     """Return the mean of each process's ``value``, on every process; ``value`` itself without a process group.
 
     As ``DiSKLoss.reduce_mean`` it gives all processes one hinge, that of the whole batch: every process must then
@@ -16,38 +133,58 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
     Args:
         value: a floating-point tensor of the same shape on every process.
+        process_group: the processes to average over; None for all.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(process_group) == 1:
         return value
     total = value.detach().clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+    dist.all_reduce(total, group=process_group)
+    return total / dist.get_world_size(process_group)
 
 
 @torch.no_grad()
-def share_statistics(disk: DiSKLoss) -> None:
+def share_statistics(disk: DiSKLoss, process_group: Group = None) -> None:
     """Give every process the epoch's statistics of all, so that their schedulers decide alike: before ``dual.step()``.
 
     Args:
         disk: each process's own loss, unwrapped.
+        process_group: the processes that share them; None for all.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
     seen = disk.epoch_statistics
     sums, smallest, largest = seen[:2].clone(), seen[2:3].clone(), seen[3:].clone()
-    dist.all_reduce(sums)
-    dist.all_reduce(smallest, dist.ReduceOp.MIN)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    dist.all_reduce(sums, group=process_group)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN, group=process_group)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
     seen.copy_(torch.cat([sums, smallest, largest]))
 
 
 @torch.no_grad()
-def share_student_temperature(disk: DiSKLoss) -> None:
+def share_student_temperature(disk: DiSKLoss, process_group: Group = None) -> None:
     """Give every process the mean of what each has fitted on its own batch; nothing unless it is fitted.
 
     Args:
         disk: each process's own loss, unwrapped.
+        process_group: the processes that share it; None for all.
     """
     if disk.fit_student_temperature:
         for fitted in (disk.fitted_student_temperature, disk.student_temperature_moments):
-            fitted.copy_(mean_over_processes(fitted))
+            fitted.copy_(mean_over_processes(fitted, process_group))
+
+
+def _refuse_wrapped(disk: nn.Module) -> None:
+    """Raise where DistributedDataParallel averages the guide's gradients itself.
+
+    It leaves no mark on what it wraps, so that it is the wrapper that is looked for, among all objects; twice per loss.
+    """
+    gc.collect()  # a wrapper that was given up may still wait in a reference cycle
+    own = {id(parameter) for parameter in disk.parameters()}
+    # type(), as isinstance() would run the __class__ of lazy objects
+    for wrapper in (thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)):
+        if any(id(parameter) in own for parameter in wrapper.parameters()):
+            raise RuntimeError(
+                f"attach expects a loss outside DistributedDataParallel, got one inside (it wraps a "
+                f"{type(wrapper.module).__name__}), where the guide's gradients are averaged already: wrap the student "
+                f"alone, or, instead of attach, set disk.reduce_mean = mean_over_processes, which shares the hinge"
+            )
