@@ -174,17 +174,24 @@ def share_student_temperature(disk: DiSKLoss, process_group: Group = None) -> No
 
 
 def _refuse_wrapped(disk: nn.Module) -> None:
-    """Raise where DistributedDataParallel averages the guide's gradients itself.
+    """Raise where DistributedDataParallel averages the guide's gradients itself."""
+    if _wrapper(disk) is None:
+        return
+    gc.collect()  # one that was given up may still wait in a reference cycle
+    wrapper = _wrapper(disk)
+    if wrapper is not None:
+        raise RuntimeError(
+            f"attach expects a loss outside DistributedDataParallel, got one inside (it wraps a "
+            f"{type(wrapper.module).__name__}), where the guide's gradients are averaged already: wrap the student "
+            f"alone, or, instead of attach, set disk.reduce_mean = mean_over_processes, which shares the hinge"
+        )
 
-    It leaves no mark on what it wraps, so that it is the wrapper that is looked for, among all objects; twice per loss.
-    """
-    gc.collect()  # a wrapper that was given up may still wait in a reference cycle
+
+def _wrapper(disk: nn.Module) -> DistributedDataParallel | None:
+    """Find what wraps the loss, among all objects: DistributedDataParallel leaves no mark on its module."""
     own = {id(parameter) for parameter in disk.parameters()}
-    # type(), as isinstance() would run the __class__ of lazy objects
-    for wrapper in (thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)):
-        if any(id(parameter) in own for parameter in wrapper.parameters()):
-            raise RuntimeError(
-                f"attach expects a loss outside DistributedDataParallel, got one inside (it wraps a "
-                f"{type(wrapper.module).__name__}), where the guide's gradients are averaged already: wrap the student "
-                f"alone, or, instead of attach, set disk.reduce_mean = mean_over_processes, which shares the hinge"
-            )
+    for thing in gc.get_objects():
+        # type(), as isinstance() would run the __class__ of lazy objects
+        if issubclass(type(thing), DistributedDataParallel) and own & {id(p) for p in thing.parameters()}:
+            return thing  # type: ignore[no-any-return]
+    return None
