@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -386,3 +389,12 @@ def test_a_moving_average_of_an_attached_loss_covers_the_guide(single, use_buffe
     average.update_parameters(disk)
     torch.testing.assert_close(next(average.parameters()), first + 0.5)
     assert average.module.eval()(student(x), teacher_logits, target).isfinite()
+
+
+def test_the_example_runs_under_torchrun():
+    script = Path(__file__).parents[1] / "examples" / "torchrun.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ended = subprocess.run([*launcher, str(script), "--dry-run"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.startswith("2 processes: validation accuracy ")
+    assert ended.stdout.endswith("; the guides differ by 0\n")
