@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -195,6 +198,57 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, train, teacher, name):
     assert all(torch.equal(a, b) for (_, a), (_, b) in guide if isinstance(a, torch.Tensor))
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from small_images import data
+from small_images.methods import make_method
+from small_images.resnet import ResNet
+from small_images.training import Recipe, Run
+from small_images.views import Views
+
+def run(folder, die_at=None):
+    train = data.synthetic(240)[0]
+    torch.manual_seed(1)
+    teacher = ResNet("resnet10-s").eval()
+    method = make_method(
+        "disk-replay", {"budget": 0.2, "multiplier": 50.0}, feature_dim=64, epochs=4, seed=0
+    )
+    calls, forward = [], method.forward
+    def counted(*inputs):
+        calls.append(None)
+        if len(calls) == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(*inputs)
+    method.forward = counted
+    recipe = Recipe("resnet10-xxs", 4, 3, batch_size=40, progress=False)
+    views = Views(train, 2, teacher, None)
+    made = Run(recipe, {"disk": method}, None, views, torch.arange(120), train, folder)
+    begun = made.epoch
+    return begun, made.fit()
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), die_at=8)  # in the third of four epochs of three batches
+"""
+
+
+def test_a_killed_training_loses_its_unfinished_epoch_alone(tmp_path):
+    script, folder = tmp_path / "killed.py", tmp_path / "run"
+    script.write_text(KILLED)
+    path = os.pathsep.join([str(RESULTS.parent), str(RESULTS.parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    child = subprocess.run([sys.executable, str(script), str(folder)], env=environment, check=False)
+    assert child.returncode == -signal.SIGKILL
+    again = {"__name__": "again"}
+    exec(compile(KILLED, str(script), "exec"), again)
+    begun, resumed = again["run"](folder)
+    assert begun == 2
+    _, whole = again["run"](None)
+    assert resumed.logs == whole.logs
+    assert all(torch.equal(value, resumed.states()["disk"][key]) for key, value in whole.states()["disk"].items())
+
+
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, train, teacher):
     run_of(train, teacher, {"kd": KD()}, tmp_path, epochs=1).fit()
     with pytest.raises(RuntimeError, match=r"holds a run with other settings; expected .*'temperature': 2.0"):
@@ -316,12 +370,14 @@ def test_what_is_repeated_came_within_a_point_of_the_best():
         "kd 1": {"method": "kd", "accuracy": 25.0, "settings": {"temperature": 2.0}},
         "disk 0": {"method": "disk", "accuracy": 22.0, "settings": {}},
         "disk 1": {"method": "disk", "accuracy": 23.0, "settings": {"top_k": 5}},
-        "alternating": {"method": "disk-alternating", "accuracy": 21.5, "settings": {}},
+        "other": {"method": "disk", "accuracy": 21.5, "settings": {}},
+        "alternating": {"method": "disk-alternating", "accuracy": 20.0, "settings": {}},
     }
     assert screening.close_to_best(rows) == {
         "kd 1": ("kd", {"temperature": 2.0}),
         "disk 0": ("disk", {}),
         "disk 1": ("disk", {"top_k": 5}),
+        "alternating": ("disk-alternating", {}),
     }
 
 

@@ -18,10 +18,14 @@ _PART_SEED = 123_456_789  # orders no epoch
 
 
 def close_to_best(rows: dict[str, dict[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Choose DiSK's trials within a point of its best, and KD's best, from rows of search and screen."""
+    """Choose KD's best, DiSK's trials within a point of its best, and both alternations."""
     kd = max((name for name in rows if rows[name]["method"] == "kd"), key=lambda name: rows[name]["accuracy"])
     best = max(row["accuracy"] for row in rows.values() if row["method"] != "kd")
-    close = [n for n, row in rows.items() if row["method"] != "kd" and row["accuracy"] >= best - WITHIN]
+    close = [
+        name
+        for name, row in rows.items()
+        if row["method"] != "kd" and (row["accuracy"] >= best - WITHIN or name in trials.REPEATED)
+    ]
     return {name: (rows[name]["method"], rows[name]["settings"]) for name in [kd, *close]}
 
 

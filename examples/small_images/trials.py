@@ -64,7 +64,9 @@ SCREEN: dict[str, tuple[str, Settings]] = {
             "budget": 0.2,
         },
     ),
+    "alternating on a record": ("disk-replay", _BEST),
 }
+REPEATED = ("alternating", "alternating on a record")  # whatever came out: does the record change anything?
 
 
 class Regime(NamedTuple):
