@@ -14,8 +14,9 @@ class AccumulatedBatch:
 
     Whether the budget is exceeded is known only after the last micro-batch, and only the guide has to know. Its half
     needs no more of the student than the logits, which are kept: it is evaluated once, on all of them, and its gradient
-    is the full batch's. That costs a second evaluation of loss and guide, neither of student nor teacher, and the
-    logits' memory; under :func:`disk_plugin.distributed.attach` it is one average of the guide's gradients per step.
+    is the full batch's. (The student's half is a sum over samples and needs no such care.) That costs a second
+    evaluation of loss and guide, neither of student nor teacher, and the logits' memory; under
+    :func:`disk_plugin.distributed.attach` it is one average of the guide's gradients per step.
 
     Exact up to rounding where the guide treats samples one by one (``norm="layer"``). Epoch statistics count the whole
     once, in ``terms``; there too a fitted student temperature moves, after the student's half, not before it.
@@ -57,7 +58,7 @@ class AccumulatedBatch:
         *,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """Return ``student_loss`` of a micro-batch, a mean over it: divide it as the loss is divided elsewhere."""
+        """Return ``student_loss`` of a micro-batch, a mean over it: weigh it by its share of the counted positions."""
         with torch.no_grad():
             guide_logits = self.disk.guide_logits(teacher_logits, teacher_features)
         training, self.disk.training = self.disk.training, False  # the whole is counted, and shared, in terms
@@ -81,8 +82,12 @@ class AccumulatedBatch:
         if not self._parts:
             raise RuntimeError("terms() needs at least one micro-batch, got none: call add(...) before it")
         joined: dict[str, Any] = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
-        self._parts = []
+        self.clear()
         return self.disk.terms(**joined)
+
+    def clear(self) -> None:
+        """Forget what was added: call it where a step is skipped, or its micro-batches join the next batch."""
+        self._parts = []
 
     def _keep(self, **inputs: Tensor | None) -> None:
         part = {name: value.detach() for name, value in inputs.items() if value is not None}

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from disk_plugin import functional
+from disk_plugin.functional import blocks
 from disk_plugin.variants import VARIANTS
 
 SCALARS = functional.DiSKTerms._fields
@@ -289,3 +290,57 @@ def test_optimal_multiplier_spends_the_budget():
     g = functional.optimal_guide(student, teacher, target, multiplier=price)
     torch.testing.assert_close(functional.usage(student, target, g.logit()), torch.tensor(0.4, dtype=torch.float64))
     assert functional.optimal_multiplier(student, teacher, target, budget=1e3) == 0
+
+
+def test_a_second_derivative_is_refused_not_zero():
+    student = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    teacher, target, guide = torch.randn(4, 5), torch.arange(4), torch.zeros(4, requires_grad=True)
+    loss = functional.disk_terms(student, teacher, target, guide).student_loss
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="first order"):
+        gradient.square().sum().backward()
+
+    def value(logits):
+        return functional.disk_terms(logits, teacher, target, guide.detach()).student_loss
+
+    first = torch.func.grad(value)
+    torch.testing.assert_close(first(student.detach()), gradient.detach())
+    with pytest.raises(RuntimeError, match="first order"):
+        torch.func.grad(lambda logits: first(logits).square().sum())(student.detach())
+
+
+def test_autocast_outside_changes_no_value():
+    torch.manual_seed(0)
+    student, teacher, target, guide = torch.randn(8, 50), torch.randn(8, 50), torch.arange(8), torch.randn(8)
+    plain = functional.disk_terms(student, teacher, target, guide, reduction="none")
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = functional.disk_terms(student, teacher, target, guide, reduction="none")
+    for name in plain._fields:
+        torch.testing.assert_close(getattr(cast, name), getattr(plain, name), rtol=0, atol=0)
+
+
+def test_rows_in_blocks_equal_rows_at_once(monkeypatch):
+    torch.manual_seed(0)
+    teacher, target, guide = torch.randn(23, 7), torch.arange(23) % 7, torch.randn(23, dtype=torch.float64)
+    found = []
+    for size in (7 * 4, 2**20):  # blocks of four rows, the last one shorter; one block
+        monkeypatch.setitem(blocks._BLOCK, "cpu", size)
+        student = torch.randn(23, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        logits = guide.clone().requires_grad_()
+        terms = functional.disk_terms(student, teacher, target, logits, top_k=3, variant="official_cifar")
+        terms.loss.backward()
+        found.append((*terms, student.grad, logits.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_student_far_below_the_guide_keeps_its_relative_gradient():
+    torch.manual_seed(0)
+    logits, teacher = 30 * torch.randn(16, 20), torch.randn(16, 20)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        student = logits.to(dtype, copy=True).requires_grad_()
+        functional.scaffolded_kl(student, teacher.to(dtype), torch.zeros(16, dtype=dtype)).backward()
+        gradients.append(student.grad.double())
+    size = gradients[1].norm(dim=1, keepdim=True)
+    assert ((gradients[0] - gradients[1]) / size).abs().max() < 1e-3  # target - taken would be off by .06 here

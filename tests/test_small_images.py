@@ -402,8 +402,10 @@ def test_screen_repeat_and_regimes_run_as_typed(monkeypatch, tmp_path, capsys):
         for name in ("screen", "repeat", "regimes")
     }
     assert len(found["screen"]["rows"]["alternating"]["log"]) == 2
-    assert found["repeat"]["protocol"]["seed"] == [100, 101, 102]
-    assert all(len(row["last_epoch"]) == 3 for row in found["repeat"]["methods"].values())
+    assert found["repeat"]["protocol"]["seed"] == [101, 102]
+    assert found["repeat"]["protocol"]["trials"] == {"kd": 1, "disk": 1, "disk-alternating": 1}
+    assert found["repeat"]["methods"]["alternating"]["passes"] == {"student": 2, "extra_forwards": 2}
+    assert all(len(row["last_epoch"]) == 2 for row in found["repeat"]["methods"].values())
     assert found["repeat"]["methods"].keys() >= {"kd"}
     assert {name: list(row["logs"]) for name, row in found["regimes"]["regimes"].items()} == {
         "few": ["kd", "disk"],

@@ -18,11 +18,11 @@ _PROBES = 8  # images that are read and compared bit for bit
 
 
 def of_teacher(teacher: nn.Module) -> Fingerprint:
-    """Hash the names, types, shapes and bytes of the state; a tap stands for its model."""
+    """Hash the names, types, shapes and bytes of the state; a tap, or torch.compile's wrapper, stands for its model."""
     model = teacher.model if isinstance(teacher, FeatureTap) else teacher
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
-        digest.update(f"{name} ".encode())
+        digest.update(f"{name.replace('_orig_mod.', '')} ".encode())
         _add(digest, value)
     return {"teacher weights": digest.hexdigest()}
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax, softmax
 
 # Entries of a block: on a CPU what stays in a core's cache, elsewhere what bounds the memory.
@@ -66,7 +65,7 @@ def rows(
         temperature,
         student_temperature,
         zero_outside,
-        torch.is_grad_enabled(),  # inside a transform such as vmap, requires_grad does not tell
+        torch.is_grad_enabled() and (student_logits.requires_grad or _transformed()),
     )
     return Rows(*found)
 
@@ -82,18 +81,12 @@ def softened(
     return logits, softmax(logits, 1) * mask  # not torch.where: an infinite logit must end as NaN, not as a zero
 
 
-def with_guide(log_student: Tensor, log_guide: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return log(s + 1[y in K] g), (N, C); ``log_guide`` (N, 1): it stays finite where g underflows."""
-    # max(log s, log g) - log sigmoid(|log g - log s|), as sigmoid is many times faster than log1p and logaddexp
-    less = (log_guide - log_student).abs_().sigmoid_().log_()
-    scaffolded = torch.maximum(log_student, log_guide) - less
-    return scaffolded if mask is None else torch.where(mask, scaffolded, log_student)
-
-
-def share_of_guide(log_student: Tensor, log_guide: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return 1[y in K] g / (s + g), (N, C)."""
+def with_guide(log_student: Tensor, log_guide: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return log(s + 1[y in K] g) and 1[y in K] g / (s + g), (N, C); ``log_guide`` (N, 1) stays finite at tiny g."""
     share = (log_guide - log_student).sigmoid_()
-    return share if mask is None else share * mask
+    # log(s + g) = max(log s, log g) - log max(share, 1 - share), as log1p and logaddexp take many times longer
+    scaffolded = torch.maximum(log_student, log_guide) - torch.maximum(share, 1 - share).log_()
+    return (scaffolded, share) if mask is None else (torch.where(mask, scaffolded, log_student), share * mask)
 
 
 class _Rows(torch.autograd.Function):
@@ -123,19 +116,50 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         kl_weight, removed, gradient = inputs[6], output[3], output[-1]
-        ctx.save_for_backward(kl_weight * removed, gradient)
+        ctx.save_for_backward(inputs[0], inputs[2], kl_weight * removed, gradient)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        pull, gradient = ctx.saved_tensors
+        student, log_guide, pull, gradient = ctx.saved_tensors
         to_student = to_guide = None
-        if upstream is not None:
-            to_student = gradient * upstream.unsqueeze(1) if ctx.needs_input_grad[0] else None
-            to_guide = -pull * upstream if ctx.needs_input_grad[2] else None
+        if upstream is not None and ctx.needs_input_grad[0]:
+            to_student = _once(gradient * upstream.unsqueeze(1), student)
+        if upstream is not None and ctx.needs_input_grad[2]:
+            to_guide = _once(-pull * upstream, log_guide)
         return to_student, None, to_guide, *[None] * 8
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that refuses to be differentiated; torch's own once_differentiable lets a constant one pass as 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, source: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "DiSK's gradients are first order: they are in closed form and cannot be differentiated again; take "
+            "functional.kd_loss or a loss of your own where second derivatives are needed"
+        )
+
+
+def _once(gradient: Tensor, source: Tensor) -> Tensor:
+    result: Tensor = _Once.apply(gradient, source)
+    return result
+
+
+def _transformed() -> bool:
+    """Whether vmap or grad of torch.func is at work, inside which requires_grad does not tell."""
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def _block(
@@ -156,8 +180,9 @@ def _block(
     softened_teacher, target = softened(teacher, mask, temperature, zero_outside)
     softened_student = student / student_temperature
     log_s = log_softmax(softened_student, 1)
-    kl = torch.linalg.vecdot(target, log_softmax(softened_teacher, 1) - with_guide(log_s, log_guide, mask))
-    taken = target * share_of_guide(log_s, log_guide, mask)
+    scaffolded, share = with_guide(log_s, log_guide, mask)
+    kl = (target * (log_softmax(softened_teacher, 1) - scaffolded)).sum(1)
+    taken = target * share
     largest, prediction = student.max(1, keepdim=True)
     probability = softmax(student, 1)
     # the largest probability is 1 / sum exp(s - max)
@@ -165,7 +190,9 @@ def _block(
     objective = ce_weight * ce[:, 0] + kl_weight * kl
     gradient = student.new_empty(0)
     if with_gradient:
-        left = target - taken  # w: what is left of the teacher's pull
+        # w, what is left of the teacher's pull; not target - taken, which cancels where g is far above s
+        kept = (log_s - log_guide).sigmoid_()
+        left = target * (kept if mask is None else torch.where(mask, kept, 1.0))
         gradient = softmax(softened_student, 1) * left.sum(1, keepdim=True)
         gradient = gradient.sub_(left).mul_(kl_weight / student_temperature).add_(probability, alpha=ce_weight)
         gradient = gradient.scatter_add_(1, label[:, :1], torch.full_like(ce[:, :1], -ce_weight))

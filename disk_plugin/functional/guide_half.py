@@ -9,7 +9,7 @@ from torch.nn.functional import log_softmax, logsigmoid
 
 from ..variants import Variant
 from ._positions import Positions, Reduction, as_dtype, by_position, label_cross_entropy, positions_of, promote
-from .blocks import share_of_guide, softened, with_guide
+from .blocks import softened, with_guide
 from .budget import clamped, hinge, over_denominator
 from .scaffold import mask_or_none
 
@@ -101,8 +101,8 @@ def guide_loss(
     valid, factor = constants.valid, constants.factor
     where = Positions(valid.long(), valid, constants.weight, valid.sum().clamp(min=1))  # no label is read
     log_g = logsigmoid(guide_logits.detach()).unsqueeze(1)
-    kl = offset - (constants.target * with_guide(constants.log_student, log_g)).sum(1)
-    removed = (constants.target * share_of_guide(constants.log_student, log_g)).sum(1)
+    scaffolded, share = with_guide(constants.log_student, log_g)
+    kl, removed = offset - (constants.target * scaffolded).sum(1), (constants.target * share).sum(1)
     half = guide_half(
         guide_logits,
         removed,

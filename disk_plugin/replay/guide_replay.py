@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ..distributed import mean_over_processes
+from ..distributed import Group, mean_over_processes
 from ..loss import DiSKLoss, without_autocast
 from .record import loss_of, rows_of
 from .reservoir import Reservoir
@@ -38,7 +38,8 @@ class GuideReplay:
 
     Positions under ``ignore_index``, and those with values that are not finite, are left out, which waits for the
     device once per batch. In several processes each records its own positions; gradients are averaged over processes,
-    which make the same number of steps: begin with the same guide on all, and let each record something.
+    which make the same number of steps: begin with the same guide on all (:func:`disk_plugin.distributed.attach`), and
+    let each record something. A guide with BatchNorm needs two positions per step and process.
 
     Args:
         disk: the loss that owns the guide, unwrapped.
@@ -48,6 +49,7 @@ class GuideReplay:
             its last batch is no smaller than the others.
         dtype: of what is stored, float16, bfloat16, float32 or float64; computed is in float32 at least.
         seed: of the order of the passes and the choice of positions: the global generator is left alone.
+        process_group: the processes that train one guide; None for all.
 
     Raises:
         ValueError: values out of range, an optimizer of other parameters than the guide's.
@@ -73,6 +75,7 @@ class GuideReplay:
         batch_size: int = 200,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        process_group: Group = None,
     ) -> None:
         if not isinstance(disk, DiSKLoss):
             raise TypeError(f"disk must be a DiSKLoss (not a wrapper around it), got {type(disk).__name__}")
@@ -83,7 +86,7 @@ class GuideReplay:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {list(_DTYPES)}, got {dtype!r}")
         self.disk, self.optimizer, self.batch_size, self.dtype = disk, optimizer, batch_size, dtype
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator, self.process_group = torch.Generator().manual_seed(seed), process_group
         self._record = Reservoir(capacity, self.generator)
 
     def __len__(self) -> int:
@@ -128,6 +131,7 @@ class GuideReplay:
         rows = rows_of(self.disk, student_logits, teacher_logits, target, teacher_features, sample_weight, self.dtype)
         self._record.add(rows)
 
+    @torch.enable_grad()
     def train_guide(self, passes: int = 3, *, clear: bool = True) -> list[float]:
         """Pass over the record with the guide's optimizer, in a new order each time; return each pass's mean loss.
 
@@ -150,10 +154,10 @@ class GuideReplay:
         self.optimizer.zero_grad()
         for buffer in self.disk.guide.buffers():
             if buffer.is_floating_point():  # BatchNorm's statistics, of which each process has seen its share
-                buffer.copy_(mean_over_processes(buffer))
+                buffer.copy_(self._mean(buffer))
         if clear:
             self.clear()
-        means: list[float] = mean_over_processes(torch.stack(losses)).tolist()
+        means: list[float] = self._mean(torch.stack(losses)).tolist()
         return means
 
     def guide_loss(self, index: Tensor) -> Tensor:
@@ -192,10 +196,13 @@ class GuideReplay:
         self._record.load_state_dict(state, next(self.disk.guide.parameters()).device)
         self.generator.set_state(state["generator"].cpu())
 
+    def _mean(self, value: Tensor) -> Tensor:
+        return mean_over_processes(value, self.process_group)
+
     def _steps(self) -> int:
         """Steps in a pass: those of the mean record, as every process has to make the same number."""
         device = next(self.disk.guide.parameters()).device
-        mean = mean_over_processes(torch.tensor(float(len(self)), device=device)).item()
+        mean = self._mean(torch.tensor(float(len(self)), device=device)).item()
         if not mean:
             raise RuntimeError(
                 "train_guide() needs recorded positions, got none: call student_loss() or record() first"
@@ -209,7 +216,7 @@ class GuideReplay:
         loss.backward()  # type: ignore[no-untyped-call]
         for parameter in self.disk.guide.parameters():
             if parameter.grad is not None:
-                parameter.grad.copy_(mean_over_processes(parameter.grad))
+                parameter.grad.copy_(self._mean(parameter.grad))
         self.optimizer.step()
         return loss.detach()
 

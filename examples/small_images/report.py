@@ -111,13 +111,13 @@ def write_curves(results: dict[str, Any], out: Path, name: str) -> None:
 
 
 def compared_table(results: dict[str, Any]) -> str:
-    """Return held-out accuracies of methods over seeds as Markdown."""
-    lines = ["| trial | held-out accuracy, per seed | mean ± std | minus KD (95 % interval) |", "|---|---|---|---|"]
+    """Return held-out accuracies over fresh starts, beside that of the start they were chosen on, as Markdown."""
+    lines = ["| trial | when chosen | two fresh starts | mean | minus KD, each |", "|---|---|---|---|---|"]
     for name, row in results["methods"].items():
         values = " / ".join(f"{value:.2f}" for value in row["last_epoch"])
         gap = results["differences"].get(f"{name} - kd")
-        shown = f"{gap['mean']:+.2f} ({gap['interval_95'][0]:+.2f} to {gap['interval_95'][1]:+.2f})" if gap else ""
-        lines.append(f"| {name} | {values} | {row['mean']:.2f} ± {row['std']:.2f} | {shown} |")
+        shown = " / ".join(f"{value:+.2f}" for value in gap["values"]) if gap else ""
+        lines.append(f"| {name} | {results['when_chosen'][name]:.2f} | {values} | {row['mean']:.2f} | {shown} |")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """What makes the guide help: the best trials from further starts, and regimes in which a scaffold might matter."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -7,12 +8,13 @@ import torch
 from . import trials
 from .data import Split, flip
 from .experiment import SEARCH_SEED, Experiment
-from .methods import CE
+from .methods import CE, METHODS
 from .report import differences, machine, summary
 from .training import Run
 from .views import Views
 
 SEEDS = (SEARCH_SEED, SEARCH_SEED + 1, SEARCH_SEED + 2)  # none of them one of the report's
+FRESH = SEEDS[1:]  # nothing was chosen on them
 WITHIN = 1.0  # percentage points of the best
 _PART_SEED = 123_456_789  # orders no epoch
 
@@ -30,21 +32,25 @@ def close_to_best(rows: dict[str, dict[str, Any]]) -> dict[str, tuple[str, dict[
 
 
 def repeated(experiment: Experiment, rows: dict[str, dict[str, Any]], only: list[int] | None) -> dict[str, Any] | None:
-    """Train what came close to the best from two more starts; return means and paired differences to KD."""
+    """Train what came close to the best from two more starts; return their means and paired differences to KD.
+
+    The start that it was chosen on stands beside them, not in them: the best of many is too good there.
+    """
     chosen = close_to_best(rows)
-    first, *more = SEEDS
     found = {
         seed: experiment.tried(chosen, f"repeat-seed{seed}", seed=seed)
-        for number, seed in enumerate(more)
+        for number, seed in enumerate(FRESH)
         if only is None or number in only
     }
     if only is not None:
         return None
-    logs = {name: [rows[name]["log"], *(found[seed]["rows"][name]["log"] for seed in more)] for name in chosen}
+    logs = {name: [found[seed]["rows"][name]["log"] for seed in FRESH] for name in chosen}
     kd = next(iter(chosen))
     named = {"kd" if name == kd else name: log for name, log in logs.items()}
-    protocol = {**found[more[0]]["protocol"], "seed": [first, *more]}
-    return {"protocol": protocol, "settings": chosen, **_compared(named, protocol["epochs"])}
+    protocol = {**found[FRESH[0]]["protocol"], "seed": FRESH, "trials": Counter(row["method"] for row in rows.values())}
+    when_chosen = {"kd" if name == kd else name: rows[name]["accuracy"] for name in chosen}
+    compared = _compared(named, protocol["epochs"], {name: method for name, (method, _) in chosen.items()})
+    return {"protocol": protocol, "settings": chosen, "when_chosen": when_chosen, **compared}
 
 
 def regimes(experiment: Experiment, search: dict[str, Any], only: list[int] | None) -> dict[str, Any] | None:
@@ -57,8 +63,9 @@ def regimes(experiment: Experiment, search: dict[str, Any], only: list[int] | No
         for seed in SEEDS[: experiment.args.seeds]:
             for method, log in _in_regime(experiment, search, regime, seed).items():
                 logs.setdefault(method, []).append(log)
-        found[name] = {"regime": regime._asdict(), **_compared(logs, regime.epochs)}
-    protocol = {"student": experiment.args.student, "teacher": experiment.args.teacher, "seeds": experiment.args.seeds}
+        found[name] = {"regime": regime._asdict(), **_compared(logs, regime.epochs, {})}
+    seeds = SEEDS[: experiment.args.seeds]
+    protocol = {"student": experiment.args.student, "teacher": experiment.args.teacher, "seeds": seeds}
     machine_used = machine(experiment.args.device)
     return None if only is not None else {"protocol": {**protocol, "machine": machine_used}, "regimes": found}
 
@@ -84,7 +91,9 @@ def _in_regime(experiment: Experiment, search: dict[str, Any], regime: trials.Re
     return Run(recipe, methods, start, views, every, experiment.held_out, folder).fit().logs
 
 
-def _compared(logs: dict[str, list[Any]], epochs: int) -> dict[str, Any]:
-    passes = {"student": epochs, "extra_forwards": 0}
-    methods = {name: summary(runs, passes) for name, runs in logs.items()}
+def _compared(logs: dict[str, list[Any]], epochs: int, method_of: dict[str, str]) -> dict[str, Any]:
+    methods = {}
+    for name, runs in logs.items():
+        extra = METHODS[method_of.get(name, name)].extra_passes
+        methods[name] = summary(runs, {"student": epochs, "extra_forwards": extra * epochs})
     return {"methods": methods, "differences": differences(logs), "logs": logs}

@@ -18,7 +18,7 @@ _GIVEN = ("data", "teacher weights", "DISTILLER.WARM_START")  # files, told apar
 # what a checkpoint holds or its shapes depend on: no flag makes a resumed run change it
 _LASTING = re.compile(
     r"DISTILLER\.|DATASET\.|teacher weights|SOLVER\.(TRAINER|TYPE)|DISK\.(GUIDE\.|STUDENT_TEMPERATURE)"
-    r"|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY|STUDENT_PASSES)|(DISK_)?SIMKD\.FACTOR"
+    r"|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY$|STUDENT_PASSES)|(DISK_)?SIMKD\.FACTOR"
 )
 
 
@@ -142,7 +142,13 @@ class Folder:
                 f"{flag} needs an earlier run with a checkpoint {_CHECKPOINT!r} in {self.path}, found none: start it "
                 f"without {flag}, or with --overwrite if it ended before its first checkpoint"
             )
-        return [(path, yaml.safe_load((path / SETTINGS).read_text())) for path in found]
+        return [(path, self._added() | yaml.safe_load((path / SETTINGS).read_text())) for path in found]
+
+    def _added(self) -> Settings:
+        """Return settings that came later than some runs, as those runs had them."""
+        capacity = "DISK.ALTERNATING.REPLAY_CAPACITY"
+        added = {"DISK.ALTERNATING.REPLAY": False, capacity: self.settings.get(capacity)}
+        return {key: value for key, value in added.items() if key in self.settings}
 
     def _write(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
