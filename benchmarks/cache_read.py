@@ -8,13 +8,13 @@ Usage: python benchmarks/cache_read.py [--samples N] [--views V] [--batch-size N
 """
 
 import argparse
-import json
-import platform
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from pairs import keep, machine
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -38,6 +38,20 @@ def samples_per_second(cache: TeacherCache, batch_size: int, seconds: float) -> 
     return sorted(rates)[len(rates) // 2]
 
 
+def table(found: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        f"{found['samples']} samples, {found['views']} views, batch {found['batch_size']}; {found['machine']}.",
+        "",
+        "| mode | bytes per sample-view | wanted | samples/s | wanted |",
+        "|---|---|---|---|---|",
+    ]
+    for mode, each in found["modes"].items():
+        size, rate = each["bytes_per_sample_view"], each["samples_per_second"]
+        lines.append(f"| {mode} | {size:.1f} | <= {BYTES_WANTED[mode]} | {rate:,.0f} | >= {RATE_WANTED:,} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Write, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,21 +67,17 @@ def main() -> None:
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(16, FEATURES), nn.ReLU(), nn.Linear(FEATURES, CLASSES))
     views = SeededViews(TensorDataset(torch.randn(samples, 16)), args.views)
-    print(f"{samples} samples, {args.views} views, batch {args.batch_size}; {platform.machine()}, 1 thread")
-    print("| mode | bytes per sample-view | wanted | samples/s | wanted |\n|---|---|---|---|---|")
-    found = {}
-    for mode, wanted in BYTES_WANTED.items():
+    modes = {}
+    for mode in BYTES_WANTED:
         with tempfile.TemporaryDirectory() as folder:
             cache = TeacherCache.write(folder, teacher, views, mode=mode)
             size = sum(path.stat().st_size for path in Path(folder).iterdir()) / (samples * args.views)
             rate = samples_per_second(cache, args.batch_size, seconds)
-        found[mode] = {"bytes_per_sample_view": size, "samples_per_second": rate}
-        print(f"| {mode} | {size:.1f} | <= {wanted} | {rate:,.0f} | >= {RATE_WANTED:,} |")
-    print(f"\ntorch {torch.__version__}")
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        settings = {"samples": samples, "views": args.views, "batch_size": args.batch_size}
-        (args.out / "cache_read.json").write_text(json.dumps(settings | {"modes": found}, indent=1) + "\n")
+        modes[mode] = {"bytes_per_sample_view": size, "samples_per_second": rate}
+    settings = {"machine": machine(), "samples": samples, "views": args.views, "batch_size": args.batch_size}
+    found = settings | {"modes": modes}
+    print(table(found))
+    keep(found, args.out, "cache_read")
 
 
 if __name__ == "__main__":

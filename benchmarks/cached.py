@@ -87,6 +87,7 @@ class OnlineKD:
         self.teacher = teacher.eval()
 
     def __call__(self, student: nn.Module, image: Tensor, target: Tensor, *_: Tensor) -> Tensor:
+        """Run it, and evaluate the loss."""
         with torch.no_grad():
             teacher_logits = self.teacher(image)
         return kd_loss(student(image), teacher_logits, target)

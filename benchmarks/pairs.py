@@ -46,6 +46,14 @@ def compare(
     return Ratio(sorted(ratios)[pairs // 2], float(interval.low), float(interval.high), mine, other, pairs)
 
 
+def machine(device: str = "cpu") -> str:
+    """Describe what the times are of."""
+    count = torch.get_num_threads()
+    cpu = f"{platform.machine()} CPU, {count} thread{'s' * (count > 1)}"
+    name = cpu if device == "cpu" else torch.cuda.get_device_name()
+    return f"{name}, torch {torch.__version__.split('+')[0]}"
+
+
 def row(what: str, ratio: Ratio, bar: float | None = None) -> dict[str, Any]:
     """Return a row of :func:`table`; ``bar`` is the ratio wanted, if one is."""
     return {"what": what, "bar": bar, **ratio._asdict()}
@@ -53,10 +61,7 @@ def row(what: str, ratio: Ratio, bar: float | None = None) -> dict[str, Any]:
 
 def results(rows: list[dict[str, Any]], setting: str, device: str = "cpu") -> dict[str, Any]:
     """Return what is kept as JSON: the rows, what was measured and where."""
-    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if device != "cpu":
-        machine = torch.cuda.get_device_name()
-    return {"machine": f"{machine}, torch {torch.__version__.split('+')[0]}", "setting": setting, "rows": rows}
+    return {"machine": machine(device), "setting": setting, "rows": rows}
 
 
 def table(found: dict[str, Any]) -> str:

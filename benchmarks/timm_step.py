@@ -9,14 +9,12 @@ Usage: python benchmarks/timm_step.py [--pairs N] [--batch-size N] [--dry-run]
 
 import argparse
 import copy
-import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
-from pairs import compare
+from pairs import compare, keep, results, row, table
 from timm.optim import create_optimizer_v2
 from timm.task import LogitDistillationTask, TrainingTask
 from torch import Tensor
@@ -68,21 +66,14 @@ def main() -> None:
     image, target = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
     ours = DiSKTask(copy.deepcopy(student), teacher, epochs=100, input_size=image.shape[1:], verbose=False)
     step = stepper(ours, image, target)
-    print(
-        f"{names[0]} -> {names[1]}, {size} px, batch {batch}; {platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    print("| DiSKTask / | median ratio | 95 % interval | pairs | seconds |\n|---|---|---|---|---|")
-    found = {}
+    rows = []
     for name, kind in {"timm's task": LogitDistillationTask, "timm's task, teacher first": TeacherFirst}.items():
         theirs = kind(copy.deepcopy(student), teacher, temperature=4.0, verbose=False)
-        ratio = compare(step, stepper(theirs, image, target), pairs=pairs)
-        found[name] = ratio._asdict()
-        seconds = f"{ratio.ours:.3f} / {ratio.theirs:.3f}"
-        print(f"| {name} | {ratio.median:.3f} | {ratio.low:.3f} to {ratio.high:.3f} | {ratio.pairs} | {seconds} |")
-    print(f"\ntorch {torch.__version__}, timm {timm.__version__}")
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "timm_step.json").write_text(json.dumps(found, indent=1) + "\n")
+        rows.append(row(f"DiSKTask / {name}", compare(step, stepper(theirs, image, target), pairs=pairs)))
+    about = f"{names[0]} -> {names[1]}, {size} px, batch {batch}, timm {timm.__version__}"
+    found = results(rows, about)
+    print(table(found))
+    keep(found, args.out, "timm_step")
 
 
 if __name__ == "__main__":
