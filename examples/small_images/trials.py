@@ -80,5 +80,4 @@ class Regime(NamedTuple):
 
 REGIMES = {
     "5,000 images, 60 epochs": Regime(images=5000, epochs=60, warm_epochs=30),
-    "10,000 images, 40 % of the labels wrong": Regime(images=10000, wrong_labels=0.4),
 }
