@@ -2,10 +2,10 @@
 
 Six clusters of three colours on a 3 x 2 grid, a teacher with 8 and 16 hidden units, a student with 2 (appendix A.2).
 The minima are told apart by accuracy; the paper names them by 70, 80, 90 and 100 %, here a minimum reaches up to 75,
-86, 95 and 100 %. What the paper leaves open is fixed here: r = .05 is the clusters' variance, as
-its N(c, rI) says; linear layers have biases; all samples are in each of the student's gradient steps; batch-norm
-statistics are those of the training data once training is over. Settings are frozen in results/gaussians_search.json
-(``--search``).
+86, 95 and 100 %. What the paper leaves open is fixed here: the "Gaussian ball with radius r = .05" has standard
+deviation r, although its N(c, rI) would make r the variance; linear layers have biases; all samples are in each of the
+student's gradient steps; batch-norm statistics are those of the training data once training is over. Settings are
+frozen in results/gaussians_search.json (``--search``).
 
 Usage: python examples/gaussians.py [--dry-run] [--search | --ablate] [--out DIR]
 """
@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812
 from toys import table1
 from toys.starts import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Problem, Starts, Trained, student_loss
 
-SPACING, VARIANCE, SAMPLES, BATCH_SIZE = 1.5, 0.05, 1000, 200
+SPACING, RADIUS, SAMPLES, BATCH_SIZE = 1.5, 0.05, 1000, 200
 COLOURS = ("red", "tab:blue", "tab:green")
 GRID = ((0, 1, 2), (1, 2, 0))  # colour of each cluster, bottom row first
 UP_TO = (0.75, 0.86, 0.95, 1.01)
@@ -38,13 +38,13 @@ def mlp(*widths: int, bias: bool = True) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=bias))
 
 
-def sample(count: int, seed: int, variance: float = VARIANCE) -> tuple[Tensor, Tensor]:
+def sample(count: int, seed: int, radius: float = RADIUS) -> tuple[Tensor, Tensor]:
     """Draw points, equally many of each cluster as far as ``count`` allows."""
     generator = torch.Generator().manual_seed(1000 + seed)
     cluster = torch.arange(count) % 6
     row, column = cluster // 3, cluster % 3
     centre = SPACING * torch.stack([column, row], 1)
-    return centre + variance**0.5 * torch.randn(count, 2, generator=generator), torch.tensor(GRID)[row, column]
+    return centre + radius * torch.randn(count, 2, generator=generator), torch.tensor(GRID)[row, column]
 
 
 def settle(module: nn.Module) -> None:
@@ -55,9 +55,9 @@ def settle(module: nn.Module) -> None:
 
 
 @functools.cache
-def teacher_of(seed: int, variance: float = VARIANCE) -> nn.Sequential:
+def teacher_of(seed: int, radius: float = RADIUS) -> nn.Sequential:
     """Train the teacher with cross-entropy, 200 epochs."""
-    x, y = sample(SAMPLES, seed, variance)
+    x, y = sample(SAMPLES, seed, radius)
     torch.manual_seed(seed)
     teacher = mlp(2, 8, 16, 3)
     optimizer = torch.optim.SGD(teacher.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
@@ -73,10 +73,10 @@ def teacher_of(seed: int, variance: float = VARIANCE) -> nn.Sequential:
 
 
 @functools.cache
-def problem(seed: int, variance: float = VARIANCE) -> Problem:
+def problem(seed: int, radius: float = RADIUS) -> Problem:
     """Training data and the teacher's outputs on them."""
-    x, y = sample(SAMPLES, seed, variance)
-    teacher = teacher_of(seed, variance)
+    x, y = sample(SAMPLES, seed, radius)
+    teacher = teacher_of(seed, radius)
     with torch.no_grad():
         features = teacher[:-1](x)
         return Problem(x, y, teacher[-1](features), features)
@@ -90,9 +90,9 @@ def accuracies(students: Starts, data: Problem, x: Tensor, y: Tensor) -> Tensor:
         return (students.train(False)(x, in_dims=None).argmax(2) == y).float().mean(1)
 
 
-def classify(students: Starts, data: Problem, seed: int, variance: float = VARIANCE) -> Tensor:
+def classify(students: Starts, data: Problem, seed: int, radius: float = RADIUS) -> Tensor:
     """Minimum of each start by its accuracy on fresh points, other ones for every seed."""
-    accuracy = accuracies(students, data, *sample(SAMPLES, 5000 + seed, variance))
+    accuracy = accuracies(students, data, *sample(SAMPLES, 5000 + seed, radius))
     return torch.bucketize(accuracy, torch.tensor(UP_TO[:-1]), right=True)
 
 
@@ -100,7 +100,7 @@ def classify(students: Starts, data: Problem, seed: int, variance: float = VARIA
 TRIALS = {**table1.RANGES, "DiSK": {**table1.RANGES["DiSK"], "top_k": [1, 2, 3]}}
 
 
-def make_toy(variance: float = VARIANCE, bias: bool = True, batch_size: int | None = None) -> table1.Toy:
+def make_toy(radius: float = RADIUS, bias: bool = True, batch_size: int | None = None) -> table1.Toy:
     """Return the problem, with what the paper leaves open as arguments."""
     return table1.Toy(
         name="gaussians",
@@ -110,8 +110,8 @@ def make_toy(variance: float = VARIANCE, bias: bool = True, batch_size: int | No
             for method, counts in {"CE": (73, 12, 9, 6), "KD": (1, 11, 31, 57), "DiSK": (0, 0, 3, 97)}.items()
         },
         make_student=lambda: mlp(2, 2, 3, bias=bias),
-        make_problem=lambda seed: problem(seed, variance),
-        classify=lambda students, data, seed: classify(students, data, seed, variance),
+        make_problem=lambda seed: problem(seed, radius),
+        classify=lambda students, data, seed: classify(students, data, seed, radius),
         trials=TRIALS,
         iterations=67,
         batch_size=batch_size,
@@ -122,7 +122,7 @@ TOY = make_toy()
 # a change to the problem or to DiSK's frozen settings
 ABLATIONS: dict[str, tuple[table1.Toy, dict[str, Any]]] = {
     "as reported": (TOY, {}),
-    "r = .05 is the standard deviation": (make_toy(variance=0.05**2), {}),
+    "r = .05 is the variance": (make_toy(radius=0.05**0.5), {}),
     "student without biases": (make_toy(bias=False), {}),
     **table1.OPEN_SETTINGS,
 }

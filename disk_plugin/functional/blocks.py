@@ -153,8 +153,10 @@ class _Once(torch.autograd.Function):
 
 
 def _once(gradient: Tensor, source: Tensor) -> Tensor:
-    result: Tensor = _Once.apply(gradient, source)
-    return result
+    """Mark a gradient as final where the backward itself is recorded."""
+    if torch.is_grad_enabled():
+        gradient = _Once.apply(gradient, source)
+    return gradient
 
 
 def _transformed() -> bool:
