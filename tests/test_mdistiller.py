@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 torchvision = pytest.importorskip("torchvision")
@@ -293,6 +294,20 @@ def test_the_experiments_folder_is_stable_and_told_apart_by_what_defines_the_run
     assert load(folder / "latest")["epoch"] == 3
     launch(host, "DISK.BUDGET", "2", out="out", epochs=1, find=False)
     assert len(list((host.folder / "out").glob("*/*"))) == 2
+
+
+def test_a_run_from_before_there_was_a_replay_goes_on(host):
+    folder = launch(host, "SOLVER.TRAINER", "disk", epochs=1)
+    settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    older = {key: value for key, value in settings.items() if "REPLAY" not in key}
+    assert len(older) == len(settings) - 2
+    (folder / "settings.yaml").write_text(yaml.safe_dump(older))
+    moved = folder.rename(folder.with_name(f"{folder.name.rpartition('-')[0]}-0123abcd"))
+    message = refused(host, "SOLVER.TRAINER", "disk", "DISK.ALTERNATING.REPLAY", "True", "--resume", epochs=2)
+    assert "DISK.ALTERNATING.REPLAY: False then, True now" in message
+    assert launch(host, "SOLVER.TRAINER", "disk", "--resume", epochs=2) == folder
+    assert not moved.exists()
+    assert load(folder / "latest")["epoch"] == 2
 
 
 def test_changed_settings_that_are_allowed_take_effect_and_lasting_ones_are_refused(host):
