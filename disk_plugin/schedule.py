@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
+from ._modes import in_mode
 from .epoch_statistics import EpochStatistics
 from .loss import DiSKLoss
 from .taps import logits_of
@@ -217,10 +218,8 @@ def estimate_budget(student: nn.Module, loader: Iterable[tuple[Tensor, Tensor]],
         ValueError: the loader is empty, or its targets are no class indices of the predictions' shape.
     """
     device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
-    modes = {module: module.training for module in student.modules()}
-    student.eval()
     wrong = count = 0.0
-    try:
+    with in_mode(student, training=False):
         for x, target in loader:
             target = target.to(device)
             predicted = logits_of(student(x.to(device))).argmax(1)
@@ -231,9 +230,6 @@ def estimate_budget(student: nn.Module, loader: Iterable[tuple[Tensor, Tensor]],
             counts = target != ignore_index
             wrong += ((predicted != target) & counts).sum().item()
             count += counts.sum().item()
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if not count:
         raise ValueError("loader must yield at least one sample that is not ignored, got none")
     return wrong / count

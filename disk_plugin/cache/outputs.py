@@ -1,8 +1,7 @@
 """The teacher's outputs for batches of sample-views, and as the rows that are stored."""
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -79,18 +78,6 @@ class TeacherOutputs:
         content = io.BytesIO()
         torch.save({"weight": weights["weight"], "bias": weights.get("bias")}, content)
         return content.getvalue()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; its modules' own modes come back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def batches(

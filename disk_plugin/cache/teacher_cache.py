@@ -15,9 +15,10 @@ from torch.nn.functional import linear
 from torch.utils.data import Dataset
 
 from .. import _checks
+from .._modes import in_mode
 from ..loss import without_autocast
 from . import fingerprint, storage
-from .outputs import TeacherOutputs, batches, check_mode, evaluating, to_half
+from .outputs import TeacherOutputs, batches, check_mode, to_half
 from .verification import largest_difference
 from .views import PlainView, SeededViews, as_views
 
@@ -144,7 +145,7 @@ class TeacherCache:
         check_mode(mode)
         _checks.integer("batch_size", batch_size, at_least=1)
         source, outputs = as_views(views), TeacherOutputs(teacher, mode, layer, device)
-        with evaluating(teacher):
+        with in_mode(teacher, training=False):
             meta = _describe(teacher, source, outputs)
             with storage.open_writer(Path(folder), meta, outputs.head_bytes()) as writer:
                 remaining = range(writer.meta.written, meta.rows)
@@ -196,7 +197,7 @@ class TeacherCache:
         outputs = TeacherOutputs(teacher, self.mode, self.layer, device)
         rows = random.Random(seed).sample(range(self._meta.rows), math.ceil(share * self._meta.rows))
         loader = batches(source, sorted(rows), batch_size, num_workers)
-        with evaluating(teacher):
+        with in_mode(teacher, training=False):
             largest, where = largest_difference(self, outputs, loader)
         if largest > tolerance:
             raise RuntimeError(

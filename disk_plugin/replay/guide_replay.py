@@ -1,14 +1,14 @@
 """Algorithm 1's guide passes on what was recorded during the student's passes."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from .._modes import in_mode
 from ..distributed import Group, mean_over_processes
 from ..loss import DiSKLoss, without_autocast
 from .record import loss_of, rows_of
@@ -105,7 +105,7 @@ class GuideReplay:
 
         The guide is evaluated in its evaluation mode. With ``disk.eval()`` nothing is recorded.
         """
-        with torch.no_grad(), _mode(self.disk.guide, training=False):
+        with torch.no_grad(), in_mode(self.disk.guide, training=False):
             guide_logits = self.disk.guide_logits(teacher_logits, teacher_features)
         terms = self.disk.terms(
             student_logits, teacher_logits, target, guide_logits=guide_logits, sample_weight=sample_weight
@@ -147,7 +147,7 @@ class GuideReplay:
         _checks.integer("passes", passes, at_least=1)
         steps, losses = self._steps(), []
         weight = next(self.disk.guide.parameters())
-        with _mode(self.disk.guide, training=True), without_autocast(weight):  # it would reach the backward pass too
+        with in_mode(self.disk.guide, training=True), without_autocast(weight):  # it would reach the backward pass too
             for _ in range(passes):
                 order = torch.randperm(len(self), generator=self.generator).to(weight.device)
                 losses.append(torch.stack([self._step(index) for index in order.tensor_split(steps)]).mean())
@@ -233,15 +233,3 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, guide: nn.Module) -> None
             f"optimizer must hold the guide's parameters and no others, got {len(held - own)} others and "
             f"{len(missing)} of the guide's missing"
         )
-
-
-@contextmanager
-def _mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Set training or evaluation mode, and put back what was."""
-    modes = {each: each.training for each in module.modules()}
-    module.train(training)
-    try:
-        yield
-    finally:
-        for each, mode in modes.items():
-            each.training = mode

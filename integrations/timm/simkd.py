@@ -2,8 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,6 +9,7 @@ from timm.task.distillation import FeatureDistillationTrainableModule
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from disk_plugin._modes import in_mode
 from disk_plugin.features.simkd import SimKD, SimKDOutput, check_classifier
 
 
@@ -98,7 +97,7 @@ class SimKDModel(FeatureDistillationTrainableModule):
     ) -> None:
         super().__init__(student)
         teacher = unwrap_model(teacher)
-        with _evaluating(student), _evaluating(teacher):
+        with in_mode(student, training=False), in_mode(teacher, training=False):
             student_features = student.forward_features(image)
             self.student_layout = Layout.of(student, student_features)
             student_map = self.student_layout.to_map(student_features)
@@ -174,15 +173,3 @@ def _freeze_unused(student: nn.Module, student_map: Tensor) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             parameter.requires_grad_(False)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own mode again."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
