@@ -198,7 +198,7 @@ class TeacherCache:
         rows = random.Random(seed).sample(range(self._meta.rows), math.ceil(share * self._meta.rows))
         loader = batches(source, sorted(rows), batch_size, num_workers)
         with in_mode(teacher, training=False):
-            largest, where = largest_difference(self, outputs, loader)
+            largest, where = largest_difference(self, outputs, loader, self.samples)
         if largest > tolerance:
             raise RuntimeError(
                 f"{self.folder} must equal the teacher within {tolerance} of each sample's largest value, got "

@@ -1,29 +1,30 @@
 """How far a cache is from what the teacher computes now."""
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .teacher_cache import TeacherCache
-
-Outputs = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+Outputs = tuple[Tensor, Tensor | None]  # logits and features
 
 
 def largest_difference(
-    cache: "TeacherCache", outputs: Outputs, loader: Iterable[tuple[Tensor, Tensor]]
+    read: Callable[[Tensor, Tensor], Outputs],
+    recompute: Callable[[Tensor], Outputs],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    samples: int,
 ) -> tuple[float, str]:
     """Return the largest difference over a loader's (images, rows), as a share of its sample's largest value.
+
+    ``read`` takes (index, view), ``recompute`` images; row = view * samples + index.
 
     Returns:
         That difference, inf where a value is NaN, and the words for its place.
     """
     largest, where = 0.0, ""
     for images, rows in loader:
-        index, view = rows % cache.samples, rows // cache.samples
-        for name, cached, fresh in zip(("logits", "features"), cache(index, view), outputs(images), strict=True):
+        index, view = rows % samples, rows // samples
+        for name, cached, fresh in zip(("logits", "features"), read(index, view), recompute(images), strict=True):
             if cached is None or fresh is None:
                 continue
             difference, row = _relative(cached, fresh).max(dim=0)
