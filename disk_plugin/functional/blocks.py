@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, softmax
 
 # Entries of a block: on a CPU what stays in a core's cache, elsewhere what bounds the memory.
-_BLOCK = {"cpu": 2**16}
+_BLOCK = {"cpu": 2**17}
 _BLOCK_ELSEWHERE = 2**26
 
 
@@ -101,17 +101,17 @@ class _Rows(torch.autograd.Function):
         mask: Tensor | None,
         *settings: Any,
     ) -> tuple[Tensor, ...]:
-        gradient, found = student.new_empty(0), []
+        whole: tuple[Tensor, ...] = ()
         for part in _parts(student):
             held = None if mask is None else mask[part]
-            *values, of_part = _block(student[part], teacher[part], log_guide[part], label[part], held, *settings)
-            if len(of_part) == len(student):
-                return (*values, of_part)
-            found.append(values)
-            if len(of_part):
-                gradient = of_part.new_empty(student.shape) if part.start == 0 else gradient
-                gradient[part] = of_part
-        return (*map(torch.cat, zip(*found, strict=True)), gradient)
+            found = _block(student[part], teacher[part], log_guide[part], label[part], held, *settings)
+            if len(found[0]) == len(student):
+                return found
+            # not collected and joined: what little would outlive each block lies between the big pieces of the heap
+            whole = whole or tuple(each.new_empty(len(student), *each.shape[1:]) for each in found)
+            for kept, each in zip(whole, found, strict=True):
+                kept[part] = each
+        return whole
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -190,7 +190,7 @@ def _block(
     # the largest probability is 1 / sum exp(s - max)
     ce = largest - student.gather(1, label) - probability.amax(1, keepdim=True).log()
     objective = ce_weight * ce[:, 0] + kl_weight * kl
-    gradient = student.new_empty(0)
+    gradient = student.new_empty(len(student), 0)
     if with_gradient:
         # w, what is left of the teacher's pull; not target - taken, which cancels where g is far above s
         kept = (log_s - log_guide).sigmoid_()
