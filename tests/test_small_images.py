@@ -454,6 +454,7 @@ def test_kd_and_disk_are_searched_with_the_same_number_of_trials():
         ("cifar100_10-l_10-xxs_screen", report.search_table, ("examples/README.md",)),
         ("cifar100_10-l_10-xxs_repeat", report.compared_table, ("examples/README.md",)),
         ("cifar100_10-l_10-xxs_regimes", report.regimes_table, ("examples/README.md",)),
+        ("cifar100_10-l_10-xxs_seconds", report.seconds_table, ("examples/README.md",)),
         ("label_noise", label_noise.table, ("examples/README.md",)),
     ],
 )
