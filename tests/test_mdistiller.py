@@ -641,8 +641,10 @@ def test_every_variant_trains_student_and_guide(host, kind, variant):
     assert not any(p.grad is not None for p in distiller.teacher.parameters())
 
 
-def test_algorithm_1_alternates_and_each_pass_leaves_the_other_player_alone(host):
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_algorithm_1_alternates_and_each_pass_leaves_the_other_player_alone(host, norm):
     words = ["SOLVER.TRAINER", "disk", "SOLVER.EPOCHS", 3, "DISK.ALTERNATING.STUDENT_PASSES", 2]
+    words += ["DISK.GUIDE.NORM", norm]
     words += [
         "DISK.ALTERNATING.GUIDE_PASSES",
         1,

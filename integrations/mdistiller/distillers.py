@@ -48,6 +48,13 @@ class GuidedDistiller(Distiller):
         self.gathers = False
         self.stateful: dict[str, DualScheduler | torch.optim.Optimizer | GuideReplay] = {"dual": self.dual}
 
+    def train(self, mode: bool = True) -> "GuidedDistiller":
+        """Set the mode; the teacher, and a guide that is not being trained, stay in evaluation mode."""
+        super().train(mode)
+        if not self.joint:
+            self.disk.guide.eval()
+        return self
+
     def outputs(self, image: Tensor) -> tuple[Tensor, Inputs]:
         """Return the prediction (N, C) and, by name, the other per-sample tensors that :meth:`terms` needs."""
         raise NotImplementedError

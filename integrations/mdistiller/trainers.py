@@ -156,6 +156,7 @@ class DISKTrainer(CompleteTrainer):
         """Pass over the data once with the student fixed: g <- argmin of (5)."""
         module = self.distiller.module
         self.distiller.train()
+        module.disk.guide.train()
         module.student.eval()
         if isinstance(module, DISK_SIMKD):
             module.simkd.eval()
