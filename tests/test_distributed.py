@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from disk_plugin import DiSKLoss, GuideHead, functional
 from disk_plugin.accumulation import AccumulatedBatch
 from disk_plugin.distributed import attach, share_statistics
+from disk_plugin.replay import GuideReplay
 
 CLASSES, PROCESSES = 4, 2
 MIXED = 0.8  # nats: one process's half, and one micro-batch, keep to this budget; the others and the whole exceed it
@@ -176,12 +177,21 @@ def fitted(rank):
     return {name: buffers[name] for name in sorted(buffers)}
 
 
+def replayed(rank):
+    """The temperature fitted where no backward reaches the guide."""
+    student, disk = make(student_temperature="fit")
+    replay = GuideReplay(disk, torch.optim.SGD(disk.guide.parameters(), lr=0.1))
+    x, teacher_logits, target = micro_batches(rank, PROCESSES, 1)[0]
+    replay.student_loss(student(x), teacher_logits, target).backward()
+    return disk.fitted_student_temperature
+
+
 def process(rank, folder):
     torch.set_num_threads(1)
     address, patience = f"file://{folder}/rendezvous", timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=PROCESSES, timeout=patience)
     seen = {name: train(rank, PROCESSES, **words) for name, (words, _) in RUNS.items()}
-    seen |= {check.__name__: check(rank) for check in (overflow, collectives, alone, fitted)}
+    seen |= {check.__name__: check(rank) for check in (overflow, collectives, alone, fitted, replayed)}
     torch.save(seen, f"{folder}/{rank}")
     dist.destroy_process_group()
 
@@ -265,6 +275,8 @@ def test_budget_fitted_temperature_and_statistics_become_the_same(both):
         steps.append(own.fitted_student_temperature)
     assert steps[0] != steps[1]
     torch.testing.assert_close(both[0]["fitted"]["fitted_student_temperature"], sum(steps) / 2)
+    for seen in both:
+        torch.testing.assert_close(seen["replayed"], sum(steps) / 2)
 
 
 def test_the_difference_of_micro_batches_is_the_documented_one_and_the_exact_mode_has_none():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from .._modes import in_mode
-from ..distributed import Group, mean_over_processes
+from ..distributed import Group, mean_over_processes, share_student_temperature
 from ..loss import DiSKLoss, without_autocast
 from .record import loss_of, rows_of
 from .reservoir import Reservoir
@@ -39,7 +39,8 @@ class GuideReplay:
     Positions under ``ignore_index``, and those with values that are not finite, are left out, which waits for the
     device once per batch. In several processes each records its own positions; gradients are averaged over processes,
     which make the same number of steps: begin with the same guide on all (:func:`disk_plugin.distributed.attach`), and
-    let each record something. A guide with BatchNorm needs two positions per step and process.
+    let each record something. ``student_loss`` shares a fitted student temperature. A guide with BatchNorm needs two
+    positions per step and process.
 
     Args:
         disk: the loss that owns the guide, unwrapped.
@@ -111,6 +112,7 @@ class GuideReplay:
             student_logits, teacher_logits, target, guide_logits=guide_logits, sample_weight=sample_weight
         )
         if self.disk.training:
+            share_student_temperature(self.disk, self.process_group)
             self.record(student_logits, teacher_logits, target, teacher_features, sample_weight=sample_weight)
         return terms.student_loss
 
