@@ -9,7 +9,7 @@ from torch.nn.functional import log_softmax, logsigmoid
 
 from ..variants import Variant
 from ._positions import Positions, Reduction, as_dtype, by_position, label_cross_entropy, positions_of, promote
-from .blocks import softened, with_guide
+from .blocks import teacher_target, with_guide
 from .budget import clamped, hinge, over_denominator
 from .scaffold import mask_or_none
 
@@ -63,9 +63,9 @@ def guide_constants(
     s, t = by_position(s), by_position(t)
     label = where.label.flatten()
     mask = None if mask is None else by_position(mask)
-    softened_t, target_t = softened(t, mask, temperature, variant.teacher_target == "scaffolded")
+    log_t, target_t = teacher_target(t, mask, temperature, variant.teacher_target == "scaffolded")
     log_s = log_softmax(s / tau_s, 1)
-    offset = (target_t * log_softmax(softened_t, 1)).sum(1)
+    offset = (target_t * log_t).sum(1)
     if mask is not None and top_k is not None:
         offset = offset - torch.where(mask, 0.0, target_t * log_s).sum(1)
         ids = mask.to(s.dtype).topk(min(top_k + variant.scaffold_label, s.shape[1]), 1).indices
@@ -99,9 +99,10 @@ def guide_loss(
     """Return ``disk_terms(...).guide_loss`` of a batch of positions from its constants and guide logits (M,)."""
     guide_logits, offset = promote(guide_logits, constants.offset)
     valid, factor = constants.valid, constants.factor
-    where = Positions(valid.long(), valid, constants.weight, valid.sum().clamp(min=1))  # no label is read
+    total = valid.sum().clamp(min=1).to(offset.dtype)
+    where = Positions(valid.long(), valid, constants.weight, total)  # no label is read
     log_g = logsigmoid(guide_logits.detach()).unsqueeze(1)
-    scaffolded, share = with_guide(constants.log_student, log_g)
+    scaffolded, share, _ = with_guide(constants.log_student, log_g)
     kl, removed = offset - (constants.target * scaffolded).sum(1), (constants.target * share).sum(1)
     half = guide_half(
         guide_logits,
@@ -150,25 +151,20 @@ def guide_half(
     mean_usage = where.reduce(spent.detach(), "mean")
     if reduce_mean is not None:
         mean_usage = reduce_mean(mean_usage)
-    penalty, penalty_slope = _penalty(variant.guide_penalty, g, classes)
-    slope = distill_weight * _distill_slope(factor, removed, logits)
-    slope = slope + (lam * (mean_usage > delta) * budget_ce.detach() + penalty_slope) * g * (1 - g)
+    penalty, by_g = torch.zeros_like(mean_usage), lam * (mean_usage > delta) * budget_ce.detach()
+    if variant.guide_penalty:  # the authors' log(1 + K g)
+        penalty = where.reduce(where.weighted(variant.guide_penalty * torch.log1p(classes * g)), reduction)
+        by_g = by_g + variant.guide_penalty * classes / (1 + classes * g)
+    slope = distill_weight * _distill_slope(factor, removed, logits) + by_g * g * (1 - g)
     if guide_gradient_scale is not None:
         slope = guide_gradient_scale * _well_scaled(slope, logits, 1 / (factor + lam))
     return GuideHalf(
         guide=g,
         spent=spent,
         over_budget=lam * hinge(spent, where, delta, mean_usage, reduction),
-        penalty=where.reduce(where.weighted(penalty), reduction),
+        penalty=penalty,
         gradient=where.reduce(where.weighted(slope * _zero_valued(guide_logits)), reduction),
     )
-
-
-def _penalty(weight: float, g: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Return the authors' extra term weight * log(1 + K g) per position, and its slope by g."""
-    if not weight:
-        return torch.zeros_like(g), torch.zeros_like(g)
-    return weight * torch.log1p(classes * g), weight * classes / (1 + classes * g)
 
 
 def _distill_slope(factor: float | Tensor, removed: Tensor, guide_logits: Tensor) -> Tensor:

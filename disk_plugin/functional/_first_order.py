@@ -1,0 +1,34 @@
+"""Gradients in closed form, which are final."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _FirstOrder(torch.autograd.Function):
+    """The identity, which refuses to be differentiated; torch's once_differentiable lets a constant pass as 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, source: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "DiSK's gradients are first order: they are in closed form and cannot be differentiated again; take "
+            "functional.kd_loss or a loss of your own where second derivatives are needed"
+        )
+
+
+def first_order(gradient: Tensor, source: Tensor) -> Tensor:
+    """Mark the gradient by ``source`` as final where the backward itself is recorded."""
+    if torch.is_grad_enabled():
+        gradient = _FirstOrder.apply(gradient, source)
+    return gradient
