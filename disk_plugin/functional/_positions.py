@@ -33,7 +33,7 @@ class Positions(NamedTuple):
     label: Tensor  # int64; 0 where ignored, so that it can be gathered with
     valid: Tensor  # bool
     weight: Tensor  # sample weight, 0 where ignored
-    total: Tensor  # number of positions not ignored, at least 1
+    total: Tensor  # number of positions not ignored, at least 1, as a float
 
     def weighted(self, value: Tensor) -> Tensor:
         """Multiply by the weight; what stands at an ignored position, NaN included, becomes 0."""
@@ -45,7 +45,12 @@ class Positions(NamedTuple):
 
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
         """Sum over positions / their count, or the value as it is."""
-        return value.sum() / self.total.to(value.dtype) if reduction == "mean" else value
+        return value.sum() / self.total if reduction == "mean" else value
+
+    def reduce_each(self, values: list[Tensor], reduction: Reduction) -> tuple[Tensor, ...]:
+        """Treat several like ``plain``, then like ``reduce``, at the price of one."""
+        stacked = self.plain(torch.stack(values))
+        return (stacked.flatten(1).sum(1) / self.total if reduction == "mean" else stacked).unbind()
 
 
 def positions_of(
@@ -65,7 +70,7 @@ def positions_of(
         trailing = label.ndim - sample_weight.ndim
         weight = sample_weight.detach().to(student_logits.dtype).reshape(*sample_weight.shape, *[1] * trailing)
         weight = weight.expand(label.shape)
-    return Positions(label, valid, weight, valid.sum().clamp(min=1))
+    return Positions(label, valid, weight, valid.sum().clamp(min=1).to(weight.dtype))
 
 
 def by_position(value: Tensor) -> Tensor:

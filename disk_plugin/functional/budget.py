@@ -81,7 +81,7 @@ def over_denominator(
     if reduce_mean is not None:
         errors = reduce_mean(errors)
     # a batch without errors divides by 1, not by 0
-    return ce * (where.total.to(ce.dtype) / torch.where(errors > 0, errors, 1.0))
+    return ce * (where.total / torch.where(errors > 0, errors, 1.0))
 
 
 def hinge(spent: Tensor, where: Positions, budget: float | Tensor, mean_usage: Tensor, reduction: Reduction) -> Tensor:

@@ -134,7 +134,7 @@ def disk_terms(
     if soft:
         ce = soft_cross_entropy(s, target)
         core = core + ce_weight * ce
-    ce, distill = where.weighted(ce.detach()), where.weighted(temperature * tau_s * parts.kl)
+    ce, distill = ce.detach(), temperature * tau_s * parts.kl
     budget_ce = label_cross_entropy(log_softmax(s, 1), counted) if record.student_feels_budget else parts.ce[..., 1]
     budget_ce = clamped(budget_ce, record)
     budget_ce = over_denominator(budget_ce, parts.prediction != where.label, where, record, reduce_mean)
@@ -156,19 +156,21 @@ def disk_terms(
         reduce_mean=reduce_mean,
         reduction=reduction,
     )
-    guide_value = where.reduce(distill_weight * distill, reduction) + half.over_budget.detach() + half.penalty
-
+    weighted = [ce * where.weight, distill * where.weight, half.spent.detach()]
+    correct, agreement = parts.prediction == where.label, parts.prediction == teacher_label
+    plain = [half.guide, discount_of(parts), correct.to(s.dtype), agreement.to(s.dtype)]
+    ce, distill, usage, guide, discount, correct, agreement = where.reduce_each([*weighted, *plain], reduction)
     return DiSKTerms(
         loss=core + half.over_budget + half.penalty + half.gradient,
         student_loss=core + half.over_budget if record.student_feels_budget else core,
-        guide_loss=guide_value + half.gradient,
-        ce=where.reduce(ce, reduction),
-        distill=where.reduce(distill, reduction),
-        usage=where.reduce(half.spent.detach(), reduction),
-        guide=where.reduce(where.plain(half.guide), reduction),
-        discount=where.reduce(where.plain(discount_of(parts)), reduction),
-        correct=where.reduce(where.plain((parts.prediction == where.label).to(s.dtype)), reduction),
-        agreement=where.reduce(where.plain((parts.prediction == teacher_label).to(s.dtype)), reduction),
+        guide_loss=distill_weight * distill + half.over_budget.detach() + half.penalty + half.gradient,
+        ce=ce,
+        distill=distill,
+        usage=usage,
+        guide=guide,
+        discount=discount,
+        correct=correct,
+        agreement=agreement,
     )
 
 
