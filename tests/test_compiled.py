@@ -1,5 +1,7 @@
 """The loss under torch.compile, which has formulas of its own, against the loss without."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -66,6 +68,21 @@ def test_inductor_agrees_where_there_is_a_cpp_compiler(name, dtype):
     except torch._inductor.exc.InductorError as error:
         pytest.skip(f"no working C++ compiler: {error}")
     torch.testing.assert_close(found, everything(terms_of(settings), inputs), rtol=5e-6, atol=1e-6)
+
+
+def test_sizes_and_numbers_may_change_between_calls():
+    def terms_of_temperature(temperature, *inputs):
+        return functional.disk_terms(*inputs, temperature=temperature)
+
+    torch.compiler.reset()
+    compiled = torch.compile(terms_of_temperature, fullgraph=True, backend="aot_eager")
+    for count, temperature in ((9, 4.0), (7, 4.0), (5, 3.0), (5, 2.5), (1, 1.0)):
+        student, teacher, target, guide = (value[:count] for value in batch())
+        inputs = student.detach().requires_grad_(), teacher, target, guide.detach().requires_grad_()
+        expected, found = (
+            everything(partial(function, temperature), inputs) for function in (terms_of_temperature, compiled)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
 def test_dense_logits_compile_too():
