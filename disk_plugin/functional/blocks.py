@@ -57,22 +57,7 @@ def rows(
         student_temperature: divides the student's logits.
         zero_outside: the teacher's target is the authors', zero outside ``mask``.
     """
-    if torch.compiler.is_compiling():
-        return Rows(
-            *fused_rows(
-                student_logits,
-                teacher_logits,
-                log_guide,
-                label,
-                mask,
-                ce_weight=ce_weight,
-                kl_weight=kl_weight,
-                temperature=temperature,
-                student_temperature=student_temperature,
-                zero_outside=zero_outside,
-            )
-        )
-    *found, _ = _Rows.apply(
+    arguments = (
         student_logits,
         teacher_logits,
         log_guide,
@@ -83,8 +68,11 @@ def rows(
         temperature,
         student_temperature,
         zero_outside,
-        torch.is_grad_enabled() and (student_logits.requires_grad or _transformed()),
     )
+    if torch.compiler.is_compiling():
+        return Rows(*fused_rows(*arguments))
+    with_gradient = torch.is_grad_enabled() and (student_logits.requires_grad or _transformed())
+    *found, _ = _Rows.apply(*arguments, with_gradient)
     return Rows(*found)
 
 

@@ -53,14 +53,13 @@ def fused_rows(
     log_guide: Tensor,
     label: Tensor,
     mask: Tensor | None,
-    *,
     ce_weight: float,
     kl_weight: float | Tensor,
     temperature: float,
     student_temperature: float | Tensor,
     zero_outside: bool,
 ) -> tuple[Tensor, ...]:
-    """Return the fields of ``blocks.Rows``; arguments are those of ``blocks.rows``."""
+    """Return the fields of ``blocks.Rows``; the arguments are those of ``blocks.rows``."""
     if zero_outside and mask is not None:
         teacher = torch.where(mask, teacher, temperature * teacher.amin(1, keepdim=True))
     numbers = (BITS / student_temperature, BITS / temperature, ce_weight, kl_weight)
