@@ -1,9 +1,9 @@
-"""What ``blocks`` evaluates, spelt for ``torch.compile``: no (N, C) tensor is written but the gradient.
+"""What ``blocks`` evaluates, spelt for ``torch.compile``, which fuses loops over the classes.
 
-A compiler fuses loops over the classes, but writes down what it takes to be dear, and memory is what costs here. So the
-forward returns per-row values alone, and the backward evaluates the classes again, unless the compiler keeps them;
-exponentials are powers of 2, as inductor writes down, on a CPU, every ``exp`` and ``sigmoid`` that is used twice, but
-computes ``exp2`` anew; and scalars that are constants stay so.
+Writing (N, C) tensors is what costs here. So the backward evaluates the classes from the logits again: the compiler may
+do so, or take the gradient in the forward, where what it needs is at hand, and keep that one tensor. Exponentials are
+powers of 2, as inductor writes down, on a CPU, what is used twice and made by ``exp`` or ``sigmoid``, but not by
+``exp2``. Scalars that are constants stay so. Second derivatives are refused by the compiler.
 """
 
 import math
@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._first_order import first_order
-
 BITS = math.log2(math.e)  # of a nat
-_LARGEST_POWER = 8
+_LARGEST_POWER = 8  # three multiplications and as many bits of rounding; an exponential is not much dearer
 
 
 class _Scalars(NamedTuple):
@@ -27,15 +25,13 @@ class _Scalars(NamedTuple):
     kl_weight: Tensor
 
 
-class _Row(NamedTuple):
-    """What the backward needs of each row, (N, 1)."""
+class _Norms(NamedTuple):
+    """What makes probabilities of logits, (N, 1): the largest logit and sum_y 2^((logit_y - largest) rate)."""
 
-    student_peak: Tensor  # the largest logit
-    student_norm: Tensor  # sum_y 2^((logit_y - peak) rate)
+    student_peak: Tensor
+    student: Tensor
     teacher_peak: Tensor
-    teacher_norm: Tensor
-    soft_weight: Tensor  # of 2^((logit_y - peak) rate) in the gradient
-    plain_weight: Tensor  # of e^(logit_y - peak) in the gradient
+    teacher: Tensor
 
 
 class _Classes(NamedTuple):
@@ -45,6 +41,9 @@ class _Classes(NamedTuple):
     log_ratio: Tensor  # log2 t / (s + g)
     taken: Tensor  # t g / (s + g)
     left: Tensor  # w = t s / (s + g); not t - taken, which cancels where g is far above s
+
+
+_VALUES = 6  # of blocks.Rows, among what the forward returns
 
 
 def fused_rows(
@@ -68,7 +67,7 @@ def fused_rows(
     if not isinstance(student_temperature, Tensor) and student_temperature in range(1, _LARGEST_POWER + 1):
         power = int(student_temperature)
     found = _FusedRows.apply(student, teacher, log_guide, label, mask, zero_outside, power, *scalars)
-    return found[: -len(_Row._fields)]  # type: ignore[no-any-return]
+    return found[:_VALUES]  # type: ignore[no-any-return]
 
 
 class _FusedRows(torch.autograd.Function):
@@ -90,42 +89,39 @@ class _FusedRows(torch.autograd.Function):
         soft, plain = _powers(student - student_peak, scalars.student_rate, power)
         student_norm, plain_norm = soft.sum(1, keepdim=True), plain.sum(1, keepdim=True)
         teacher_norm = ((teacher - teacher_peak) * scalars.teacher_rate).exp2().sum(1, keepdim=True)
-        row = _Row(student_peak, student_norm, teacher_peak, teacher_norm, student_norm, plain_norm)
-        each = _classes(student, teacher, log_guide, mask, zero_outside, scalars, row)
+        norms = _Norms(student_peak, student_norm, teacher_peak, teacher_norm)
+        each = _classes(student, teacher, log_guide, mask, zero_outside, scalars, norms)
         kl = (each.target * each.log_ratio).sum(1) / BITS
         ce = plain_norm.log() - (student.gather(1, label) - student_peak)
         removed, left = each.taken.sum(1), each.left.sum(1, keepdim=True)
-        # the last term is for the compiler: it sums what the forward does not need in another loop, in the backward
-        objective = scalars.ce_weight * ce[:, 0] + scalars.kl_weight * kl + 0 * (removed + left[:, 0])
-        row = row._replace(
-            soft_weight=scalars.kl_weight * scalars.student_rate / BITS * left / student_norm,
-            plain_weight=scalars.ce_weight / plain_norm,
-        )
-        return objective, ce, kl, removed, each.target.sum(1), student.argmax(1), *row
+        objective = scalars.ce_weight * ce[:, 0] + scalars.kl_weight * kl
+        values = objective, ce, kl, removed, each.target.sum(1), student.argmax(1)
+        soft_weight = scalars.kl_weight * scalars.student_rate / BITS * left / student_norm
+        return *values, soft_weight, scalars.ce_weight / plain_norm, *norms
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         student, teacher, log_guide, label, mask, ctx.zero_outside, ctx.power, *numbers = inputs
-        row = output[-len(_Row._fields) :]
-        ctx.save_for_backward(student, teacher, log_guide, label, mask, output[3], *numbers, *row)
+        ctx.save_for_backward(student, teacher, log_guide, label, mask, output[3], *numbers, *output[_VALUES:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         student, teacher, log_guide, label, mask, removed, *saved = ctx.saved_tensors
-        scalars, row = _Scalars(*saved[: len(_Scalars._fields)]), _Row(*saved[len(_Scalars._fields) :])
+        scalars, saved = _Scalars(*saved[: len(_Scalars._fields)]), saved[len(_Scalars._fields) :]
+        soft_weight, plain_weight, norms = saved[0], saved[1], _Norms(*saved[2:])
         to_student = to_guide = None
         if upstream is not None and ctx.needs_input_grad[0]:
-            soft, plain = _powers(student - row.student_peak, scalars.student_rate, ctx.power)
-            left = _classes(student, teacher, log_guide, mask, ctx.zero_outside, scalars, row).left
-            to_student = soft * row.soft_weight - left * (scalars.kl_weight * scalars.student_rate / BITS)
+            soft, plain = _powers(student - norms.student_peak, scalars.student_rate, ctx.power)
+            left = _classes(student, teacher, log_guide, mask, ctx.zero_outside, scalars, norms).left
+            to_student = soft * soft_weight - left * (scalars.kl_weight * scalars.student_rate / BITS)
             classes = torch.arange(student.shape[1], device=student.device, dtype=torch.int32)
             is_label = classes == label[:, :1].int()
-            to_student = to_student + plain * row.plain_weight - torch.where(is_label, scalars.ce_weight, 0.0)
-            to_student = first_order(to_student * upstream.unsqueeze(1), student)
+            to_student = to_student + plain * plain_weight - torch.where(is_label, scalars.ce_weight, 0.0)
+            to_student = to_student * upstream.unsqueeze(1)
         if upstream is not None and ctx.needs_input_grad[2]:
-            to_guide = first_order(-scalars.kl_weight * removed * upstream, log_guide)
+            to_guide = -scalars.kl_weight * removed * upstream
         return to_student, None, to_guide, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
@@ -142,17 +138,17 @@ def _classes(
     mask: Tensor | None,
     zero_outside: bool,
     scalars: _Scalars,
-    row: _Row,
+    norms: _Norms,
 ) -> _Classes:
     log_g = (log_guide * BITS).unsqueeze(1)
-    if mask is not None:
-        log_g = torch.where(mask, log_g, -torch.inf)
-    log_s = (student - row.student_peak) * scalars.student_rate - row.student_norm.log2()
-    log_t = (teacher - row.teacher_peak) * scalars.teacher_rate - row.teacher_norm.log2()
+    log_s = (student - norms.student_peak) * scalars.student_rate - norms.student.log2()
+    log_t = (teacher - norms.teacher_peak) * scalars.teacher_rate - norms.teacher.log2()
     target = log_t.exp2()
     if zero_outside and mask is not None:
         target = target * mask
     above = log_g - log_s
+    if mask is not None:  # above too: there log s may be -inf as well, and -inf + inf would be NaN
+        above, log_g = (torch.where(mask, value, -torch.inf) for value in (above, log_g))
     ratio = (-above.abs()).exp2()  # of the smaller of s and g to the larger
     to_larger = target / (1 + ratio)
     to_smaller, guide_is_larger = ratio * to_larger, above > 0
