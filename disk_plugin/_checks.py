@@ -25,7 +25,7 @@ def number(
         (above is not None and not size > above, f"> {above}"),
         (at_least is not None and not size >= at_least, f">= {at_least}"),
         (at_most is not None and not size <= at_most, f"<= {at_most}"),
-        (not abs(size) < math.inf, "finite"),  # NaN too; torch.compile cannot trace math.isfinite
+        (not abs(size) < math.inf, "finite"),  # NaN too; torch.compile traces no isfinite of a number that changes
     ]
     for broken, rule in bounds:
         if broken:

@@ -319,6 +319,28 @@ def test_autocast_outside_changes_no_value():
         torch.testing.assert_close(getattr(cast, name), getattr(plain, name), rtol=0, atol=0)
 
 
+def test_labels_alone_may_be_mapped_over():
+    torch.manual_seed(0)
+    student, teacher, guide = torch.randn(6, 5), torch.randn(6, 5), torch.randn(6)
+    targets = torch.randint(5, (3, 6))
+
+    def gradient(target):
+        return torch.func.grad(lambda logits: functional.disk_loss(logits, teacher, target, guide))(student)
+
+    torch.testing.assert_close(torch.vmap(gradient)(targets), torch.stack([gradient(target) for target in targets]))
+
+
+def test_a_multiplier_that_is_a_number_keeps_its_digits():
+    torch.manual_seed(0)
+    student, teacher, target = torch.randn(6, 5).double(), torch.randn(6, 5).double(), torch.arange(6) % 5
+    gradients = []
+    for multiplier in (0.7, torch.tensor(0.7, dtype=torch.float64)):
+        guide = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+        functional.disk_loss(student, teacher, target, guide, multiplier=multiplier, budget=0.0).backward()
+        gradients.append(guide.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-14, atol=0)
+
+
 def test_rows_in_blocks_equal_rows_at_once(monkeypatch):
     torch.manual_seed(0)
     teacher, target, guide = torch.randn(23, 7), torch.arange(23) % 7, torch.randn(23, dtype=torch.float64)

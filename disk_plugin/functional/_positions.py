@@ -48,9 +48,10 @@ class Positions(NamedTuple):
         return value.sum() / self.total if reduction == "mean" else value
 
     def reduce_each(self, values: list[Tensor], reduction: Reduction) -> tuple[Tensor, ...]:
-        """Treat several like ``plain``, then like ``reduce``, at the price of one."""
-        stacked = self.plain(torch.stack(values))
-        return (stacked.flatten(1).sum(1) / self.total if reduction == "mean" else stacked).unbind()
+        """Treat each like ``plain``, then like ``reduce``; for the mean at the price of one."""
+        if reduction == "none":
+            return tuple(self.plain(value) for value in values)
+        return (self.plain(torch.stack(values)).flatten(1).sum(1) / self.total).unbind()
 
 
 def positions_of(

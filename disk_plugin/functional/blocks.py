@@ -76,7 +76,7 @@ def rows(
     return Rows(*found)
 
 
-def teacher_target(
+def softened_teacher(
     teacher_logits: Tensor, mask: Tensor | None, temperature: float | Tensor, zero_outside: bool
 ) -> tuple[Tensor, Tensor]:
     """Return log t and the target t, (N, C), the teacher's softened; with ``zero_outside`` t is 0 off the mask."""
@@ -89,9 +89,11 @@ def teacher_target(
     return log_t, target * mask if zero_outside and mask is not None else target
 
 
-def with_guide(log_student: Tensor, log_guide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log(s + g), g / (s + g) and s / (s + g), (N, C); ``log_guide``, (N, 1) or (N, C), may be -inf."""
+def with_guide(log_student: Tensor, log_guide: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log(s + g), g / (s + g) and s / (s + g), (N, C), with g = 0 off the mask; ``log_guide`` is (N, 1)."""
     above = log_guide - log_student
+    if mask is not None:  # above too: there log s may be -inf as well, and -inf + inf would be NaN
+        above, log_guide = (torch.where(mask, value, -torch.inf) for value in (above, log_guide))
     share = above.sigmoid()
     kept = above.neg_().sigmoid_()  # not 1 - share, which cancels where g is far above s
     # log(s + g) = max(log s, log g) - log max(share, kept), as log1p and logaddexp take many times longer
@@ -159,12 +161,9 @@ def _block(
     with_gradient: bool,
 ) -> tuple[Tensor, ...]:
     """Evaluate the fields of ``Rows`` and, if wanted, the objective's gradient by the student's logits, (n, C)."""
-    log_g = log_guide.unsqueeze(1)
-    if mask is not None:
-        log_g = torch.where(mask, log_g, -torch.inf)
-    log_t, target = teacher_target(teacher, mask, temperature, zero_outside)
+    log_t, target = softened_teacher(teacher, mask, temperature, zero_outside)
     log_s = F.log_softmax(student / student_temperature, 1)
-    scaffolded, share, kept = with_guide(log_s, log_g)
+    scaffolded, share, kept = with_guide(log_s, log_guide.unsqueeze(1), mask)
     kl = (log_t - scaffolded).mul_(target).sum(1)
     removed = (share * target).sum(1)
     largest, prediction = student.max(1, keepdim=True)
@@ -177,12 +176,12 @@ def _block(
         left = kept * target
         gradient = _exp(log_s) * left.sum(1, keepdim=True)
         gradient = gradient.sub_(left).mul_(kl_weight / student_temperature).add_(probability, alpha=ce_weight)
-        gradient = gradient.scatter_add_(1, label[:, :1], torch.full_like(ce[:, :1], -ce_weight))
+        gradient = gradient.scatter_add(1, label[:, :1], torch.full_like(ce[:, :1], -ce_weight))
     return objective, ce, kl, removed, target.sum(1), prediction.squeeze(1), gradient
 
 
 def _exp(value: Tensor) -> Tensor:
-    """Return exp(value) by exp2, for which torch has code of its own on a CPU, four times as fast as the library's."""
+    """Return exp(value), by exp2, which torch vectorizes itself on a CPU: for exp it calls a slower library."""
     return (value * BITS).exp2_()
 
 

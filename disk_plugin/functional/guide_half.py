@@ -9,7 +9,7 @@ from torch.nn.functional import log_softmax, logsigmoid
 
 from ..variants import Variant
 from ._positions import Positions, Reduction, as_dtype, by_position, label_cross_entropy, positions_of, promote
-from .blocks import teacher_target, with_guide
+from .blocks import softened_teacher, with_guide
 from .budget import clamped, hinge, over_denominator
 from .scaffold import mask_or_none
 
@@ -38,7 +38,7 @@ class GuideHalf(NamedTuple):
     guide: Tensor  # g per position
     spent: Tensor  # g times the budget's cross-entropy per position
     over_budget: Tensor  # multiplier (usage - budget)_+
-    penalty: Tensor  # the authors' extra term
+    penalty: Tensor  # the authors' extra term; a scalar 0 in the paper's variant
     gradient: Tensor  # 0, with the gradient of scaffold, budget and penalty
 
 
@@ -63,7 +63,7 @@ def guide_constants(
     s, t = by_position(s), by_position(t)
     label = where.label.flatten()
     mask = None if mask is None else by_position(mask)
-    log_t, target_t = teacher_target(t, mask, temperature, variant.teacher_target == "scaffolded")
+    log_t, target_t = softened_teacher(t, mask, temperature, variant.teacher_target == "scaffolded")
     log_s = log_softmax(s / tau_s, 1)
     offset = (target_t * log_t).sum(1)
     if mask is not None and top_k is not None:
@@ -139,7 +139,7 @@ def guide_half(
     reduce_mean: Callable[[Tensor], Tensor] | None,
     reduction: Reduction,
 ) -> GuideHalf:
-    """Evaluate what (5) asks of the guide; ``factor`` is tau tau_s, ``classes`` K, ``removed`` as in ``Scaffold``.
+    """Evaluate what (5) asks of the guide; ``factor`` is tau tau_s, ``classes`` K, ``removed`` as in ``Rows``.
 
     Values carry no graph of the guide, whose gradient is in closed form; that of the student passes through
     ``budget_ce``.
@@ -151,7 +151,8 @@ def guide_half(
     mean_usage = where.reduce(spent.detach(), "mean")
     if reduce_mean is not None:
         mean_usage = reduce_mean(mean_usage)
-    penalty, by_g = torch.zeros_like(mean_usage), lam * (mean_usage > delta) * budget_ce.detach()
+    # the hinge's gate comes last: a number times a bool would be float32
+    penalty, by_g = g.new_zeros(()), lam * budget_ce.detach() * (mean_usage > delta)
     if variant.guide_penalty:  # the authors' log(1 + K g)
         penalty = where.reduce(where.weighted(variant.guide_penalty * torch.log1p(classes * g)), reduction)
         by_g = by_g + variant.guide_penalty * classes / (1 + classes * g)
