@@ -641,6 +641,13 @@ def test_every_variant_trains_student_and_guide(host, kind, variant):
     assert not any(p.grad is not None for p in distiller.teacher.parameters())
 
 
+@pytest.mark.parametrize("trainer", ["base", "disk"])
+def test_a_guide_in_the_students_step_is_in_training_mode_and_one_outside_is_not(host, trainer):
+    _, _, distiller = distiller_of(host, "DISK", "SOLVER.TRAINER", trainer)
+    assert distiller.student.training
+    assert distiller.disk.guide.training == (trainer == "base")
+
+
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_algorithm_1_alternates_and_each_pass_leaves_the_other_player_alone(host, norm):
     words = ["SOLVER.TRAINER", "disk", "SOLVER.EPOCHS", 3, "DISK.ALTERNATING.STUDENT_PASSES", 2]
@@ -670,6 +677,7 @@ def test_algorithm_1_alternates_and_each_pass_leaves_the_other_player_alone(host
     def watched_guide_pass(epoch, name):
         student, guide = snapshot()
         guide_pass(epoch, name)
+        assert distiller.disk.guide.training
         assert_same(distiller.student.state_dict(), student)
         assert any(not torch.equal(value, distiller.disk.guide.state_dict()[name]) for name, value in guide.items())
         seen.append(f"g{epoch}")
