@@ -122,7 +122,7 @@ def measured(images: Images, batch_size: int, pairs: int, folder: str) -> list[d
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=200)
     parser.add_argument("--out", type=Path, help="folder for cached.json")

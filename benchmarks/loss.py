@@ -117,7 +117,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="folder for loss.json")
     parser.add_argument("--dry-run", action="store_true", help="small logits, six pairs, traced but not compiled")

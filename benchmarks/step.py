@@ -207,7 +207,7 @@ def of_mdistiller(checkout: Path, setting: Setting) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--batches", type=int, default=2, help="in a pass")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--mdistiller", type=Path, metavar="CHECKOUT")

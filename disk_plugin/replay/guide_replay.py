@@ -39,8 +39,8 @@ class GuideReplay:
     Positions under ``ignore_index``, and those with values that are not finite, are left out, which waits for the
     device once per batch. In several processes each records its own positions; gradients are averaged over processes,
     which make the same number of steps: begin with the same guide on all (:func:`disk_plugin.distributed.attach`), and
-    let each record something. ``student_loss`` shares a fitted student temperature. A guide with BatchNorm needs two
-    positions per step and process.
+    let each record something. A fitted student temperature is shared in each ``student_loss``, which all must
+    then call equally often. A guide with BatchNorm needs two positions per step and process.
 
     Args:
         disk: the loss that owns the guide, unwrapped.
