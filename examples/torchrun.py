@@ -6,6 +6,7 @@ Usage: torchrun --nproc_per_node 2 examples/torchrun.py [--dry-run]  (python exa
 """
 
 import argparse
+import gc
 from contextlib import nullcontext
 
 import digits
@@ -97,6 +98,8 @@ def main() -> None:
             f"{dist.get_world_size()} processes: validation accuracy {accuracy:.1f}, usage {usage:.3f} of a budget of "
             f"{budget:.3f}; the guides differ by {difference:g}"
         )
+    gc.collect()  # DistributedDataParallel sits in a reference cycle, and has to be gone before the group
+    dist.barrier()
     dist.destroy_process_group()
 
 
