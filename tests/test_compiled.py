@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from disk_plugin import functional
+from disk_plugin import DiSKLoss, GuideHead, functional
 
 SETTINGS = {
     "default": {},
@@ -144,3 +144,12 @@ def test_a_class_that_the_student_rules_out_is_no_harm(settings):
     teacher.data[:, 0] = 9.0  # among the scaffolded ones
     student.data[:, 0], target[target <= 0] = -torch.inf, 1
     agrees(settings, (student, teacher, target, guide))
+
+
+def test_terms_of_the_module_compile_in_one_graph():
+    torch.compiler.reset()
+    disk = DiSKLoss(GuideHead(13)).double()
+    student, teacher, target, _ = batch()
+    expected = disk.terms(student, teacher, target)
+    found = torch.compile(disk.terms, fullgraph=True, backend="aot_eager")(student, teacher, target)
+    assert_close([value.detach() for value in found], [value.detach() for value in expected])
