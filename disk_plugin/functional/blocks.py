@@ -181,7 +181,7 @@ def _block(
 
 
 def _exp(value: Tensor) -> Tensor:
-    """Return exp(value), by exp2, which torch vectorizes itself on a CPU: for exp it calls a slower library."""
+    """Return exp(value), by exp2, which torch vectorizes itself on a CPU; for exp it may call a library."""
     return (value * BITS).exp2_()
 
 
