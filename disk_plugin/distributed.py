@@ -132,14 +132,14 @@ def mean_over_processes(value: Tensor, process_group: Group = None) -> Tensor:
     evaluate the loss equally often. Processes weigh the same, as in DistributedDataParallel's mean of the gradients.
 
     Args:
-        value: a floating-point tensor of the same shape on every process.
+        value: a floating-point tensor of the same shape on every process; half types are summed in float32.
         process_group: the processes to average over; None for all.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(process_group) == 1:
         return value
-    total = value.detach().clone()
+    total = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
     dist.all_reduce(total, group=process_group)
-    return total / dist.get_world_size(process_group)
+    return (total / dist.get_world_size(process_group)).to(value.dtype)
 
 
 @torch.no_grad()

@@ -18,10 +18,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from disk_plugin import DiSKLoss, GuideHead, functional
 from disk_plugin.accumulation import AccumulatedBatch
-from disk_plugin.distributed import attach, share_statistics
+from disk_plugin.distributed import attach, mean_over_processes, share_statistics
 from disk_plugin.replay import GuideReplay
 
 CLASSES, PROCESSES = 4, 2
+HALVES = (torch.float16, torch.bfloat16)
 MIXED = 0.8  # nats: one process's half, and one micro-batch, keep to this budget; the others and the whole exceed it
 
 # what two processes do; the same but for these words is what one process does with the whole batch
@@ -186,12 +187,27 @@ def replayed(rank):
     return disk.fitted_student_temperature
 
 
+def in_half_precision(rank):
+    """Means of values whose sum float16 cannot hold, and of a half guide's gradients."""
+    means = [mean_over_processes(torch.tensor([6e4, rank], dtype=dtype)) for dtype in HALVES]
+    gradients = []
+    for dtype in HALVES:
+        student, disk = make()
+        disk.to(dtype)
+        attach(disk)
+        disk(student(micro_batches(rank, PROCESSES, 1)[0][0]), *micro_batches(rank, PROCESSES, 1)[0][1:]).backward()
+        gradients.append([parameter.grad for parameter in disk.parameters()])
+    return means, gradients
+
+
 def process(rank, folder):
     torch.set_num_threads(1)
     address, patience = f"file://{folder}/rendezvous", timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=PROCESSES, timeout=patience)
     seen = {name: train(rank, PROCESSES, **words) for name, (words, _) in RUNS.items()}
-    seen |= {check.__name__: check(rank) for check in (overflow, collectives, alone, fitted, replayed)}
+    seen |= {
+        check.__name__: check(rank) for check in (overflow, collectives, alone, fitted, replayed, in_half_precision)
+    }
     torch.save(seen, f"{folder}/{rank}")
     dist.destroy_process_group()
 
@@ -239,6 +255,16 @@ def test_two_processes_train_as_one_with_the_whole_batch(both, name):
         torch.testing.assert_close(seen[name], expected, rtol=1e-10, atol=1e-13)
     # bit for bit, or the guides drift apart
     torch.testing.assert_close(both[0][name], both[1][name], rtol=0, atol=0)
+
+
+def test_half_values_are_averaged_without_overflow(both):
+    for dtype, mean in zip(HALVES, both[0]["in_half_precision"][0], strict=True):
+        assert torch.equal(mean, torch.tensor([6e4, 0.5], dtype=dtype))
+    torch.testing.assert_close(both[0]["in_half_precision"], both[1]["in_half_precision"], rtol=0, atol=0)
+    for dtype, gradients in zip(HALVES, both[0]["in_half_precision"][1], strict=True):
+        student, disk = make()
+        expected = guide_gradient(disk.to(dtype), disk(student(batch()[0]), *batch()[1:]))
+        torch.testing.assert_close(gradients, expected, rtol=0.05, atol=0.01)
 
 
 def test_an_overflow_on_one_process_skips_the_step_on_all(both):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from .. import _checks
+from ..functional._positions import promote
 
 # a wrong map or classifier is off by the logits' own size; pooling in another order is off by rounding
 _RELATIVE_TOLERANCE = 1e-3
@@ -93,9 +94,9 @@ class SimKD(nn.Module):
             raise ValueError(f"teacher_map must have shape {expected}, got {tuple(teacher_map.shape)}")
         projected = self.project(student_map)
         height, width = projected.shape[2:]
-        aligned = adaptive_avg_pool2d(teacher_map.detach(), (height, width))
-        # in float32 at least: a sum of squares overflows float16
-        difference = (projected - aligned).to(torch.promote_types(projected.dtype, torch.float32))
+        # in float32 at least, before the difference: it would be rounded, and a sum of squares overflows float16
+        found, wanted = promote(projected, teacher_map.detach())
+        difference = found - adaptive_avg_pool2d(wanted, (height, width))
         return SimKDOutput(self.classifier(projected), difference.square().flatten(1).mean(1))
 
     def project(self, student_map: Tensor) -> Tensor:

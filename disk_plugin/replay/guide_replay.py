@@ -107,7 +107,7 @@ class GuideReplay:
         The guide is evaluated in its evaluation mode. With ``disk.eval()`` nothing is recorded.
         """
         with torch.no_grad(), in_mode(self.disk.guide, training=False):
-            guide_logits = self.disk.guide_logits(teacher_logits, teacher_features)
+            guide_logits = self.disk.guide_logits(teacher_logits, teacher_features, target=target)
         terms = self.disk.terms(
             student_logits, teacher_logits, target, guide_logits=guide_logits, sample_weight=sample_weight
         )

@@ -102,4 +102,5 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         return value
     dtype = dtype if name in _WIDE else torch.promote_types(dtype, torch.float32)
     largest = torch.finfo(dtype).max
-    return value.clamp(-largest, largest).to(dtype)
+    # clamped in a type that holds both ranges: the input's may be narrower than the bound
+    return value.to(torch.promote_types(value.dtype, dtype)).clamp(-largest, largest).to(dtype)
