@@ -60,7 +60,7 @@ class AccumulatedBatch:
     ) -> Tensor:
         """Return ``student_loss`` of a micro-batch, a mean over it: weigh it by its share of the counted positions."""
         with torch.no_grad():
-            guide_logits = self.disk.guide_logits(teacher_logits, teacher_features)
+            guide_logits = self.disk.guide_logits(teacher_logits, teacher_features, target=target)
         training, self.disk.training = self.disk.training, False  # the whole is counted, and shared, in terms
         try:
             terms = self.disk.terms(

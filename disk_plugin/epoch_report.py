@@ -4,20 +4,26 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from . import _checks
 from .features.guided import GuidedFeatureTerms
 from .functional import DiSKTerms
+
+_CONFIDENCE = 2.0  # standard deviations by which an accuracy has to exceed another one
 
 
 class EpochReport:
     """Means over the samples seen since construction, collected on the device and read once.
+
+    Samples under ``ignore_index`` do not count. Those without the quantity, such as g on wrong samples of an epoch that
+    has none, have a mean of NaN.
 
     Example:
         >>> import torch
         >>> from disk_plugin import DiSKLoss, GuideHead
         >>> disk, report = DiSKLoss(GuideHead(3)), EpochReport()
         >>> report.add(disk.terms(torch.eye(3), torch.eye(3), torch.tensor([0, 1, 0]), reduction="none"))
-        >>> 0 < report.means()["guide_wrong"] < 1
-        True
+        >>> 0 < report.means()["guide_wrong"] < 1, round(report.means()["teacher_accuracy"], 2)
+        (True, 0.67)
     """
 
     def __init__(self) -> None:
@@ -29,9 +35,9 @@ class EpochReport:
         """Add a batch's terms, evaluated with ``reduction="none"``."""
         self._guided = isinstance(terms, GuidedFeatureTerms)
         disk = terms.disk if isinstance(terms, GuidedFeatureTerms) else terms
-        right = disk.correct
-        columns = [torch.ones_like(right), right, disk.ce, disk.distill, disk.usage]
-        columns += [disk.guide * right, disk.guide * (1 - right), disk.discount * right, disk.discount * (1 - right)]
+        right, wrong = disk.correct, disk.counted - disk.correct
+        columns = [disk.counted, right, disk.teacher_correct, disk.ce, disk.distill, disk.usage]
+        columns += [disk.guide * right, disk.guide * wrong, disk.discount * right, disk.discount * wrong]
         columns += [terms.feature if isinstance(terms, GuidedFeatureTerms) else torch.zeros_like(right)]
         # MPS has no float64
         dtype = torch.float32 if right.device.type == "mps" else torch.float64
@@ -44,16 +50,40 @@ class EpochReport:
             dist.all_reduce(self._sums)
 
     def means(self) -> dict[str, float]:
-        """Return the means by name; those over right (or wrong) samples are NaN where there is none."""
+        """Return the means by name, accuracies as shares in [0, 1]; NaN where there was no sample to take one of."""
         if self._sums is None:
             return {}
-        count, right, ce, distill, usage, *parts, feature = self._sums.tolist()
+        count, right, teacher_right, ce, distill, usage, *parts, feature = self._sums.tolist()
         wrong = count - right
-        names = ("guide_right", "guide_wrong", "discount_right", "discount_wrong")
-        counts = (right, wrong, right, wrong)
-        values = {"ce": ce / count, "distill": distill / count, "usage": usage / count}
+        values = {"ce": (ce, count), "distill": (distill, count), "usage": (usage, count)}
         if self._guided:
-            values["feature"] = feature / count
-        for name, part, over in zip(names, parts, counts, strict=True):
-            values[name] = part / over if over else float("nan")
-        return values
+            values["feature"] = (feature, count)
+        names = ("guide_right", "guide_wrong", "discount_right", "discount_wrong")
+        values |= dict(zip(names, zip(parts, (right, wrong, right, wrong), strict=True), strict=True))
+        values |= {"student_accuracy": (right, count), "teacher_accuracy": (teacher_right, count)}
+        return {name: total / over if over else float("nan") for name, (total, over) in values.items()}
+
+    def weak_teacher(self, num_classes: int) -> str | None:
+        """Say that there is nothing to learn from this teacher, if so: at chance, or behind the student.
+
+        A class map in another order, inputs normalised for another network or weights that were not loaded leave no
+        other sign. Judged on the training batches as they came, by two standard deviations of their number; a student
+        that has been trained may be ahead of its teacher for good reasons.
+
+        Args:
+            num_classes: C, >= 2: chance is 1 / C.
+        """
+        _checks.integer("num_classes", num_classes, at_least=2)
+        means = self.means()
+        count = self._sums[0].item() if self._sums is not None else 0.0
+        if not count:
+            return None
+        teacher, student, chance = means["teacher_accuracy"], means["student_accuracy"], 1 / num_classes
+        noise = _CONFIDENCE / count**0.5
+        found = f"the teacher is right on {teacher:.1%} of the {count:.0f} training samples of this epoch"
+        check = "check its weights, the order of its classes and how its input is normalised"
+        if teacher <= chance + noise * (chance * (1 - chance)) ** 0.5:
+            return f"{found}, which is chance for {num_classes} classes: {check}"
+        if student - teacher > noise * (teacher * (1 - teacher) + student * (1 - student)) ** 0.5:
+            return f"{found}, the student on {student:.1%}: {check}"
+        return None

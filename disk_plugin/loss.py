@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import _checks
 from .epoch_statistics import EpochStatistics, count_batch, no_statistics
 from .functional import DiSKTerms, disk_terms, student_temperature_step
+from .functional._positions import valid_or_none, without_ignored
 from .variants import Variant
 
 
@@ -150,7 +151,7 @@ class DiSKLoss(nn.Module):
         """
         _checks.logits(student_logits, teacher_logits)
         if guide_logits is None:
-            guide_logits = self.guide_logits(teacher_logits, teacher_features)
+            guide_logits = self.guide_logits(teacher_logits, teacher_features, target=target)
         with without_autocast(student_logits):
             if self.training and self.fit_student_temperature:
                 self._step_student_temperature(student_logits, teacher_logits, target)
@@ -179,12 +180,20 @@ class DiSKLoss(nn.Module):
                 )
         return terms
 
-    def guide_logits(self, teacher_logits: Tensor, teacher_features: Tensor | None = None) -> Tensor:
-        """Return the guide before its sigmoid, (N,) or (N, d1, ...); the teacher's outputs are constants."""
+    def guide_logits(
+        self, teacher_logits: Tensor, teacher_features: Tensor | None = None, *, target: Tensor | None = None
+    ) -> Tensor:
+        """Return the guide before its sigmoid, (N,) or (N, d1, ...); the teacher's outputs are constants.
+
+        With the target the guide reads zeros where that is ``ignore_index``: a NaN there would reach its gradient.
+        """
         inputs = [teacher_logits.detach()]
         if teacher_features is not None:
             _checks.tensor("teacher_features", teacher_features)
             inputs.append(teacher_features.detach())
+        if target is not None:
+            _checks.target(target, teacher_logits)
+            inputs = [self._without_ignored(value, target) for value in inputs]
         with without_autocast(teacher_logits):
             guide_logits: Tensor = self.guide(*inputs)
         return guide_logits
@@ -214,6 +223,13 @@ class DiSKLoss(nn.Module):
             f"student_temperature={tau_s!r}, top_k={self.top_k}, guide_gradient_scale={self.guide_gradient_scale}, "
             f"ignore_index={self.ignore_index}, {self.variant}"
         )
+
+    def _without_ignored(self, value: Tensor, target: Tensor) -> Tensor:
+        """Zero ignored positions; of features (N, D) beside dense targets (N, d1, ...) those ignored throughout."""
+        valid = valid_or_none(target, self.ignore_index)
+        if valid is not None and value.ndim <= valid.ndim:
+            valid = valid.flatten(1).any(1)
+        return without_ignored(value, valid)
 
     @torch.no_grad()
     def _step_student_temperature(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> None:

@@ -26,7 +26,7 @@ VARIANTS = {
     "official_cifar": {"official": True, "clamp": 5.0, "extra": 0.9},
     "official_imagenet": {"official": True, "clamp": 2.0, "extra": 0.0},
 }
-VALUES = ("ce", "distill", "usage", "guide", "discount", "correct", "agreement")
+VALUES = ("ce", "distill", "usage", "guide", "discount", "correct", "agreement", "teacher_correct", "counted")
 WEIGHTED = ("ce", "distill", "usage", "extra")
 
 
@@ -174,6 +174,8 @@ def position(student, teacher, entry, guide_logit, rules, *, temperature, studen
         "discount": discount,
         "correct": float(predicted == label),
         "agreement": float(predicted == argmax(teacher)),
+        "teacher_correct": float(argmax(teacher) == label),
+        "counted": 1.0,
     }
 
 
@@ -227,7 +229,7 @@ def disk(
         top_k=top_k,
     )
     total = {name: math.fsum(row[name] for row in rows) for name in (*VALUES, "extra")}
-    mean = {name: value / max(count, 1) for name, value in total.items()}
+    mean = {name: value / max(count, 1) for name, value in total.items()} | {"counted": total["counted"]}
     if VARIANTS[variant]["official"]:
         mean["usage"] = total["usage"] / max(count - int(total["correct"]), 1)
     violation = mean["usage"] - budget
@@ -420,6 +422,8 @@ def _hand_expected():
         "discount": 7 / 24,
         "correct": 1 / 2,
         "agreement": 1 / 2,
+        "teacher_correct": 1.0,
+        "counted": 2.0,
         "per_sample": {
             "ce": [log2, 2 * log2],
             "distill": [-log2 / 2, log2 / 4 - log3 / 2],
@@ -428,5 +432,7 @@ def _hand_expected():
             "discount": [1 / 4, 1 / 3],
             "correct": [1.0, 0.0],
             "agreement": [1.0, 0.0],
+            "teacher_correct": [1.0, 1.0],
+            "counted": [1.0, 1.0],
         },
     }

@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from disk_plugin import DiSKLoss, GuideHead, functional
 from disk_plugin.variants import VARIANTS
 
-FIELDS = functional.DiSKTerms._fields
+FIELDS = tuple(name for name in functional.DiSKTerms._fields if name != "counted")  # what is a mean
 HALVES = ("loss", "student_loss", "guide_loss")
 SETTINGS = {
     "ce_weight": 0.3,

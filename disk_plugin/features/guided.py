@@ -2,10 +2,12 @@
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import _checks
 from ..functional import DiSKTerms
+from ..functional._positions import promote
 from ..loss import DiSKLoss
 
 FeatureWeight = Literal["one_minus_guide", "one_minus_discount", "guide", "uniform"]
@@ -13,7 +15,10 @@ FEATURE_WEIGHTS: tuple[str, ...] = ("one_minus_guide", "one_minus_discount", "gu
 
 
 class GuidedFeatureTerms(NamedTuple):
-    """What :func:`guided_feature_terms` gives: scalars, or (N,) with ``reduction="none"``. ``feature`` is detached."""
+    """What :func:`guided_feature_terms` gives: scalars, or (N, d1, ...) with ``reduction="none"``.
+
+    ``feature`` is detached. Of per-sample terms take ``mean()``, which divides by the samples that count.
+    """
 
     loss: Tensor  # student_loss + guide_loss
     student_loss: Tensor  # feature_weight w(g) ||Psi f_S - f_T||^2 [+ DiSK's student half], guide detached
@@ -21,9 +26,17 @@ class GuidedFeatureTerms(NamedTuple):
     feature: Tensor  # w(g) ||Psi f_S - f_T||^2, before feature_weight
     disk: DiSKTerms  # of the student's prediction
 
+    def mean(self) -> "GuidedFeatureTerms":
+        """Return what ``reduction="mean"`` gives: sums over the samples by the number of those that count."""
+        if not self.loss.ndim:
+            return self
+        total = self.disk.counted.sum().clamp(min=1)
+        loss, student_loss, guide_loss, feature = (value.sum() / total for value in self[:4])
+        return GuidedFeatureTerms(loss, student_loss, guide_loss, feature, self.disk.mean())
+
 
 def feature_weights(terms: DiSKTerms, weight: FeatureWeight) -> Tensor:
-    """Return w(g) per sample, detached, in [0, 1].
+    """Return w(g) per sample, detached, in [0, 1]; 0 where a sample is ignored.
 
     The paper writes w(g(x)) and reads g near 1 as "discount this sample", hence ``"one_minus_guide"``. As a trained g
     is high on easy samples, ``"one_minus_discount"`` (the share of the teacher's pull that is left) and ``"guide"``
@@ -38,10 +51,10 @@ def feature_weights(terms: DiSKTerms, weight: FeatureWeight) -> Tensor:
     """
     _checks.choice("weight", weight, FEATURE_WEIGHTS)
     if weight == "one_minus_guide":
-        return 1 - terms.guide
+        return terms.counted - terms.guide
     if weight == "one_minus_discount":
-        return 1 - terms.discount
-    return terms.guide if weight == "guide" else terms.guide.new_ones(terms.guide.shape)
+        return terms.counted - terms.discount
+    return terms.guide if weight == "guide" else terms.counted
 
 
 def guided_feature_terms(
@@ -73,15 +86,16 @@ def guided_feature_terms(
         teacher_logits: before softmax.
         target: class indices or probabilities.
         teacher_features: what the guide reads beside the logits, or None.
-        feature_error: squared distance per sample, already a mean over its elements.
+        feature_error: squared distance per sample, already a mean over its elements; half types become float32.
         weight: which w, see :func:`feature_weights`.
         feature_weight: beta, >= 0.
         logit_loss: add ce_weight CE + distill_weight L_dist of ``student_logits`` to the student's loss.
         guide_logits: what ``disk.guide_logits`` gave, where that has to be called elsewhere (see ``DiSKLoss.terms``).
-        reduction: ``"mean"`` over samples, or ``"none"``.
+        reduction: ``"mean"`` over the samples that are not ignored, or ``"none"``.
 
     Shape:
-        logits (N, C); target (N,) or (N, C); teacher_features (N, D); feature_error (N,).
+        logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; teacher_features (N, D) or
+        (N, D, d1, ...); feature_error (N,) or (N, d1, ...).
 
     Raises:
         ValueError: an unknown ``weight``, shapes that do not fit, ``feature_weight`` < 0.
@@ -91,18 +105,16 @@ def guided_feature_terms(
         raise TypeError(f"disk must be a DiSKLoss, got {type(disk).__name__}")
     _checks.number("feature_weight", feature_weight, at_least=0)
     _checks.choice("reduction", reduction, ("mean", "none"))
-    if feature_error.shape != student_logits.shape[:1]:
-        raise ValueError(
-            f"feature_error must have shape ({student_logits.shape[0]},), got {tuple(feature_error.shape)}"
-        )
     terms = disk.terms(
         student_logits, teacher_logits, target, teacher_features, guide_logits=guide_logits, reduction="none"
     )
-    feature = feature_weights(terms, weight).to(feature_error.dtype) * feature_error
+    _checks.per_position("feature_error", feature_error, student_logits)
+    (error,) = promote(feature_error)
+    # masked before the multiplication: 0 times a NaN of an ignored sample is NaN
+    feature = feature_weights(terms, weight).to(error.dtype) * torch.where(terms.counted > 0, error, 0.0)
     student_loss = feature_weight * feature
     if logit_loss:
         student_loss = student_loss + terms.student_loss
-    if reduction == "mean":
-        student_loss, feature = student_loss.mean(), feature.mean()
-        terms = DiSKTerms(*(term.mean() for term in terms))
-    return GuidedFeatureTerms(student_loss + terms.guide_loss, student_loss, terms.guide_loss, feature.detach(), terms)
+    loss = student_loss + terms.guide_loss
+    found = GuidedFeatureTerms(loss, student_loss, terms.guide_loss, feature.detach(), terms)
+    return found.mean() if reduction == "mean" else found

@@ -27,6 +27,34 @@ def as_dtype(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     return value.detach().to(dtype, copy=True) if isinstance(value, Tensor) else value
 
 
+def valid_or_none(target: Tensor, ignore_index: int) -> Tensor | None:
+    """Return which positions are not ignored, (N, d1, ...); None where that is all of them, known without waiting.
+
+    On a CPU looking costs nothing and spares the masks; elsewhere it would synchronize with the device.
+    """
+    if target.is_floating_point():
+        return None
+    valid = target != ignore_index
+    look = target.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+    return None if look and bool(valid.all()) else valid
+
+
+def without_ignored(value: Tensor, valid: Tensor | None) -> Tensor:
+    """Set what stands at ignored positions of (N, D, d1, ...) to 0, before anything is computed from it.
+
+    Multiplying by 0 later is too late: the gradient of a NaN or inf is 0 times NaN.
+    """
+    if valid is None:
+        return value
+    trailing = value.ndim - valid.ndim - 1  # of features (N, ...) of any shape beside targets (N,)
+    return torch.where(valid.unsqueeze(1).reshape(valid.shape[0], 1, *valid.shape[1:], *[1] * trailing), value, 0.0)
+
+
+def transformed() -> bool:
+    """Whether vmap or grad of torch.func is at work, which allow no look at values."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 class Positions(NamedTuple):
     """Labels and weights of the positions of one batch; every field but ``total`` is (N, d1, ...)."""
 
@@ -34,14 +62,15 @@ class Positions(NamedTuple):
     valid: Tensor  # bool
     weight: Tensor  # sample weight, 0 where ignored
     total: Tensor  # number of positions not ignored, at least 1, as a float
+    masked: Tensor | None = None  # ``valid``, or None where all are and nothing has to be masked
 
     def weighted(self, value: Tensor) -> Tensor:
-        """Multiply by the weight; what stands at an ignored position, NaN included, becomes 0."""
-        return torch.where(self.valid, value * self.weight, 0.0)
+        """Multiply by the weight; what stands at an ignored position becomes 0."""
+        return self.plain(value) * self.weight
 
     def plain(self, value: Tensor) -> Tensor:
         """Like ``weighted`` with all weights 1."""
-        return torch.where(self.valid, value, 0.0)
+        return value if self.masked is None else torch.where(self.masked, value, 0.0)
 
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
         """Sum over positions / their count, or the value as it is."""
@@ -59,19 +88,19 @@ def positions_of(
 ) -> Positions:
     """Read labels (the argmax of probability targets), validity and weights; check target and sample_weight."""
     _checks.target(target, student_logits)
+    masked = valid_or_none(target, ignore_index)
     if target.is_floating_point():
         label = target.argmax(1)
-        valid = torch.ones_like(label, dtype=torch.bool)
     else:
-        valid = target != ignore_index
-        label = torch.where(valid, target, 0)
+        label = target if masked is None else torch.where(masked, target, 0)
+    valid = torch.ones_like(label, dtype=torch.bool) if masked is None else masked
     weight = torch.ones_like(label, dtype=student_logits.dtype)
     if sample_weight is not None:
         _checks.sample_weight(sample_weight, student_logits)
         trailing = label.ndim - sample_weight.ndim
         weight = sample_weight.detach().to(student_logits.dtype).reshape(*sample_weight.shape, *[1] * trailing)
-        weight = weight.expand(label.shape)
-    return Positions(label, valid, weight, valid.sum().clamp(min=1).to(weight.dtype))
+        weight = torch.where(valid, weight, 0.0)
+    return Positions(label, valid, weight, valid.sum().clamp(min=1).to(weight.dtype), masked)
 
 
 def by_position(value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ._first_order import first_order
+from ._positions import transformed, without_ignored
 from .fused import BITS, fused_rows
 
 # Entries of a block: on a CPU what stays in a core's cache, elsewhere what bounds the memory.
@@ -36,6 +37,7 @@ def rows(
     log_guide: Tensor,
     label: Tensor,
     mask: Tensor | None,
+    valid: Tensor | None = None,
     *,
     ce_weight: float,
     kl_weight: float | Tensor,
@@ -51,6 +53,7 @@ def rows(
         log_guide: log g, (N,).
         label: int64 (N, L).
         mask: bool (N, C), the scaffolded classes; None for all.
+        valid: bool (N,), the rows that count, the others are read as zeros; None for all.
         ce_weight: of the cross-entropy to the first label.
         kl_weight: of the divergence.
         temperature: divides the teacher's logits.
@@ -63,6 +66,7 @@ def rows(
         log_guide,
         label,
         mask,
+        valid,
         ce_weight,
         kl_weight,
         temperature,
@@ -71,7 +75,7 @@ def rows(
     )
     if torch.compiler.is_compiling():
         return Rows(*fused_rows(*arguments))
-    with_gradient = torch.is_grad_enabled() and (student_logits.requires_grad or _transformed())
+    with_gradient = torch.is_grad_enabled() and (student_logits.requires_grad or transformed())
     *found, _ = _Rows.apply(*arguments, with_gradient)
     return Rows(*found)
 
@@ -110,23 +114,24 @@ class _Rows(torch.autograd.Function):
         log_guide: Tensor,
         label: Tensor,
         mask: Tensor | None,
+        valid: Tensor | None,
         *settings: Any,
     ) -> tuple[Tensor, ...]:
         whole: tuple[Tensor, ...] = ()
         for part in _parts(student):
-            held = None if mask is None else mask[part]
-            found = _block(student[part], teacher[part], log_guide[part], label[part], held, *settings)
+            held, kept = (None if each is None else each[part] for each in (mask, valid))
+            found = _block(student[part], teacher[part], log_guide[part], label[part], held, kept, *settings)
             if len(found[0]) == len(student):
                 return found
             # not collected and joined: what little would outlive each block lies between the big pieces of the heap
             whole = whole or tuple(each.new_empty(len(student), *each.shape[1:]) for each in found)
-            for kept, each in zip(whole, found, strict=True):
-                kept[part] = each
+            for joined, each in zip(whole, found, strict=True):
+                joined[part] = each
         return whole
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        kl_weight, removed, gradient = inputs[6], output[3], output[-1]
+        kl_weight, removed, gradient = inputs[7], output[3], output[-1]
         ctx.save_for_backward(inputs[0], inputs[2], kl_weight * removed, gradient)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -139,12 +144,7 @@ class _Rows(torch.autograd.Function):
             to_student = first_order(gradient * upstream.unsqueeze(1), student)
         if upstream is not None and ctx.needs_input_grad[2]:
             to_guide = first_order(-pull * upstream, log_guide)
-        return to_student, None, to_guide, *[None] * 8
-
-
-def _transformed() -> bool:
-    """Whether vmap or grad of torch.func is at work, inside which requires_grad does not tell."""
-    return bool(torch._C._are_functorch_transforms_active())
+        return to_student, None, to_guide, *[None] * 9
 
 
 def _block(
@@ -153,6 +153,7 @@ def _block(
     log_guide: Tensor,
     label: Tensor,
     mask: Tensor | None,
+    valid: Tensor | None,
     ce_weight: float,
     kl_weight: float | Tensor,
     temperature: float,
@@ -161,6 +162,7 @@ def _block(
     with_gradient: bool,
 ) -> tuple[Tensor, ...]:
     """Evaluate the fields of ``Rows`` and, if wanted, the objective's gradient by the student's logits, (n, C)."""
+    student, teacher = without_ignored(student, valid), without_ignored(teacher, valid)
     log_t, target = softened_teacher(teacher, mask, temperature, zero_outside)
     log_s = F.log_softmax(student / student_temperature, 1)
     scaffolded, share, kept = with_guide(log_s, log_guide.unsqueeze(1), mask)

@@ -8,7 +8,7 @@ from torch.nn.functional import log_softmax
 
 from .. import _checks
 from ..variants import Variant
-from ._positions import Positions, Reduction, label_cross_entropy, positions_of, promote
+from ._positions import Positions, Reduction, label_cross_entropy, positions_of, promote, without_ignored
 
 
 def usage(
@@ -45,7 +45,8 @@ def usage(
     _checks.choice("reduction", reduction, ("mean", "none"))
     s, g = promote(student_logits, guide_logits)
     where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
-    spent = g.sigmoid() * label_cross_entropy(log_softmax(s, 1), where.label)
+    s = without_ignored(s, where.masked)
+    spent = where.plain(g).sigmoid() * label_cross_entropy(log_softmax(s, 1), where.label)
     return where.reduce(where.weighted(spent), reduction)
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._positions import without_ignored
+
 BITS = math.log2(math.e)  # of a nat
 _LARGEST_POWER = 8  # three multiplications and as many bits of rounding; an exponential is not much dearer
 
@@ -52,6 +54,7 @@ def fused_rows(
     log_guide: Tensor,
     label: Tensor,
     mask: Tensor | None,
+    valid: Tensor | None,
     ce_weight: float,
     kl_weight: float | Tensor,
     temperature: float,
@@ -59,6 +62,7 @@ def fused_rows(
     zero_outside: bool,
 ) -> tuple[Tensor, ...]:
     """Return the fields of ``blocks.Rows``; the arguments are those of ``blocks.rows``."""
+    student, teacher = without_ignored(student, valid), without_ignored(teacher, valid)
     if zero_outside and mask is not None:
         teacher = torch.where(mask, teacher, temperature * teacher.amin(1, keepdim=True))
     numbers = (BITS / student_temperature, BITS / temperature, ce_weight, kl_weight)

@@ -4,7 +4,15 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from .. import _checks
-from ._positions import Reduction, as_dtype, label_cross_entropy, positions_of, promote, soft_cross_entropy
+from ._positions import (
+    Reduction,
+    as_dtype,
+    label_cross_entropy,
+    positions_of,
+    promote,
+    soft_cross_entropy,
+    without_ignored,
+)
 from .scaffold import temperatures
 
 
@@ -52,6 +60,7 @@ def kd_loss(
     tau_s = temperatures(temperature, student_temperature)
     s, t = promote(student_logits, teacher_logits.detach())
     where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
+    s, t = without_ignored(s, where.masked), without_ignored(t, where.masked)
     soft = target.is_floating_point()
     ce = soft_cross_entropy(s, target) if soft else label_cross_entropy(log_softmax(s, 1), where.label)
     log_t = log_softmax(t / temperature, 1)

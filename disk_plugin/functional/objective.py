@@ -12,7 +12,15 @@ from torch.nn.functional import log_softmax
 
 from .. import _checks
 from ..variants import Variant
-from ._positions import Reduction, as_dtype, label_cross_entropy, positions_of, promote, soft_cross_entropy
+from ._positions import (
+    Reduction,
+    as_dtype,
+    label_cross_entropy,
+    positions_of,
+    promote,
+    soft_cross_entropy,
+    without_ignored,
+)
 from .budget import clamped, over_denominator
 from .guide_half import guide_half
 from .scaffold import discount_of, mask_or_none, scaffold, temperatures
@@ -22,6 +30,7 @@ class DiSKTerms(NamedTuple):
     """What one evaluation of the objective gives: scalars, or (N, d1, ...) with ``reduction="none"``.
 
     The first three carry gradients, the rest are detached. ``ce``, ``distill`` and ``usage`` include the sample weight.
+    Of per-position terms take ``mean()``, which alone knows the denominator: ``terms.mean().loss.backward()``.
     """
 
     loss: Tensor  # (5); its gradient is that of student_loss on the student and of guide_loss on the guide
@@ -34,6 +43,18 @@ class DiSKTerms(NamedTuple):
     discount: Tensor  # share of the teacher's pull taken off, in [0, 1]
     correct: Tensor  # 1 where the student's argmax is the label
     agreement: Tensor  # 1 where the student's argmax is the teacher's
+    teacher_correct: Tensor  # 1 where the teacher's argmax is the label
+    counted: Tensor  # 1 where the position counts, 0 under ignore_index; with "mean" how many count
+
+    def mean(self) -> "DiSKTerms":
+        """Return what ``reduction="mean"`` gives: sums over the positions by the number of those that count."""
+        if not self.loss.ndim:
+            return self
+        count = self.counted.sum()
+        total = count.clamp(min=1)
+        carried = [value.sum() / total for value in self[:3]]
+        watched = torch.stack(self[3:-1]).flatten(1).sum(1) / total
+        return DiSKTerms._make([*carried, *watched.unbind(), count])
 
 
 def disk_terms(
@@ -88,7 +109,7 @@ def disk_terms(
         sample_weight: weight per sample or position; means still divide by the count of positions not ignored.
         reduce_mean: maps a detached scalar of this batch to its mean over the batches that together are the whole: the
             whole's usage decides whether the budget is exceeded. None where the batch is the whole.
-        reduction: ``"mean"``, or ``"none"`` for per-position values with value.sum() / count equal to the mean.
+        reduction: ``"mean"``, or ``"none"`` for per-position values, whose ``mean()`` that is.
 
     Shape:
         logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; guide_logits (N,) or (N, d1, ...);
@@ -116,14 +137,16 @@ def disk_terms(
     s, t, guide_logits = promote(student_logits, teacher_logits.detach(), guide_logits)
     tau_s = as_dtype(temperatures(temperature, student_temperature), s.dtype)
     where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
+    guide_logits = where.plain(guide_logits)
     soft, teacher_label = target.is_floating_point(), t.argmax(1)
-    counted = teacher_label if record.budget_label == "teacher" else where.label
+    budget_label = teacher_label if record.budget_label == "teacher" else where.label
     parts = scaffold(
         s,
         t,
         guide_logits.detach(),
-        torch.stack([where.label, counted], 1),
+        torch.stack([where.label, budget_label], 1),
         mask_or_none(t, top_k, where.label if record.scaffold_label else None),
+        where.masked,
         temperature=temperature,
         student_temperature=tau_s,
         ce_weight=0.0 if soft else ce_weight,
@@ -135,7 +158,9 @@ def disk_terms(
         ce = soft_cross_entropy(s, target)
         core = core + ce_weight * ce
     ce, distill = ce.detach(), temperature * tau_s * parts.kl
-    budget_ce = label_cross_entropy(log_softmax(s, 1), counted) if record.student_feels_budget else parts.ce[..., 1]
+    budget_ce = parts.ce[..., 1]
+    if record.student_feels_budget:
+        budget_ce = label_cross_entropy(log_softmax(without_ignored(s, where.masked), 1), budget_label)
     budget_ce = clamped(budget_ce, record)
     budget_ce = over_denominator(budget_ce, parts.prediction != where.label, where, record, reduce_mean)
 
@@ -157,9 +182,12 @@ def disk_terms(
         reduction=reduction,
     )
     weighted = [ce * where.weight, distill * where.weight, half.spent.detach()]
-    correct, agreement = parts.prediction == where.label, parts.prediction == teacher_label
-    plain = [half.guide, discount_of(parts), correct.to(s.dtype), agreement.to(s.dtype)]
-    ce, distill, usage, guide, discount, correct, agreement = where.reduce_each([*weighted, *plain], reduction)
+    matches = (parts.prediction == where.label, parts.prediction == teacher_label, teacher_label == where.label)
+    plain = [half.guide, discount_of(parts), *(match.to(s.dtype) for match in matches)]
+    ce, distill, usage, guide, discount, correct, agreement, teacher_correct = where.reduce_each(
+        [*weighted, *plain], reduction
+    )
+    counted = where.valid if reduction == "none" else where.valid.sum()
     return DiSKTerms(
         loss=core + half.over_budget + half.penalty + half.gradient,
         student_loss=core + half.over_budget if record.student_feels_budget else core,
@@ -171,6 +199,8 @@ def disk_terms(
         discount=discount,
         correct=correct,
         agreement=agreement,
+        teacher_correct=teacher_correct,
+        counted=counted.to(s.dtype),
     )
 
 
