@@ -22,6 +22,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from disk_plugin import functional, presets
 
+pytestmark = pytest.mark.filterwarnings("ignore:in the .* epochs of its schedule")  # runs of two or three epochs
+
 RESULTS = Path(cifar100.__file__).parent / "results"
 
 
@@ -207,6 +209,8 @@ from small_images.methods import make_method
 from small_images.resnet import ResNet
 from small_images.training import Recipe, Run
 from small_images.views import Views
+
+torch.set_num_threads(1)  # as in the tests: sums in another number of parts round otherwise
 
 def run(folder, die_at=None):
     train = data.synthetic(240)[0]
