@@ -7,13 +7,18 @@ from torch import Tensor, nn
 
 from . import _checks
 
+# What the guide reads of a logit: at most this far below the row's largest, which at a temperature of 4 is a
+# probability of 4e-6 of that one's. Masked classes (-1e4, or the smallest number there is) would drown all others.
+_SPAN, _LARGEST = 50.0, 1e4
+
 
 class GuideHead(nn.Module):
     """Guide g(x) of Kag et al. (ICLR 2023), appendix A.4: an MLP on the teacher's logits and pooled features.
 
     Linear, norm and ReLU twice (64 and 128 wide), then Linear to one value, returned before its sigmoid. The paper's
     norm is BatchNorm; the default here is LayerNorm, which also takes one-sample batches, behaves alike in training
-    and evaluation and needs no synchronisation between replicas. Inputs are cast to the parameters' dtype.
+    and evaluation and needs no synchronisation between replicas. Inputs are cast to the parameters' dtype; a logit
+    more than 50 below the row's largest is read as 50 below it, as of a class that is masked.
 
     Args:
         num_classes: C, >= 2.
@@ -74,11 +79,11 @@ class GuideHead(nn.Module):
         """Return the guide before its sigmoid, one value per position."""
         self._check(teacher_logits, teacher_features)
         positions = teacher_logits.shape[2:]
-        inputs = [teacher_logits] if self.use_logits else []
+        dtype = next(layer.weight.dtype for layer in self.mlp if isinstance(layer, nn.Linear))
+        inputs = [_bounded(teacher_logits.to(dtype))] if self.use_logits else []
         if teacher_features is not None:
             trailing = [1] * (teacher_logits.ndim - teacher_features.ndim)
             inputs += [teacher_features.reshape(*teacher_features.shape, *trailing).expand(-1, -1, *positions)]
-        dtype = next(layer.weight.dtype for layer in self.mlp if isinstance(layer, nn.Linear))
         joined = torch.cat([value.to(dtype) for value in inputs], 1).movedim(1, -1)  # (N, d1, ..., width)
         logits: Tensor = self.mlp(joined.flatten(0, -2))
         return logits.reshape(joined.shape[:-1])
@@ -102,3 +107,8 @@ class GuideHead(nn.Module):
         if tuple(teacher_features.shape) not in {pooled, dense}:
             expected = f"{pooled}" if pooled == dense else f"{pooled} or {dense}"
             raise ValueError(f"teacher_features must have shape {expected}, got {tuple(teacher_features.shape)}")
+
+
+def _bounded(logits: Tensor) -> Tensor:
+    """Raise what is far below the largest of its row; NaN stays NaN."""
+    return torch.maximum(logits, logits.amax(1, keepdim=True) - _SPAN).clamp(-_LARGEST, _LARGEST)

@@ -36,6 +36,37 @@ def test_values_of_a_case_worked_by_hand():
     torch.testing.assert_close(guide(logits, features), torch.tensor([3.5, -4.5]), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("masked", [-1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("classes", [20, 100, 1000])
+def test_masked_classes_do_not_drown_the_others(masked, classes):
+    guide, logits = GuideHead(classes), 3 * torch.randn(256, classes)
+    plain = guide(logits).sigmoid().std()
+    logits[:, [1, 3]] = masked
+    found = guide(logits).sigmoid()
+    assert found.isfinite().all()
+    assert found.std() > 0.2 * plain
+    dense = logits.reshape(16, 16, classes).movedim(2, 1)
+    torch.testing.assert_close(guide(dense).sigmoid().flatten(), found)
+    found.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in guide.parameters())
+
+
+def test_a_logit_far_above_all_others_is_finite_and_ordinary_ones_are_read_as_they_are():
+    guide, logits = GuideHead(C), 3 * torch.randn(N, C)
+    torch.testing.assert_close(guide(logits), guide.mlp(logits).squeeze(1), rtol=0, atol=0)
+    logits[:, 0] = 3e38
+    assert guide(logits).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_not_hidden(value):
+    logits, features = inputs()
+    features[0, 0] = value
+    assert not GuideHead(C, D)(logits, features)[0].isfinite()
+    logits[1, 0] = torch.nan
+    assert GuideHead(C, D)(logits, features)[1].isnan()
+
+
 @pytest.mark.parametrize("positions", [(), (3,), (3, 4), (2, 3, 2)])
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_output_has_one_value_per_position(positions, norm):
