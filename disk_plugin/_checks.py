@@ -15,6 +15,11 @@ def number(
 ) -> None:
     """Refuse what is not a finite real number within the bounds; tensors (state set by us) pass unseen."""
     if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise ValueError(
+                f"{name} must be a constant, got a tensor that requires grad: the gradients are in closed form and do "
+                f"not reach settings; pass {name}.detach() or a number"
+            )
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor with one element, got shape {tuple(value.shape)}")
         return

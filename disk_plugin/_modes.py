@@ -1,9 +1,10 @@
-"""Training and evaluation mode for a while."""
+"""Training mode, evaluation mode and autocast for a while."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -16,3 +17,9 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for each, mode in modes.items():
             each.training = mode
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Switch autocast off for the tensor's device, where that device has it."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -153,7 +153,7 @@ def share_statistics(disk: DiSKLoss, process_group: Group = None) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return
     seen = disk.epoch_statistics
-    sums, smallest, largest = seen[:2].clone(), seen[2:3].clone(), seen[3:].clone()
+    sums, smallest, largest = seen[:7].clone(), seen[7:8].clone(), seen[8:].clone()
     dist.all_reduce(sums, group=process_group)
     dist.all_reduce(smallest, dist.ReduceOp.MIN, group=process_group)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)

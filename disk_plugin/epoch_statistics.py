@@ -7,47 +7,76 @@ from torch import Tensor
 
 from .functional import DiSKTerms
 
+# The collected tensor: sums over positions of usage, 1, g, g squared and discount, then the number of batches and of
+# those that are not finite, then the smallest and the largest g.
+_EMPTY = (0.0,) * 7 + (torch.inf, -torch.inf)
+_BEFORE = 4  # its length until 0.1: usage, positions, smallest, largest
+
 
 class EpochStatistics(NamedTuple):
-    """Python floats over all positions since the last reset that were not ignored."""
+    """Python floats over all positions since the last reset that were not ignored, of batches with a finite loss."""
 
     usage: float  # mean g * CE, nats per sample; NaN without a batch
     positions: float  # how many positions that is the mean of
     guide_min: float  # smallest g; inf without a batch
     guide_max: float  # largest g; -inf without a batch
+    guide_std: float  # standard deviation of g; NaN without a batch
+    discount: float  # mean discount; NaN without a batch
+    batches: float  # how many batches came
+    not_finite: float  # of these, with a NaN or inf loss: they count in nothing else
 
     @classmethod
     def read(cls, collected: Tensor) -> "EpochStatistics":
-        """Wait for the device and turn the collected tensor into numbers."""
-        usage, positions, smallest, largest = collected.tolist()
-        return cls(usage / positions if positions else float("nan"), positions, smallest, largest)
+        """Synchronize with the device and turn the collected tensor into numbers."""
+        usage, positions, total, squares, discount, batches, not_finite, smallest, largest = collected.tolist()
+        count = positions or float("nan")
+        variance = squares / count - (total / count) ** 2
+        spread = variance if variance != variance else max(variance, 0.0) ** 0.5  # NaN stays NaN
+        return cls(usage / count, positions, smallest, largest, spread, discount / count, batches, not_finite)
 
 
 def no_statistics() -> Tensor:
-    """Sum of usage over positions, number of positions, smallest g, largest g."""
-    return torch.tensor([0.0, 0.0, torch.inf, -torch.inf], dtype=torch.float64)
+    """Return the collected tensor before the first batch."""
+    return torch.tensor(_EMPTY, dtype=torch.float64)
+
+
+def upgraded(collected: Tensor) -> Tensor:
+    """Return what an older checkpoint collected in today's layout; what it does not tell is NaN, which warns of none.
+
+    A tensor of any other shape is returned as it is, for ``load_state_dict`` to refuse.
+    """
+    if tuple(collected.shape) != (_BEFORE,):
+        return collected
+    usage, positions, smallest, largest = collected.tolist()
+    unknown = float("nan") if positions else 0.0
+    values = [usage, positions, unknown, unknown, unknown, 0.0, 0.0, smallest, largest]
+    return torch.tensor(values, dtype=torch.float64, device=collected.device)
 
 
 @torch.no_grad()
 def count_batch(collected: Tensor, terms: DiSKTerms, target: Tensor, guide_logits: Tensor, ignore_index: int) -> Tensor:
-    """Return the statistics with a batch added, without waiting for the device."""
+    """Return the statistics with a batch added, without synchronizing with the device."""
     if not guide_logits.numel():
         return collected
+    dtype = collected.dtype
     valid = torch.ones_like(guide_logits, dtype=torch.bool)
     if not target.is_floating_point():
         valid = target != ignore_index
-    positions = valid.sum().to(collected.dtype)
+    positions = valid.sum().to(dtype)
     # a mean, or the parts of one: either way its mean over positions times their number is the sum
-    usage = terms.usage.to(collected.dtype)
-    usage = usage * positions if usage.ndim == 0 else usage.sum()
-    g = guide_logits.to(collected.dtype).sigmoid()
-    updated = torch.stack(
-        [
-            collected[0] + usage,
-            collected[1] + positions,
-            torch.minimum(collected[2], torch.where(valid, g, torch.inf).amin()),
-            torch.maximum(collected[3], torch.where(valid, g, -torch.inf).amax()),
-        ]
+    usage, discount = (
+        value.to(dtype) * positions if value.ndim == 0 else value.sum(dtype=dtype)
+        for value in (terms.usage, terms.discount)
     )
-    # a batch that overflowed has a NaN loss already; it must not cost the whole epoch's statistics
-    return torch.where(usage.isfinite(), updated, collected)
+    # a batch that overflowed must not cost the whole epoch's statistics
+    finite = (terms.loss.sum().to(dtype) + usage).isfinite()
+    g = guide_logits.to(dtype).sigmoid()
+    shown = torch.where(valid & finite, g, 0.0)
+    sums = torch.where(finite, torch.stack([usage, positions, shown.sum(), shown.square().sum(), discount]), 0.0)
+    rest = [
+        collected[5] + 1,
+        collected[6] + ~finite,
+        torch.minimum(collected[7], torch.where(valid & finite, g, torch.inf).amin()),
+        torch.maximum(collected[8], torch.where(valid & finite, g, -torch.inf).amax()),
+    ]
+    return torch.cat([collected[:5] + sums, torch.stack(rest)])

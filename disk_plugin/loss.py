@@ -1,16 +1,20 @@
-"""DiSKLoss: keeps the arguments, owns the guide, calls the functions."""
+"""DiSKLoss: keeps the arguments, owns the guide, calls the functions.
+
+A third of the file are the docstrings of the public class, which have to stand with it.
+"""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks
-from .epoch_statistics import EpochStatistics, count_batch, no_statistics
+from ._modes import without_autocast
+from ._state import keeping_float64, write
+from .epoch_statistics import EpochStatistics, count_batch, no_statistics, upgraded
 from .functional import DiSKTerms, disk_terms, student_temperature_step
-from .functional._positions import valid_or_none, without_ignored
+from .functional._positions import guide_input
 from .variants import Variant
 
 
@@ -26,8 +30,12 @@ class DiSKLoss(nn.Module):
     Where the authors' code differs from the paper, ``variant`` says whose rule is followed; the default is the paper's,
     with all classes scaffolded (``top_k=None``, the paper: 20), as the tail outside the top-K would keep its full pull.
 
-    Autocast is off inside and half types are computed in float32. NaN in an input, or inf in the teacher's logits, ends
-    as a NaN or inf loss, never hidden.
+    Autocast is off inside and half-precision inputs are upcast to float32. NaN in an input, or inf in the teacher's
+    logits, propagates to the loss, except at positions that are ignored, which do not contribute to any gradient.
+
+    Under a transform of ``torch.func`` values and gradients are as ever; statistics are counted only where the
+    transform is given the buffers (``functional_call``). In a moving average (``AveragedModel(disk)``) leave
+    ``use_buffers`` False, as multiplier, budget and statistics are no weights, and evaluate it in evaluation mode.
 
     Args:
         guide: a module (teacher_logits[, teacher_features]) -> guide logits (N,) or (N, d1, ...).
@@ -117,6 +125,7 @@ class DiSKLoss(nn.Module):
             self.register_buffer("fitted_student_temperature", torch.tensor(float(temperature), dtype=torch.float64))
             self.register_buffer("student_temperature_moments", torch.zeros(2, dtype=torch.float64))
         self.reduce_mean: Callable[[Tensor], Tensor] | None = None
+        self._initial = (float(multiplier), float(budget))
         # a number is a setting, not state: no checkpoint overrides it
         self._fixed_student_temperature = student_temperature
 
@@ -175,8 +184,10 @@ class DiSKLoss(nn.Module):
                 reduction=reduction,
             )
             if self.training:
-                self.epoch_statistics.copy_(
-                    count_batch(self.epoch_statistics, terms, target, guide_logits, self.ignore_index)
+                # where torch.func does not allow it: values and gradients need no statistics
+                write(
+                    self.epoch_statistics,
+                    count_batch(self.epoch_statistics, terms, target, guide_logits, self.ignore_index),
                 )
         return terms
 
@@ -193,7 +204,7 @@ class DiSKLoss(nn.Module):
             inputs.append(teacher_features.detach())
         if target is not None:
             _checks.target(target, teacher_logits)
-            inputs = [self._without_ignored(value, target) for value in inputs]
+            inputs = [guide_input(value, target, self.ignore_index) for value in inputs]
         with without_autocast(teacher_logits):
             guide_logits: Tensor = self.guide(*inputs)
         return guide_logits
@@ -224,13 +235,6 @@ class DiSKLoss(nn.Module):
             f"ignore_index={self.ignore_index}, {self.variant}"
         )
 
-    def _without_ignored(self, value: Tensor, target: Tensor) -> Tensor:
-        """Zero ignored positions; of features (N, D) beside dense targets (N, d1, ...) those ignored throughout."""
-        valid = valid_or_none(target, self.ignore_index)
-        if valid is not None and value.ndim <= valid.ndim:
-            valid = valid.flatten(1).any(1)
-        return without_ignored(value, valid)
-
     @torch.no_grad()
     def _step_student_temperature(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> None:
         """One Newton step towards the fitted student temperature, in place."""
@@ -243,23 +247,39 @@ class DiSKLoss(nn.Module):
             temperature=self.temperature,
             valid=None if target.is_floating_point() else target != self.ignore_index,
         )
-        self.fitted_student_temperature.copy_(temperature)
-        self.student_temperature_moments.copy_(moments)
+        pairs = ((self.fitted_student_temperature, temperature), (self.student_temperature_moments, moments))
+        if not all(write(*pair) for pair in pairs):
+            raise RuntimeError(
+                'student_temperature="fit" moves a buffer in training mode, which this transform of torch.func does '
+                "not allow: call disk.eval(), which uses the temperature as it is, or pass the buffers to "
+                "torch.func.functional_call"
+            )
+
+    @torch.no_grad()
+    def _write_initial_state(self) -> None:
+        """Set the buffers to what the constructor was given."""
+        self.multiplier.fill_(self._initial[0])
+        self.budget.fill_(self._initial[1])
+        self.reset_statistics()
+        if self.fit_student_temperature:
+            self.fitted_student_temperature.fill_(self.temperature)
+            self.student_temperature_moments.zero_()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load; statistics of an older checkpoint are brought to today's layout."""
+        name = f"{prefix}epoch_statistics"
+        if name in state_dict:
+            state_dict[name] = upgraded(state_dict[name])  # of the caller's dict load_state_dict has made a copy
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DiSKLoss":
-        """Move the module; its scalars keep float64 through a cast (counts!), float32 where MPS has no float64."""
-        buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        if fn(torch.empty(0)).device.type == "mps":
-            self._buffers.update({name: buffer.float() for name, buffer in buffers.items()})
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in buffers.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype != before.dtype and after.device.type != "mps":
-                self._buffers[name] = before.to(after.device)
+        """Move the module; its scalars keep float64 through a cast (counts!), float32 where MPS has no float64.
+
+        Off the meta device, by ``to_empty``, they have the constructor's values: there is nothing else to have.
+        """
+        was_meta = self.multiplier.is_meta
+        with keeping_float64(self, fn):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.multiplier.is_meta:
+            self._write_initial_state()
         return self
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
-    """Switch autocast off for the tensor's device, where that device has it."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

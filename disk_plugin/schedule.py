@@ -8,13 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, _watch
 from ._modes import in_mode
-from .epoch_statistics import EpochStatistics
 from .loss import DiSKLoss
 from .taps import logits_of
-
-_DEAD_BELOW, _DEAD_ABOVE = 0.01, 0.99
 
 
 class DualScheduler:
@@ -27,7 +24,10 @@ class DualScheduler:
     and the last period runs on to its end, so that the last ``step()`` leaves exactly ``multiplier[1]``; the last epoch
     trained sees the cosine one epoch earlier. The loss's own ``multiplier`` is overwritten, its ``budget`` is kept.
 
-    ``step()`` warns once if the guide is dead: g < .01 or g > .99 on every sample of the finished epoch.
+    ``step()`` warns, once each, if half of the epoch's batches had a NaN or inf loss, and if the guide is dead: g > .99
+    on every sample; or alike on all, its standard deviation below .002, while all g exceed .9 or more than .95 of the
+    teacher's pull is taken off though the multiplier is above the middle of its range; or g < .01 on every sample
+    while less than .01 of the pull is. Construction warns if ``epochs`` are too few for the multiplier to rise.
 
     Args:
         loss: the loss to drive.
@@ -100,9 +100,12 @@ class DualScheduler:
         self.ascent_rate, self.multiplier_cap = ascent_rate, multiplier_cap
         self.epoch = 0
         self._ascent_multiplier = self.multiplier_min
-        self._warned = False
+        self._warned: set[str] = set()
         loss.reset_statistics()
         self._write()
+        if rule != "ascent":
+            highest = max(self._cosine_multiplier(epoch) for epoch in range(epochs))
+            self._warn("low", _watch.low_multiplier(highest, self.multiplier_max, epochs))
 
     def __call__(self, epoch: int) -> tuple[float, float]:
         """Return (multiplier, budget) of an epoch counted from 0: a pure function of ``epoch`` and the bounds."""
@@ -114,9 +117,13 @@ class DualScheduler:
     def step(self) -> None:
         """End an epoch: judge the guide, move on, write the next multiplier and budget in place."""
         seen = self.loss.statistics()
-        self._warn_if_dead(seen)
+        self._warn("not finite", _watch.not_finite(seen, self.epoch))
+        middle = (self.multiplier_min + self.multiplier_max) / 2
+        pulled_down = 1.1 * self.loss.multiplier.item() >= middle  # a period of two epochs comes to the middle
+        self._warn("dead", _watch.dead_guide(seen, self.epoch, pulled_down=pulled_down))
         if self.rule != "cosine" and not seen.positions:
-            raise RuntimeError(f"step() with rule={self.rule!r} needs a training batch since the last step, got none")
+            came = f"{seen.not_finite:.0f}, all with a NaN or inf loss" if seen.not_finite else "none"
+            raise RuntimeError(f"step() with rule={self.rule!r} needs a training batch since the last step, got {came}")
         violation = seen.usage - self._budget(self.epoch)
         self.epoch += 1
         if self.rule == "ascent":
@@ -134,7 +141,7 @@ class DualScheduler:
             "multiplier_max": self.multiplier_max,
             "budget": [self.budget_high, self.budget_low],
             "ascent_multiplier": self._ascent_multiplier,
-            "warned": self._warned,
+            "warned": "dead" in self._warned,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -150,7 +157,8 @@ class DualScheduler:
             self.multiplier_max = state["multiplier_max"]
         if self._budget_from_loss:  # the fresh loss may not know the budget that the saved one was built with
             self.budget_high, self.budget_low = state["budget"]
-        self._ascent_multiplier, self._warned = state["ascent_multiplier"], state["warned"]
+        self._ascent_multiplier = state["ascent_multiplier"]
+        self._warned = {"dead"} if state["warned"] else set()
         self._write()
 
     @torch.no_grad()
@@ -183,19 +191,10 @@ class DualScheduler:
         fall = (1 + math.cos(math.pi * position / self.budget_period)) / 2
         return self.budget_low + (high - self.budget_low) * fall
 
-    def _warn_if_dead(self, seen: EpochStatistics) -> None:
-        if self._warned or not seen.positions:
-            return
-        for dead, rule in ((seen.guide_max < _DEAD_BELOW, "<"), (seen.guide_min > _DEAD_ABOVE, ">")):
-            if dead:
-                self._warned = True
-                bound = _DEAD_BELOW if rule == "<" else _DEAD_ABOVE
-                warnings.warn(
-                    f"the guide is dead: g {rule} {bound} on every sample of epoch {self.epoch} (smallest "
-                    f"{seen.guide_min:.3g}, largest {seen.guide_max:.3g}). It no longer tells samples apart and may "
-                    f"never recover; lower guide_gradient_scale or the guide's learning rate, or narrow multiplier",
-                    stacklevel=3,
-                )
+    def _warn(self, kind: str, message: str | None) -> None:
+        if message is not None and kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=3)
 
 
 @torch.no_grad()

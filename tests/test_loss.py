@@ -100,7 +100,10 @@ def test_compiles_without_graph_breaks(settings):
             loss.backward()
         for ours, theirs in zip(disk.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad)
-    torch.testing.assert_close(disk.state_dict(), twin.state_dict())
+    ours, theirs = disk.state_dict(), twin.state_dict()
+    # sums in float64 of what was computed in float32
+    torch.testing.assert_close(ours.pop("epoch_statistics"), theirs.pop("epoch_statistics"), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch 2.13's own
@@ -339,7 +342,7 @@ def test_a_moving_average_of_the_student_can_teach():
 
 def test_summed_batches_and_a_step_before_backward_do_not_break_the_graph():
     disk = make_loss(student_temperature="fit", variant="official_imagenet").double()
-    dual = DualScheduler(disk, epochs=4)
+    dual = DualScheduler(disk, epochs=8)
     inputs = [[x.double() if x.is_floating_point() else x for x in batch()] for _ in range(2)]
     loss = sum(disk(*values) for values in inputs)
     dual.step()

@@ -239,7 +239,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(capacity):
     def make():
         torch.manual_seed(1)
         replay = make_replay(make_disk(), optimizer=torch.optim.Adam, lr=0.01, capacity=capacity, batch_size=7, seed=2)
-        return replay, DualScheduler(replay.disk, epochs=4)
+        return replay, DualScheduler(replay.disk, epochs=8)
 
     def epoch(replay, dual, half):
         for seed in half:

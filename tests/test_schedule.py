@@ -6,6 +6,7 @@ import warnings
 import pytest
 import reference
 import torch
+from torch import nn
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead
 
@@ -24,6 +25,7 @@ def train_batch(disk, bias=None):
     disk(torch.randn(8, 5), torch.randn(8, 5), torch.randint(5, (8,)))
 
 
+@pytest.mark.filterwarnings("ignore:in the .* epochs of its schedule")
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 7, 8, 10, 30, 200])
 @pytest.mark.parametrize("period", [None, 1, 3, 50])
 def test_multiplier_equals_the_oracle_and_ends_exactly_at_its_largest(epochs, period):
@@ -33,6 +35,7 @@ def test_multiplier_equals_the_oracle_and_ends_exactly_at_its_largest(epochs, pe
     assert dual(epochs)[0] == 0.7
 
 
+@pytest.mark.filterwarnings("ignore:in the .* epochs of its schedule")
 def test_the_last_step_leaves_exactly_the_largest_multiplier_in_the_loss():
     for epochs in range(1, 40):
         disk = make_loss()
@@ -94,6 +97,115 @@ def test_a_dead_guide_warns_once(bias, sign):
         dual.step()
 
 
+class Fixed(nn.Module):
+    """A guide with given logits."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, teacher_logits, teacher_features=None):
+        return self.logits
+
+
+@pytest.mark.parametrize(("classes", "logit"), [(5, 4.0), (1000, -1.0)])
+def test_a_guide_alike_on_all_samples_that_takes_nearly_all_off_is_dead(classes, logit):
+    # with few classes g = .98, as the spring holds it; with many a g of .27 takes nearly all off
+    logits = torch.full((8,), logit) + 0.005 * torch.randn(8)
+    disk = DiSKLoss(Fixed(logits))
+    dual = DualScheduler(disk, epochs=8)
+    disk(torch.randn(8, classes), torch.randn(8, classes), torch.randint(classes, (8,)))
+    seen = disk.statistics()
+    assert seen.guide_std == pytest.approx(logits.double().sigmoid().std(correction=0).item(), rel=1e-5)
+    assert seen.guide_std < 0.002
+    assert seen.guide_max < 0.99
+    dual.step()  # at the smallest multiplier this is what the loss asks for
+    disk(torch.randn(8, classes), torch.randn(8, classes), torch.randint(classes, (8,)))
+    with pytest.warns(UserWarning, match="guide is dead: g is alike on all samples of epoch 1"):
+        dual.step()
+
+
+@pytest.mark.parametrize("logit", [-3.0, -6.0])
+def test_one_g_for_all_that_takes_part_of_the_pull_off_is_no_dead_guide(logit):
+    disk = DiSKLoss(Fixed(torch.full((8,), logit)), temperature=1.0)
+    dual = DualScheduler(disk, epochs=8)
+    student = torch.randn(8, 100) - 5 * torch.nn.functional.one_hot(torch.arange(8), 100)
+    disk(student, torch.randn(8, 100), torch.randint(100, (8,)))
+    assert disk.statistics().guide_std < 1e-6
+    assert 0.01 < disk.statistics().discount < 0.9
+    dual.step()
+
+
+def test_the_statistics_discount_is_the_epochs_mean_without_ignored_positions():
+    disk = make_loss()
+    target = torch.tensor([0, 1, -100, 2])
+    student, teacher = torch.randn(4, 5), torch.randn(4, 5)
+    means = disk.terms(student, teacher, target).discount.item(), disk.terms(student[:1], teacher[:1], target[:1])
+    assert disk.statistics().discount == pytest.approx((3 * means[0] + means[1].discount.item()) / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_said_once_and_not_taken_for_a_dead_guide(value):
+    disk = make_loss()
+    dual = DualScheduler(disk, epochs=8)
+    teacher = torch.randn(8, 5)
+    teacher[0, 0] = value
+    for _ in range(2):
+        disk(torch.randn(8, 5), teacher, torch.randint(5, (8,)))
+    train_batch(disk)
+    assert disk.statistics()[1:] == pytest.approx(disk.statistics()[1:])  # none of them is NaN
+    with pytest.warns(UserWarning, match="loss was NaN or inf in 2 of the 3 batches of epoch 0") as caught:
+        dual.step()
+    assert len(caught) == 1
+    disk(torch.randn(8, 5), teacher, torch.randint(5, (8,)))
+    dual.step()  # once
+
+
+def test_a_single_overflow_in_an_epoch_is_no_news():
+    disk = make_loss()
+    dual = DualScheduler(disk, epochs=8)
+    disk(torch.full((8, 5), torch.inf), torch.randn(8, 5), torch.randint(5, (8,)))
+    for _ in range(3):
+        train_batch(disk)
+    dual.step()
+
+
+def test_a_rule_that_needs_statistics_says_that_all_batches_were_nan():
+    disk = make_loss()
+    dual = DualScheduler(disk, epochs=8, rule="ascent")
+    disk(torch.full((8, 5), torch.nan), torch.randn(8, 5), torch.randint(5, (8,)))
+    with (
+        pytest.warns(UserWarning, match="NaN or inf in 1 of the 1 batches"),
+        pytest.raises(RuntimeError, match="got 1, all with a NaN or inf loss"),
+    ):
+        dual.step()
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 4])
+def test_a_run_too_short_for_its_periods_is_said_at_once_with_the_cure(epochs):
+    with pytest.warns(UserWarning, match=rf"in the {epochs} epochs .* at most 0.1 of 50.*multiplier=\(50, 50\) keeps"):
+        DualScheduler(make_loss(), epochs=epochs)
+    if epochs > 2:
+        DualScheduler(make_loss(), epochs=epochs, period=epochs)
+    DualScheduler(make_loss(), epochs=epochs, multiplier=(50.0, 50.0))
+    DualScheduler(make_loss(), epochs=epochs, rule="ascent")
+
+
+def test_statistics_of_an_older_checkpoint_are_taken_up():
+    disk = make_loss()
+    train_batch(disk)
+    usage, positions, *_, smallest, largest = disk.epoch_statistics.tolist()
+    state = disk.state_dict() | {
+        "epoch_statistics": torch.tensor([usage, positions, smallest, largest], dtype=torch.float64)
+    }
+    fresh = make_loss()
+    dual = DualScheduler(fresh, epochs=8, rule="ascent")
+    fresh.load_state_dict(state)
+    assert fresh.statistics()[:4] == disk.statistics()[:4]
+    assert state["epoch_statistics"].shape == (4,)
+    dual.step()
+
+
 def test_a_living_guide_and_an_epoch_without_batches_do_not_warn():
     disk = make_loss()
     dual = DualScheduler(disk, epochs=8)
@@ -117,8 +229,8 @@ def test_adaptive_doubles_the_largest_multiplier_at_the_end_of_a_violated_period
 
 def test_adaptive_leaves_the_bounds_where_the_budget_holds():
     disk = make_loss(budget=100.0)
-    dual = DualScheduler(disk, epochs=4, period=1, rule="adaptive")
-    for _ in range(4):
+    dual = DualScheduler(disk, epochs=8, rule="adaptive")
+    for _ in range(8):
         train_batch(disk)
         dual.step()
     assert dual.multiplier_max == 50.0
@@ -147,7 +259,7 @@ def test_ascent_falls_again_when_the_budget_holds():
 
 def test_statistics_are_the_epochs_mean_and_start_anew():
     disk = make_loss()
-    dual = DualScheduler(disk, epochs=4)
+    dual = DualScheduler(disk, epochs=8)
     sizes, usages = (4, 8), []
     for size in sizes:
         terms = disk.terms(torch.randn(size, 5), torch.randn(size, 5), torch.randint(5, (size,)))
@@ -156,6 +268,7 @@ def test_statistics_are_the_epochs_mean_and_start_anew():
     assert seen.positions == 12
     assert seen.usage == pytest.approx((4 * usages[0] + 8 * usages[1]) / 12, rel=1e-6)
     assert 0 < seen.guide_min <= seen.guide_max < 1
+    assert (seen.batches, seen.not_finite) == (2, 0)
     dual.step()
     assert disk.statistics().positions == 0
     disk.eval()

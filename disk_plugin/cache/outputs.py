@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.data import DataLoader, Dataset
 
-from ..loss import without_autocast
+from .._modes import without_autocast
 from ..taps import FeatureTap, logits_of, with_features
 from .views import PlainView, SeededViews, image_of
 

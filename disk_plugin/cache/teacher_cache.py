@@ -15,8 +15,7 @@ from torch.nn.functional import linear
 from torch.utils.data import Dataset
 
 from .. import _checks
-from .._modes import in_mode
-from ..loss import without_autocast
+from .._modes import in_mode, without_autocast
 from . import fingerprint, storage
 from .outputs import TeacherOutputs, batches, check_mode, to_half
 from .verification import largest_difference

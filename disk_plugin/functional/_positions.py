@@ -50,6 +50,14 @@ def without_ignored(value: Tensor, valid: Tensor | None) -> Tensor:
     return torch.where(valid.unsqueeze(1).reshape(valid.shape[0], 1, *valid.shape[1:], *[1] * trailing), value, 0.0)
 
 
+def guide_input(value: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Set ignored positions to 0; of features (N, D) beside dense targets (N, d1, ...) those ignored throughout."""
+    valid = valid_or_none(target, ignore_index)
+    if valid is not None and value.ndim <= valid.ndim:
+        valid = valid.flatten(1).any(1)
+    return without_ignored(value, valid)
+
+
 def transformed() -> bool:
     """Whether vmap or grad of torch.func is at work, which allow no look at values."""
     return bool(torch._C._are_functorch_transforms_active())

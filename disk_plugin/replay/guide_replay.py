@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from .._modes import in_mode
+from .._modes import in_mode, without_autocast
 from ..distributed import Group, mean_over_processes, share_student_temperature
-from ..loss import DiSKLoss, without_autocast
+from ..loss import DiSKLoss
 from .record import loss_of, rows_of
 from .reservoir import Reservoir
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._modes import without_autocast
 from ..functional._positions import by_position
 from ..functional.guide_half import GuideConstants, guide_constants, guide_loss
 from ..guide import GuideHead
-from ..loss import DiSKLoss, without_autocast
+from ..loss import DiSKLoss
 
 _INPUTS = ("teacher_logits", "teacher_features")
 _WIDE = (*_INPUTS, "target", "log_student")  # columns of the chosen type; one number per position is float32 at least

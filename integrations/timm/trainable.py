@@ -3,7 +3,7 @@
 from timm.task.distillation import FeatureDistillationTrainableModule
 from torch import Tensor, nn
 
-from disk_plugin.loss import without_autocast
+from disk_plugin._modes import without_autocast
 
 
 class DiSKTrainableModule(FeatureDistillationTrainableModule):

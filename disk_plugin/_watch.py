@@ -1,0 +1,51 @@
+"""What a scheduler tells its user of once: a dead guide, a loss that is NaN, a schedule that never gets anywhere."""
+
+from .epoch_statistics import EpochStatistics
+
+# A guide is dead that no longer tells samples apart: by g on every sample, or, as the loss holds g short of 1, by g
+# alike on all of them while g or the discount is nearly 1. With many classes g < .01 may do its work.
+_BELOW, _ABOVE, _SPREAD, _NEAR_ONE, _ALL_TAKEN, _NOTHING_TAKEN = 0.01, 0.99, 0.002, 0.9, 0.95, 0.01
+
+
+def dead_guide(seen: EpochStatistics, epoch: int, *, pulled_down: bool) -> str | None:
+    """Judge the guide by an epoch's training batches.
+
+    ``pulled_down``: the multiplier was not small, for what it can be. Where it is small g near 1 on all samples is what
+    eq. (5) asks for, and a living guide comes back from there.
+    """
+    alike = seen.guide_std < _SPREAD and (seen.guide_min > _NEAR_ONE or seen.discount > _ALL_TAKEN)
+    signs = {
+        f"g > {_ABOVE} on every sample": seen.guide_min > _ABOVE,
+        f"g < {_BELOW} on every sample": seen.guide_max < _BELOW and not seen.discount > _NOTHING_TAKEN,
+        "g is alike on all samples": alike and pulled_down,
+    }
+    sign = next((sign for sign, shown in signs.items() if shown), None)
+    if sign is None or not seen.positions:
+        return None
+    return (
+        f"the guide is dead: {sign} of epoch {epoch} (smallest {seen.guide_min:.3g}, largest {seen.guide_max:.3g}, "
+        f"standard deviation {seen.guide_std:.2g}; {seen.discount:.3g} of the teacher's pull taken off). It no longer "
+        f"tells samples apart and may never recover; lower guide_gradient_scale or the guide's learning rate, or raise "
+        f"or narrow multiplier"
+    )
+
+
+def not_finite(seen: EpochStatistics, epoch: int) -> str | None:
+    """Judge the loss: single batches overflow under a loss scaler, which skips them; half of an epoch's do not."""
+    if not seen.not_finite or seen.not_finite < seen.batches / 2:
+        return None
+    return (
+        f"the loss was NaN or inf in {seen.not_finite:.0f} of the {seen.batches:.0f} batches of epoch {epoch}: look at "
+        f"the student's and the teacher's logits, the learning rate and the loss scaler"
+    )
+
+
+def low_multiplier(highest: float, upper: float, epochs: int) -> str | None:
+    """Say what would otherwise go unseen: in a short run the cosine restarts before the multiplier has risen."""
+    if 3 * highest >= upper:  # a period of two epochs comes to half
+        return None
+    longer = f"period={epochs} lets it rise through the whole run, " if epochs > 2 else ""
+    return (
+        f"in the {epochs} epochs of its schedule the multiplier comes to at most {highest:.3g} of {upper:g}, so that "
+        f"the budget is hardly enforced: {longer}multiplier=({upper:g}, {upper:g}) keeps it constant"
+    )
