@@ -58,7 +58,11 @@ class AccumulatedBatch:
         *,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """Return ``student_loss`` of a micro-batch, a mean over it: weigh it by its share of the counted positions."""
+        """Return ``student_loss`` of a micro-batch, a mean over it: scale it by valid elements in it / in the batch.
+
+        That is 1 / number of micro-batches where they are of one size and nothing is ignored, else
+        ``(target != ignore_index).sum()`` over the same for the whole batch.
+        """
         with torch.no_grad():
             guide_logits = self.disk.guide_logits(teacher_logits, teacher_features, target=target)
         training, self.disk.training = self.disk.training, False  # the whole is counted, and shared, in terms

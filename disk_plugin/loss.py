@@ -52,7 +52,7 @@ class DiSKLoss(nn.Module):
         guide_gradient_scale: c > 0: the guide's logit receives c / (4 (tau tau_s + multiplier)) times the derivative
             by g, and beyond g = .0009 and .953 a pull back: without it a shared SGD drives the sigmoid into saturation,
             from where it never returns. None: the plain derivative by the logit, as in the paper.
-        ignore_index: class index of positions that take part in nothing.
+        ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
 
     Attributes:
         reduce_mean: None, or what averages a scalar over the training batches that together are one, such as

@@ -1,8 +1,10 @@
 """Turn any classifier into x -> (logits, features), by a forward pre-hook on the layer that makes the logits."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _RELATIVE_TOLERANCE = 1e-2  # a wrong layer is off by its whole size; half precision and post-scaling noise are not
@@ -20,6 +22,7 @@ class FeatureTap(nn.Module):
         super().__init__()
         self.model, self.layer, self.feature_dim = model, layer, feature_dim
         self._check_output, self._checked = check_output, False
+        self._watch_mode = not model.training
         tapped = model.get_submodule(layer)
         tapped._disk_seen = None  # type: ignore[assignment]
         tapped.register_forward_pre_hook(_keep_input, with_kwargs=True)
@@ -29,6 +32,8 @@ class FeatureTap(nn.Module):
         """Call the model; return its logits and the tapped layer's input."""
         # looked up anew and kept on the layer itself: DataParallel replicas and copies of the model have their own;
         # kept during this call only, so that nothing holds a graph and a direct call of the model keeps nothing
+        if self._watch_mode and self.model.training and not torch.is_grad_enabled():
+            self._warn_of_mode()
         tapped = self.model.get_submodule(self.layer)
         seen: dict[str, Any] = {}
         tapped._disk_seen = seen  # type: ignore[assignment]
@@ -45,6 +50,15 @@ class FeatureTap(nn.Module):
         if not self._checked:
             self._checked = self._check(logits, features, seen.get("output"))
         return logits, features
+
+    def _warn_of_mode(self) -> None:
+        self._watch_mode = False
+        warnings.warn(
+            "the model was in evaluation mode when it was wrapped and is in training mode now, where dropout and "
+            "BatchNorm make other outputs: train() of a module that holds it reaches it too; call eval() on this "
+            "teacher after that",
+            stacklevel=4,
+        )
 
     def _check(self, logits: Tensor, features: Tensor, output: Any) -> bool:
         """On the first batch that can tell: the features fit, and a layer we chose ourselves makes the logits."""
@@ -70,7 +84,9 @@ def with_features(model: nn.Module, layer: str | None = None) -> FeatureTap:
     Nothing in the model's own code changes: the layer gets two forward hooks. Its output may be a Tensor, a tuple or
     list whose first element is the logits, a dict with ``"logits"`` or ``"out"``, or an object with ``.logits``. On
     the first batch the layer's output is compared with the logits, so that a wrong layer cannot pass unnoticed; a
-    layer named by hand is only checked for being called. Gradients and train/eval mode are the caller's.
+    layer named by hand is only checked for being called. Gradients and train/eval mode are the caller's; one warning
+    comes where a model that was wrapped in evaluation mode runs in training mode without gradients, as a teacher does
+    that its parent's ``train()`` has reached.
 
     Args:
         model: any classifier.

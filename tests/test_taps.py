@@ -274,6 +274,35 @@ def test_logits_rounded_to_half_precision_still_belong_to_their_layer():
 # ---- the model stays the caller's ------------------------------------------------------------------------------------
 
 
+class Holder(nn.Module):
+    """A task that holds its teacher as a submodule."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher = teacher
+
+
+def test_a_teacher_that_its_parents_train_reaches_is_warned_of_once():
+    holder = Holder(with_features(sequential().eval()))
+    x = images()
+    with torch.no_grad():
+        holder.teacher(x)
+        holder.train()
+        with pytest.warns(UserWarning, match="evaluation mode when it was wrapped and is in training mode now"):
+            holder.teacher(x)
+        holder.teacher(x)
+
+
+def test_a_student_in_training_mode_is_not_warned_of():
+    student = with_features(sequential().train())
+    student(images())
+    with torch.no_grad():
+        student(images())
+    late = with_features(sequential().eval())
+    late.train()
+    late(images())  # with gradients: it trains
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_is_carried_over_and_reaches_the_model(training):
     model = sequential().train(training)

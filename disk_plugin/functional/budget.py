@@ -28,7 +28,7 @@ def usage(
         student_logits: before softmax.
         target: class indices, or probabilities of the logits' shape, of which the argmax counts.
         guide_logits: the guide before its sigmoid.
-        ignore_index: class index of positions that take part in nothing.
+        ignore_index: target value that is ignored and does not contribute to the gradient.
         sample_weight: weight per sample or position; the mean still divides by the count of positions.
         reduction: ``"mean"`` over the positions not ignored, or ``"none"``.
 

@@ -41,7 +41,7 @@ def kd_loss(
         distill_weight: weight of the divergence, >= 0 (paper: 1 - alpha).
         temperature: divides the teacher's logits, dimensionless, > 0.
         student_temperature: divides the student's logits, > 0; None for ``temperature``.
-        ignore_index: class index of positions that take part in nothing.
+        ignore_index: target value that is ignored and does not contribute to the gradient.
         sample_weight: weight per sample or position; the mean still divides by the count of positions.
         reduction: ``"mean"`` over the positions not ignored, or ``"none"``.
 

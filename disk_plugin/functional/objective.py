@@ -105,7 +105,7 @@ def disk_terms(
         guide_gradient_scale: c > 0: the guide's logit receives c / (4 (tau tau_s + multiplier)) times the derivative
             by g, and beyond g = .0009 and .953 a pull back, which keeps the guide alive under the student's optimizer;
             no value changes, and no sample's optimum between them. None: the plain derivative by the logit (the paper).
-        ignore_index: class index of positions that take part in nothing.
+        ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
         sample_weight: weight per sample or position; means still divide by the count of positions not ignored.
         reduce_mean: maps a detached scalar of this batch to its mean over the batches that together are the whole: the
             whole's usage decides whether the budget is exceeded. None where the batch is the whole.

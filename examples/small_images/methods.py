@@ -136,7 +136,7 @@ class DiSK(Method):
 
     def forward(self, student_logits: Tensor, batch: Batch) -> Tensor:
         """One backward for student and guide."""
-        return self.terms(student_logits, batch).loss.mean()
+        return self.terms(student_logits, batch).mean().loss
 
     def end_epoch(self) -> dict[str, float]:
         """Step the schedule where it is due."""
@@ -181,7 +181,7 @@ class ReplayDiSK(DiSK):
         if self.records:
             features = batch.teacher_features if self.reads_features else None
             self.replay.record(student_logits, batch.teacher_logits, batch.labels, features)
-        return self.terms(student_logits, batch).student_loss.mean()
+        return self.terms(student_logits, batch).mean().student_loss
 
     def end_epoch(self) -> dict[str, float]:
         """Step the schedule, then train the guide where it is due, for the student's passes that follow."""
@@ -217,7 +217,7 @@ class AlternatingDiSK(DiSK):
 
     def forward(self, student_logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy and scaffold, which train the student alone."""
-        return self.terms(student_logits, batch).student_loss.mean()
+        return self.terms(student_logits, batch).mean().student_loss
 
 
 class DiscountBudgetDiSK(DiSK):
@@ -248,7 +248,7 @@ class DiscountBudgetDiSK(DiSK):
         discount = 1 - (t * s / (s + g)).sum(1).mean()
         distill = -disk.distill_weight * tau * tau_s * (t * (s + g).log()).sum(1).mean()
         guide_loss = distill + disk.multiplier.float() * (discount - disk.budget.float()).relu()
-        return terms.student_loss.mean() + guide_loss - guide_loss.detach()
+        return terms.mean().student_loss + guide_loss - guide_loss.detach()
 
 
 METHODS: dict[str, type[Method]] = {
