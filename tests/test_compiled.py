@@ -153,3 +153,18 @@ def test_terms_of_the_module_compile_in_one_graph():
     expected = disk.terms(student, teacher, target)
     found = torch.compile(disk.terms, fullgraph=True, backend="aot_eager")(student, teacher, target)
     assert_close([value.detach() for value in found], [value.detach() for value in expected])
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["no_grad", "nothing requires grad"])
+def test_a_compiled_loss_evaluates_where_there_is_no_gradient_to_take(frozen):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    disk = DiSKLoss(GuideHead(5)).eval()
+    inputs = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    compiled = torch.compile(disk, fullgraph=True, backend="aot_eager")
+    if frozen:
+        disk.requires_grad_(False)
+        torch.testing.assert_close(compiled(*inputs), disk(*inputs))
+    else:
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*inputs), disk(*inputs))

@@ -70,7 +70,10 @@ def fused_rows(
     power = None  # the plain softmax is a power of the softened one: multiplications instead of an exponential
     if not isinstance(student_temperature, Tensor) and student_temperature in range(1, _LARGEST_POWER + 1):
         power = int(student_temperature)
-    found = _FusedRows.apply(student, teacher, log_guide, label, mask, zero_outside, power, *scalars)
+    differentiable = torch.is_grad_enabled() and (student.requires_grad or log_guide.requires_grad)
+    # where there is no gradient to take, dynamo does not understand a Function with setup_context
+    call = _FusedRows.apply if differentiable else _FusedRows.forward
+    found = call(student, teacher, log_guide, label, mask, zero_outside, power, *scalars)
     return found[:_VALUES]  # type: ignore[no-any-return]
 
 
