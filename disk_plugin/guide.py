@@ -1,5 +1,6 @@
 """The guide network: teacher outputs in, one logit per sample out."""
 
+import math
 from typing import Literal
 
 import torch
@@ -26,14 +27,15 @@ class GuideHead(nn.Module):
         use_logits: whether the guide reads the teacher's logits; False needs ``feature_dim`` > 0.
         hidden_dims: widths of the hidden layers.
         norm: ``"layer"``, or ``"batch"`` as in the paper.
+        initial: the g it starts from, about, in (0, 1): the last bias; None for torch's own, near .5.
 
     Shape:
         teacher_logits (N, C) or (N, C, d1, ...); teacher_features (N, D), shared by all positions of a sample, or
         (N, D, d1, ...); returns guide logits (N,) or (N, d1, ...).
 
     Raises:
-        ValueError: ``num_classes`` < 2, ``feature_dim`` < 0, an unknown norm, nothing to read, an empty
-            ``hidden_dims``; in ``forward`` inputs of another width or shape than the guide was built for.
+        ValueError: ``num_classes`` < 2, ``feature_dim`` < 0, an unknown norm, ``initial`` outside (0, 1), nothing to
+            read, an empty ``hidden_dims``; in ``forward`` inputs of another width or shape than it was built for.
         TypeError: values or inputs of another type.
 
     Example:
@@ -51,6 +53,7 @@ class GuideHead(nn.Module):
         use_logits: bool = True,
         hidden_dims: tuple[int, ...] = (64, 128),
         norm: Literal["layer", "batch"] = "layer",
+        initial: float | None = None,
     ) -> None:
         super().__init__()
         _checks.integer("num_classes", num_classes, at_least=2)
@@ -66,6 +69,10 @@ class GuideHead(nn.Module):
             raise ValueError("hidden_dims must name at least one layer, got ()")
         for width in hidden_dims:
             _checks.integer("hidden_dims", width, at_least=1)
+        if initial is not None:
+            _checks.number("initial", initial, above=0)
+            if initial >= 1:
+                raise ValueError(f"initial must be < 1, got {initial}")
         self.num_classes, self.feature_dim, self.use_logits = num_classes, feature_dim, use_logits
         width = feature_dim + (num_classes if use_logits else 0)
         layers: list[nn.Module] = []
@@ -73,7 +80,10 @@ class GuideHead(nn.Module):
             layers += [nn.Linear(width, hidden), nn.LayerNorm(hidden) if norm == "layer" else nn.BatchNorm1d(hidden)]
             layers += [nn.ReLU()]
             width = hidden
-        self.mlp = nn.Sequential(*layers, nn.Linear(width, 1))
+        last = nn.Linear(width, 1)
+        if initial is not None:
+            nn.init.constant_(last.bias, math.log(initial / (1 - initial)))
+        self.mlp = nn.Sequential(*layers, last)
 
     def forward(self, teacher_logits: Tensor, teacher_features: Tensor | None = None) -> Tensor:
         """Return the guide before its sigmoid, one value per position."""

@@ -15,6 +15,7 @@ from ._state import keeping_float64, write
 from .epoch_statistics import EpochStatistics, count_batch, no_statistics, upgraded
 from .functional import DiSKTerms, disk_terms, student_temperature_step
 from .functional._positions import guide_input
+from .functional.slope import discount_slope
 from .variants import Variant
 
 
@@ -189,6 +190,8 @@ class DiSKLoss(nn.Module):
                     self.epoch_statistics,
                     count_batch(self.epoch_statistics, terms, target, guide_logits, self.ignore_index),
                 )
+                if getattr(self.guide, "follows_discount", False):
+                    self._step_guide(terms.mean(), student_logits, teacher_logits, target)
         return terms
 
     def guide_logits(
@@ -254,6 +257,24 @@ class DiSKLoss(nn.Module):
                 "not allow: call disk.eval(), which uses the temperature as it is, or pass the buffers to "
                 "torch.func.functional_call"
             )
+
+    @torch.no_grad()
+    def _step_guide(self, terms: DiSKTerms, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> None:
+        """Show a ``UniformGuide`` what the batch gave, the whole one where ``reduce_mean`` looks further."""
+        guide: Any = self.guide
+        slope = discount_slope(
+            student_logits,
+            teacher_logits,
+            target,
+            guide.log_guide,
+            temperature=self.temperature,
+            student_temperature=self.student_temperature,
+            top_k=self.top_k,
+            variant=self.variant,
+            ignore_index=self.ignore_index,
+        )
+        seen = torch.stack([terms.discount, slope, terms.agreement])
+        guide.step(*(seen if self.reduce_mean is None else self.reduce_mean(seen)))
 
     @torch.no_grad()
     def _write_initial_state(self) -> None:

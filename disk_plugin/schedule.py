@@ -120,7 +120,8 @@ class DualScheduler:
         self._warn("not finite", _watch.not_finite(seen, self.epoch))
         middle = (self.multiplier_min + self.multiplier_max) / 2
         pulled_down = 1.1 * self.loss.multiplier.item() >= middle  # a period of two epochs comes to the middle
-        self._warn("dead", _watch.dead_guide(seen, self.epoch, pulled_down=pulled_down))
+        if any(True for _ in self.loss.guide.parameters()):  # what cannot learn cannot die
+            self._warn("dead", _watch.dead_guide(seen, self.epoch, pulled_down=pulled_down))
         if self.rule != "cosine" and not seen.positions:
             came = f"{seen.not_finite:.0f}, all with a NaN or inf loss" if seen.not_finite else "none"
             raise RuntimeError(f"step() with rule={self.rule!r} needs a training batch since the last step, got {came}")
@@ -166,6 +167,9 @@ class DualScheduler:
         ascent = self.rule == "ascent"
         self.loss.multiplier.fill_(self._ascent_multiplier if ascent else self._cosine_multiplier(self.epoch))
         self.loss.budget.fill_(self._budget(self.epoch))
+        guide: Any = self.loss.guide
+        if hasattr(guide, "set_progress"):  # a UniformGuide
+            guide.set_progress(self.epoch / self.epochs)
 
     def _last_start(self) -> int:
         """First epoch of the last period, which takes the incomplete one in."""
