@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, TypeError, OSError, ImportError) as error:
             sys.exit(f"error: {error}")
         if cfg.SOLVER.SEED is not None:
-            from .trainers import seed_everything
+            from .seeds import seed_everything
 
             seed_everything(cfg.SOLVER.SEED)  # initial weights; every epoch is seeded anew
         print(f"experiment folder: {folder.path}")  # noqa: T201

@@ -1,11 +1,8 @@
 """The host's trainers, and Algorithm 1 as one more: ``SOLVER.TRAINER disk``."""
 
-import os
-import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from mdistiller.engine import trainer as host
 from mdistiller.engine import trainer_dict
@@ -15,80 +12,9 @@ from tqdm import tqdm
 from disk_plugin.epoch_report import EpochReport
 
 from . import config
-from .checkpoints import load_weights, read_checkpoint, save_atomically, simkd_state, student_weights
-from .distillers import DISK_SIMKD, SIMKD, GuidedDistiller
-
-
-class CompleteTrainer(host.BaseTrainer):
-    """Mixed into each of the host's trainers, whose loops stay: seeds, warm start, DiSK's loss and log.
-
-    A guided distiller's loss is evaluated here, once, over the outputs gathered from all replicas: one hinge, one
-    student temperature, right statistics, on however many devices.
-    """
-
-    def __init__(self, experiment_name: str, distiller: Any, train_loader: Any, val_loader: Any, cfg: Any) -> None:
-        module = distiller.module
-        if cfg.DISTILLER.WARM_START:
-            weights = student_weights(read_checkpoint(cfg.DISTILLER.WARM_START, key="DISTILLER.WARM_START"))
-            load_weights(module.student, weights, f"DISTILLER.WARM_START {cfg.DISTILLER.WARM_START}", "student")
-        super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
-        _keep_settings(self.optimizer)
-        self.report = EpochReport()
-        self.guided = isinstance(module, GuidedDistiller)
-        self.guide_turn = False
-        if self.guided:
-            module.gathers = True
-            distiller.register_forward_hook(self._evaluate_losses, with_kwargs=True)
-
-    def train_epoch(self, epoch: int) -> None:
-        """Seed the epoch and run the host's: training, validation, log, checkpoints."""
-        self._seed(epoch)
-        self.report = EpochReport()
-        self.before_epoch(epoch)
-        super().train_epoch(epoch)
-
-    def before_epoch(self, epoch: int) -> None:
-        """Run what comes before the host's epoch: nothing here."""
-
-    def train_iter(self, data: Any, epoch: int, train_meters: Any) -> str:
-        """Run the host's step; add DiSK's means to its progress line."""
-        message = super().train_iter(data, epoch, train_meters)
-        return message + self._epoch_message()
-
-    def log(self, lr: float, epoch: int, log_dict: dict[str, Any]) -> None:
-        """Log as the host does, with DiSK's means and the multiplier and budget in force; end the epoch's schedule."""
-        log_dict.update(self._epoch_values())
-        improved = bool(log_dict["test_acc"] >= self.best_acc)  # the host's rule for its own "best"
-        super().log(lr, epoch, log_dict)
-        # the host saves next: "latest" is to hold the next epoch's schedule, and never to be newer than SimKD's files
-        if self.guided and epoch % self.distiller.module.epochs_per_iteration == 0:
-            self.distiller.module.dual.step()
-        if isinstance(self.distiller.module, SIMKD | DISK_SIMKD):
-            state = simkd_state(self.distiller.module)
-            for name in ("simkd_latest", "simkd_best")[: 1 + improved]:
-                save_atomically(state, os.path.join(self.log_path, name))
-
-    def _epoch_values(self) -> dict[str, float]:
-        if not self.guided:
-            return {}
-        disk = self.distiller.module.disk
-        return {**self.report.means(), "multiplier": disk.multiplier.item(), "budget": disk.budget.item()}
-
-    def _epoch_message(self) -> str:
-        return "".join(f"| {name}:{value:.3f}" for name, value in self._epoch_values().items())
-
-    def _evaluate_losses(self, _: Any, __: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Turn the gathered outputs of a training forward into the losses that the host sums up."""
-        if self.guide_turn or not self.distiller.training:
-            return None
-        module, (logits, inputs) = self.distiller.module, output
-        terms = module.terms(logits, kwargs["target"], inputs, kwargs["epoch"])
-        self.report.add(terms)
-        return logits, {"loss_disk": terms.loss if module.joint else terms.student_loss}
-
-    def _seed(self, epoch: int) -> None:
-        if self.cfg.SOLVER.SEED is not None:
-            seed_everything(self.cfg.SOLVER.SEED + epoch)
+from .checkpoints import save_atomically
+from .complete_trainer import CompleteTrainer, keep_settings
+from .distillers import DISK_SIMKD, GuidedDistiller
 
 
 class DISKTrainer(CompleteTrainer):
@@ -107,7 +33,7 @@ class DISKTrainer(CompleteTrainer):
         if not isinstance(module, GuidedDistiller):
             raise ValueError(f"SOLVER.TRAINER disk needs DISTILLER.TYPE DISK or DISK_SIMKD, got {cfg.DISTILLER.TYPE}")
         self.guide_optimizer = config.build_guide_optimizer(cfg, module.disk)
-        _keep_settings(self.guide_optimizer)
+        keep_settings(self.guide_optimizer)
         self.replay = config.build_replay(cfg, module.disk, self.guide_optimizer)
         if self.replay is None:
             module.stateful["guide_optimizer"] = self.guide_optimizer
@@ -177,15 +103,6 @@ class DISKTrainer(CompleteTrainer):
         self.guide_turn = False
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the process; the loader takes its order, and its workers their seeds, from torch's generator."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (the host's own generator)
-    torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = False  # it would choose kernels by their time, and so rounding by chance
-    torch.backends.cudnn.deterministic = True
-
-
 def add() -> None:
     """Complete the host's trainers and add ``disk``; cure what keeps the host from saving and resuming."""
     for name, trainer in list(trainer_dict.items()):
@@ -196,17 +113,6 @@ def add() -> None:
         return
     host.save_checkpoint = save_atomically
     host.adjust_learning_rate = _with_float_rates(host.adjust_learning_rate)
-
-
-def _keep_settings(optimizer: torch.optim.Optimizer) -> None:
-    """Let a resumed optimizer keep this run's rates and decays: a checkpoint brings its own back otherwise."""
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-
-    def restore(resumed: torch.optim.Optimizer) -> None:
-        for group, own in zip(resumed.param_groups, settings, strict=True):
-            group.update(own)
-
-    optimizer.register_load_state_dict_post_hook(restore)
 
 
 def _with_float_rates(adjust: Callable[..., float]) -> Callable[..., float]:
