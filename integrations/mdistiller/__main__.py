@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         "--seed",
         type=int,
         metavar="N",
-        help="seed epoch e with N + e: process, loader, workers; for any distiller (default: unseeded, as the host)",
+        help="seed initial weights and every epoch by N: process, loader, workers; under one seed every distiller and "
+        "trainer sees the same batches (default: unseeded, as the host)",
     )
     add("options", nargs="*", metavar="KEY VALUE", help="options of the configuration")
     return parser

@@ -10,7 +10,7 @@ from disk_plugin.epoch_report import EpochReport
 
 from .checkpoints import load_weights, read_checkpoint, save_atomically, simkd_state, student_weights
 from .distillers import DISK_SIMKD, SIMKD, GuidedDistiller
-from .seeds import seed_everything
+from .seeds import restart_workers, seed_everything
 
 
 class CompleteTrainer(host.BaseTrainer):
@@ -37,7 +37,8 @@ class CompleteTrainer(host.BaseTrainer):
     def train_epoch(self, epoch: int) -> None:
         """Seed the epoch and run the host's: training, validation, log, checkpoints."""
         if self.cfg.SOLVER.SEED is not None:
-            seed_everything(self.cfg.SOLVER.SEED + epoch)
+            seed_everything(self.cfg.SOLVER.SEED, epoch)
+            restart_workers(self.train_loader)
         self.report = EpochReport()
         self.before_epoch(epoch)
         super().train_epoch(epoch)

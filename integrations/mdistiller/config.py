@@ -47,7 +47,7 @@ def add_defaults() -> None:
     CFG.DISK_SIMKD.FACTOR = CFG.SIMKD.FACTOR
     CFG.SIMKD.FEATURE_WEIGHT = CFG.DISK_SIMKD.FEATURE_WEIGHT
     CFG.DISTILLER.WARM_START = ""  # checkpoint of a CE-trained student, for any distiller
-    CFG.SOLVER.SEED = None  # epoch e is seeded with SEED + e, for any distiller and trainer
+    CFG.SOLVER.SEED = None  # seeds initial weights and every epoch, for any distiller and trainer
     CFG.LOG.WANDB = False
 
 

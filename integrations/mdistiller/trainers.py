@@ -15,6 +15,7 @@ from . import config
 from .checkpoints import save_atomically
 from .complete_trainer import CompleteTrainer, keep_settings
 from .distillers import DISK_SIMKD, GuidedDistiller
+from .seeds import apart, restart_workers
 
 
 class DISKTrainer(CompleteTrainer):
@@ -49,7 +50,10 @@ class DISKTrainer(CompleteTrainer):
         passes = settings.GUIDE_PASSES + (settings.GUIDE_WARMUP_EPOCHS if epoch == 1 else 0)
         self._set_guide_rate(epoch)
         for number in range(1, passes + 1):
-            self._guide_pass(epoch, f"{number}/{passes}")
+            with apart(number):  # the student sees the batches of a run without guide passes
+                restart_workers(self.train_loader)
+                self._guide_pass(epoch, f"{number}/{passes}")
+        restart_workers(self.train_loader)
         # the statistics that judge the iteration are those of the student's passes
         module.disk.reset_statistics()
         self.report = EpochReport()
