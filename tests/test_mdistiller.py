@@ -702,7 +702,7 @@ def test_algorithm_1_alternates_and_each_pass_leaves_the_other_player_alone(host
 
 @pytest.mark.parametrize("kind", ["DISK", "DISK_SIMKD"])
 def test_with_a_record_the_first_guide_passes_alone_run_over_the_loader(host, kind):
-    words = ["SOLVER.TRAINER", "disk", "SOLVER.EPOCHS", 4, "DISK.ALTERNATING.STUDENT_PASSES", 2]
+    words = ["SOLVER.TRAINER", "disk", "SOLVER.EPOCHS", 6, "DISK.ALTERNATING.STUDENT_PASSES", 2]
     words += ["DISK.ALTERNATING.GUIDE_PASSES", 1, "DISK.ALTERNATING.REPLAY", True, "SOLVER.BATCH_SIZE", 8]
     modules, cfg, distiller = distiller_of(host, kind, *words, *MOVING, "DISK.DUAL.PERIOD", 2)
     image, target = image_batch()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import test_mdistiller as shared
 import torch
-from test_mdistiller import launch
+from test_mdistiller import image_batch, launch
 from torch import nn
 
 host = shared.host
@@ -115,3 +115,48 @@ def test_random_numbers_are_put_back_after_guide_passes_and_theirs_differ(host):
         assert draw() == expected
     for column in zip(expected, *inside, strict=True):
         assert len(set(column)) == 3
+
+
+# rates of the guide's passes
+
+
+def rates_of(host, words, *, epochs, first=1):
+    """Return the steps of an own trainer, one a pass: whose, and at which rate."""
+    words = ["SOLVER.TRAINER", "disk", "SOLVER.EPOCHS", epochs, "SOLVER.LR", 0.1, "DISK.ALTERNATING.LR", 0.1, *words]
+    words += ["SOLVER.LR_DECAY_STAGES", [3], "DISK.ALTERNATING.GUIDE_PASSES", 3, "DISK.ALTERNATING.STUDENT_PASSES", 3]
+    modules, cfg, distiller = shared.distiller_of(host, "DISK", *words)
+    image, target = image_batch()
+    torch.Tensor.cuda = nn.Module.cuda = lambda self, *_, **__: self
+    wrapped, batch = nn.DataParallel(distiller), [(image, target, torch.arange(8))]
+    trainer = modules.engine.trainer_dict["disk"]("own", wrapped, batch, [(image, target)], cfg)
+    events, step, train_iter = [], trainer.guide_optimizer.step, trainer.train_iter
+
+    def guide_step():
+        events.append(("guide", trainer.guide_optimizer.param_groups[0]["lr"]))
+        return step()
+
+    def student_step(data, epoch, meters):
+        events.append(("student", trainer.optimizer.param_groups[0]["lr"]))
+        return train_iter(data, epoch, meters)
+
+    trainer.guide_optimizer.step, trainer.train_iter = guide_step, student_step
+    trainer.train(resume=first > 1)
+    return [(kind, round(rate, 6)) for kind, rate in events]
+
+
+def table(*groups):
+    return [(kind, rate) for kind, rate, count in groups for _ in range(count)]
+
+
+LITERAL_RATES = table(("guide", 0.1, 3), ("student", 0.1, 3), ("guide", 0.01, 3), ("student", 0.01, 3))
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_guide_passes_run_at_the_rate_of_the_epochs_they_precede_recorded_or_not(host, replay):
+    assert rates_of(host, ["DISK.ALTERNATING.REPLAY", replay], epochs=6) == LITERAL_RATES
+
+
+def test_a_replayed_run_that_goes_on_makes_the_guide_passes_that_its_last_epoch_left(host):
+    words = ["DISK.ALTERNATING.REPLAY", True]
+    assert rates_of(host, words, epochs=3) == LITERAL_RATES[:6]
+    assert rates_of(host, words, epochs=6, first=4) == LITERAL_RATES[6:]

@@ -10,6 +10,7 @@ from mdistiller.engine.utils import log_msg
 from tqdm import tqdm
 
 from disk_plugin.epoch_report import EpochReport
+from disk_plugin.replay import GuideReplay
 
 from . import config
 from .checkpoints import save_atomically
@@ -45,10 +46,12 @@ class DISKTrainer(CompleteTrainer):
     def before_epoch(self, epoch: int) -> None:
         """Run the guide's passes where an outer iteration of Algorithm 1 begins."""
         settings, module = self.cfg.DISK.ALTERNATING, self.distiller.module
+        self._set_guide_rate(epoch)
+        if self.replay is not None and len(self.replay):  # of what was the last epoch when its checkpoint was written
+            self._train_on(self.replay, epoch)
         if (epoch - 1) % settings.STUDENT_PASSES or (self.replay is not None and epoch > 1):
             return
         passes = settings.GUIDE_PASSES + (settings.GUIDE_WARMUP_EPOCHS if epoch == 1 else 0)
-        self._set_guide_rate(epoch)
         for number in range(1, passes + 1):
             with apart(number):  # the student sees the batches of a run without guide passes
                 restart_workers(self.train_loader)
@@ -59,11 +62,13 @@ class DISKTrainer(CompleteTrainer):
         self.report = EpochReport()
 
     def log(self, lr: float, epoch: int, log_dict: dict[str, Any]) -> None:
-        """Log and end the epoch; with a record, the next iteration's guide passes come here, before the host saves."""
+        """Log and end the epoch; with a record, the guide passes before the next one come here, before the host saves.
+
+        After the last epoch there is none to come, and the record is saved for a run that goes on to more epochs.
+        """
         super().log(lr, epoch, log_dict)
-        if self.replay is not None and self._ends_iteration(epoch):
-            self._set_guide_rate(epoch)
-            self.replay.train_guide(self.cfg.DISK.ALTERNATING.GUIDE_PASSES)
+        if self.replay is not None and self._ends_iteration(epoch) and epoch < self.cfg.SOLVER.EPOCHS:
+            self._train_on(self.replay, epoch + 1)
 
     def _evaluate_losses(self, distiller: Any, images: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Record the gathered outputs too, in the last of the student's passes before the guide's."""
@@ -76,9 +81,15 @@ class DISKTrainer(CompleteTrainer):
     def _ends_iteration(self, epoch: int) -> bool:
         return bool(epoch % self.cfg.DISK.ALTERNATING.STUDENT_PASSES == 0)
 
+    def _train_on(self, replay: GuideReplay, epoch: int) -> None:
+        """Make the guide's passes before an epoch on the record."""
+        self._set_guide_rate(epoch)
+        self.distiller.module.set_epoch(epoch)  # the multiplier of the student's passes to come
+        replay.train_guide(self.cfg.DISK.ALTERNATING.GUIDE_PASSES)
+
     def _set_guide_rate(self, epoch: int) -> None:
-        """Let the guide's rate decay by the factor of the student's."""
-        settings, lr = self.cfg.DISK.ALTERNATING, host.adjust_learning_rate(epoch, self.cfg, self.optimizer)
+        """Let the guide's rate decay by the factor of the student's, whose own optimizer stays as it is."""
+        settings, lr = self.cfg.DISK.ALTERNATING, host.adjust_learning_rate(epoch, self.cfg, self.guide_optimizer)
         for group in self.guide_optimizer.param_groups:
             group["lr"] = settings.LR * (lr / self.cfg.SOLVER.LR if self.cfg.SOLVER.LR else 1.0)
 
