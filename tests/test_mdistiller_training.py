@@ -1,14 +1,18 @@
 """Training in mdistiller: what batches a seed gives, at which rates, what a kill leaves, which files serve as what."""
 
 import hashlib
+import os
 import random
+import runpy
+import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import test_mdistiller as shared
 import torch
-from test_mdistiller import image_batch, launch
+from test_mdistiller import MOVING, assert_same, image_batch, launch, load
 from torch import nn
 
 host = shared.host
@@ -160,3 +164,102 @@ def test_a_replayed_run_that_goes_on_makes_the_guide_passes_that_its_last_epoch_
     words = ["DISK.ALTERNATING.REPLAY", True]
     assert rates_of(host, words, epochs=3) == LITERAL_RATES[:6]
     assert rates_of(host, words, epochs=6, first=4) == LITERAL_RATES[6:]
+
+
+# kills
+
+
+class Killed(BaseException):
+    """What no handler of an Exception sees."""
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """Kill a run before its n-th write: while a file is on its way to the disk, or before it is in its place."""
+    killer = SimpleNamespace(at=None, count=0, last=None)
+
+    def counted(name, function):
+        def wrapper(*arguments):
+            main = threading.current_thread() is threading.main_thread()  # not one that logs
+            if main and (name, name) != (killer.last, "fsync"):  # of files that are written in a row, the first
+                if killer.at == killer.count:
+                    killer.at = None
+                    raise Killed
+                killer.count += 1
+            killer.last = name if main else killer.last
+            return function(*arguments)
+
+        return wrapper
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, counted(name, getattr(os, name)))
+    return killer
+
+
+def kills_in_the_second_epoch(host, writes, words, **settings):
+    """Yield the folder of a run that was killed at each of its writes in turn."""
+    counts = []
+    for epochs in (1, 2):
+        writes.count = 0
+        launch(host, *words, out=f"count{epochs}", epochs=epochs, **settings)
+        counts.append(writes.count)
+    assert counts[1] >= counts[0] + 5
+    for at in range(*counts):
+        writes.at, writes.count = at, 0
+        with pytest.raises(Killed):
+            launch(host, *words, out=f"killed{at}", epochs=3, **settings)
+        yield f"killed{at}"
+
+
+def epochs_logged(folder):
+    lines = (folder / "worklog.txt").read_text().splitlines()
+    return [int(line.split()[1]) for line in lines if line.startswith("epoch: ")]
+
+
+@pytest.mark.parametrize(("distiller", "words"), [("KD", []), ("DISK_SIMKD", MOVING), ("DISK", REPLAY)])
+def test_wherever_a_seeded_run_is_killed_and_resumed_it_leaves_the_files_of_an_uninterrupted_one(
+    host, writes, distiller, words
+):
+    words = ["LOG.SAVE_CHECKPOINT_FREQ", "2", *words]
+    whole = launch(host, *words, distiller=distiller, out="whole", epochs=3)
+    names = [path.name for path in whole.iterdir() if path.name.endswith(("latest", "best", "_2"))]
+    assert {"latest", "student_latest", "best", "student_best"} <= set(names)
+    assert ("simkd_best" in names) == (distiller == "DISK_SIMKD")
+    for out in kills_in_the_second_epoch(host, writes, words, distiller=distiller):
+        folder = launch(host, *words, "--resume", distiller=distiller, out=out, epochs=3)
+        for name in names:
+            assert_same(load(folder / name), load(whole / name), f"{out}: {name}")
+        assert (folder / "worklog.txt").read_text() == (whole / "worklog.txt").read_text(), out
+        assert epochs_logged(folder) == [1, 2, 3]
+        assert not list(folder.glob("*.partial"))
+
+
+def test_after_any_kill_best_is_the_model_whose_accuracy_best_acc_names_though_the_rerun_differs(
+    host, writes, monkeypatch
+):
+    run_path, accuracies = runpy.run_path, {1: 10.0, 2: 60.0, 3: 30.0}
+
+    def with_accuracies(path, **settings):
+        trainer = sys.modules["mdistiller.engine.trainer"]
+        epochs = []
+        monkeypatch.setattr(
+            sys.modules["disk_plugin.integrations.mdistiller.trainers"].CompleteTrainer,
+            "before_epoch",
+            lambda self, epoch: epochs.append(epoch),
+        )
+        trainer.validate = lambda *_: (torch.tensor(accuracies[epochs[-1]]), torch.tensor(90.0), 1.0)
+        return run_path(path, **settings)
+
+    monkeypatch.setattr(runpy, "run_path", with_accuracies)
+    for out in kills_in_the_second_epoch(host, writes, [], distiller="KD", seed=None):
+        accuracies[2] = 20.0  # of the second epoch if it has to be made again
+        folder = launch(host, "--resume", distiller="KD", seed=None, out=out, epochs=3)
+        accuracies[2] = 60.0
+        latest, best = load(folder / "latest"), load(folder / "best")
+        assert epochs_logged(folder) == [1, 2, 3]
+        worklog = (folder / "worklog.txt").read_text()
+        expected = (2, 60.0) if "test_acc: 60.00" in worklog else (3, 30.0)
+        assert (best["epoch"], best["best_acc"].item()) == expected, out
+        assert latest["best_acc"].item() == expected[1]
+        student = {f"module.student.{name}": value for name, value in load(folder / "student_best")["model"].items()}
+        assert_same(student, {name: best["model"][name] for name in student})

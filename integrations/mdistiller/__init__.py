@@ -21,8 +21,9 @@ def register() -> None:
 
     - ``distiller_dict``: ``DISK``, ``SIMKD``, ``DISK_SIMKD``.
     - ``trainer_dict``: ``disk``, Algorithm 1. The host's trainers are replaced by subclasses with the same loops that
-      also seed each epoch if ``SOLVER.SEED`` is set, start the student from ``DISTILLER.WARM_START``, log DiSK's terms
-      and evaluate DiSK's loss once over the gathered batch instead of once per replica.
+      also seed each epoch if ``SOLVER.SEED`` is set, start the student from ``DISTILLER.WARM_START``, log DiSK's terms,
+      evaluate DiSK's loss once over the gathered batch instead of once per replica, and put
+      an epoch's files in their places together.
     - ``CFG``: the sections ``DISK``, ``SIMKD``, ``DISK_SIMKD``, the keys ``SOLVER.SEED`` and ``DISTILLER.WARM_START``;
       ``LOG.WANDB`` becomes False, as the host fails with True where wandb is not installed.
     - ``mdistiller.engine.trainer``: checkpoints are replaced atomically, and learning rates are Python floats, as the

@@ -16,13 +16,18 @@ from .feature_maps import student_map
 Weights = dict[str, Tensor]
 
 
-def save_atomically(content: Any, path: str) -> None:
-    """Replace ``path`` by the new checkpoint once that is on the disk; an interrupted write leaves the old one."""
-    partial = f"{path}.partial"
-    with open(partial, "wb") as file:
+def write(content: Any, path: str) -> None:
+    """Write a checkpoint and wait until it is on the disk."""
+    with open(path, "wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def save_atomically(content: Any, path: str) -> None:
+    """Replace ``path`` by the new checkpoint once that is on the disk; an interrupted write leaves the old one."""
+    partial = f"{path}.partial"
+    write(content, partial)
     os.replace(partial, path)
 
 

@@ -1,4 +1,4 @@
-"""What every trainer of the host gains: seeds, a warm start, DiSK's loss and log."""
+"""What every trainer of the host gains: seeds, a warm start, DiSK's loss and log, files that change together."""
 
 import os
 from typing import Any
@@ -8,8 +8,9 @@ from mdistiller.engine import trainer as host
 
 from disk_plugin.epoch_report import EpochReport
 
-from .checkpoints import load_weights, read_checkpoint, save_atomically, simkd_state, student_weights
+from .checkpoints import load_weights, read_checkpoint, simkd_state, student_weights
 from .distillers import DISK_SIMKD, SIMKD, GuidedDistiller
+from .epoch_files import Saves, collected, commit, settle
 from .seeds import restart_workers, seed_everything
 
 
@@ -34,14 +35,22 @@ class CompleteTrainer(host.BaseTrainer):
             module.gathers = True
             distiller.register_forward_hook(self._evaluate_losses, with_kwargs=True)
 
+    def train(self, resume: bool = False) -> None:
+        """Run the host's epochs; before a killed run goes on, bring its files in order."""
+        if resume:
+            settle(self.log_path)
+        super().train(resume=resume)
+
     def train_epoch(self, epoch: int) -> None:
-        """Seed the epoch and run the host's: training, validation, log, checkpoints."""
+        """Seed the epoch and run the host's: training, validation, log; write its checkpoints together."""
         if self.cfg.SOLVER.SEED is not None:
             seed_everything(self.cfg.SOLVER.SEED, epoch)
             restart_workers(self.train_loader)
         self.report = EpochReport()
         self.before_epoch(epoch)
-        super().train_epoch(epoch)
+        with collected() as saves:
+            super().train_epoch(epoch)
+        commit(self._complete(saves), self.log_path, epoch)
 
     def before_epoch(self, epoch: int) -> None:
         """Run what comes before the host's epoch: nothing here."""
@@ -54,15 +63,23 @@ class CompleteTrainer(host.BaseTrainer):
     def log(self, lr: float, epoch: int, log_dict: dict[str, Any]) -> None:
         """Log as the host does, with DiSK's means and the multiplier and budget in force; end the epoch's schedule."""
         log_dict.update(self._epoch_values())
-        improved = bool(log_dict["test_acc"] >= self.best_acc)  # the host's rule for its own "best"
         super().log(lr, epoch, log_dict)
-        # the host saves next: "latest" is to hold the next epoch's schedule, and never to be newer than SimKD's files
+        # the host saves next: "latest" is to hold the next epoch's schedule
         if self.guided and epoch % self.distiller.module.epochs_per_iteration == 0:
             self.distiller.module.dual.step()
-        if isinstance(self.distiller.module, SIMKD | DISK_SIMKD):
-            state = simkd_state(self.distiller.module)
-            for name in ("simkd_latest", "simkd_best")[: 1 + improved]:
-                save_atomically(state, os.path.join(self.log_path, name))
+
+    def _complete(self, saves: Saves) -> Saves:
+        """Add what predicts to each of SimKD's students."""
+        if not isinstance(self.distiller.module, SIMKD | DISK_SIMKD):
+            return saves
+        completed: Saves = []
+        for content, path in saves:
+            folder, name = os.path.split(path)
+            if name.startswith("student_"):
+                simkd = os.path.join(folder, name.replace("student_", "simkd_", 1))
+                completed.append((simkd_state(self.distiller.module), simkd))
+            completed.append((content, path))
+        return completed
 
     def _epoch_values(self) -> dict[str, float]:
         if not self.guided:
