@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import runpy
+import shutil
 import sys
 import threading
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import test_mdistiller as shared
 import torch
-from test_mdistiller import MOVING, assert_same, image_batch, launch, load
+from test_mdistiller import MOVING, assert_same, image_batch, launch, load, refused
 from torch import nn
 
 host = shared.host
@@ -263,3 +264,66 @@ def test_after_any_kill_best_is_the_model_whose_accuracy_best_acc_names_though_t
         assert latest["best_acc"].item() == expected[1]
         student = {f"module.student.{name}": value for name, value in load(folder / "student_best")["model"].items()}
         assert_same(student, {name: best["model"][name] for name in student})
+
+
+# which files serve as what
+
+
+@pytest.mark.parametrize("distiller", ["SIMKD", "DISK_SIMKD"])
+def test_a_student_without_a_trained_classifier_is_refused_wherever_one_is_needed(host, distiller):
+    folder = launch(host, distiller=distiller, epochs=1)
+    plain = launch(host, distiller="KD", out="kd", epochs=1)
+    assert load(folder / "student_best").keys() - load(plain / "student_best").keys() == {"untrained_head"}
+    for name in ("student_best", "student_latest", "best", "latest", "simkd_best"):
+        copy = shutil.copy(folder / name, host.folder / f"copy_of_{name}")
+        for words, settings in (
+            (["--teacher-checkpoint", str(copy)], {"teacher": host.student}),
+            (["DISTILLER.WARM_START", str(copy)], {"distiller": "KD"}),
+            (["DISTILLER.WARM_START", str(copy)], {}),
+            *([] if name == "simkd_best" else [(["--evaluate", str(copy)], {})]),
+        ):
+            message = refused(host, *words, **settings)
+            assert f"{words[0]} needs a network with a trained classifier" in message
+            assert "a student trained by SimKD" in message
+    launch(host, "--evaluate", str(host.folder / "copy_of_simkd_best"))
+
+
+@pytest.mark.parametrize("distiller", ["SIMKD", "DISK_SIMKD"])
+@pytest.mark.parametrize("name", ["student_best", "latest", "simkd_latest"])
+def test_simkd_may_start_from_simkds_student_whose_classifier_it_does_not_read(host, distiller, name):
+    first = launch(host, distiller="SIMKD", out="first", epochs=1)
+    words = ["DISTILLER.WARM_START", str(first / name), "SOLVER.LR", "1e-12"]
+    folder = launch(host, *words, distiller=distiller, out="second", epochs=1)
+    weights, begun = (load(place / "student_latest")["model"] for place in (first, folder))
+    for key, value in weights.items():
+        if "running" not in key and "num_batches" not in key:
+            torch.testing.assert_close(begun[key], value, rtol=0, atol=1e-6)
+
+
+def test_a_simkd_students_file_from_before_the_mark_is_refused_in_its_folder(host):
+    folder = launch(host, distiller="SIMKD", epochs=1)
+    torch.save({"model": load(folder / "student_best")["model"]}, folder / "student_best")
+    path = str(folder / "student_best")
+    assert "trained classifier" in refused(host, "DISTILLER.WARM_START", path, distiller="KD")
+    assert "trained classifier" in refused(host, "--teacher-checkpoint", path, teacher=host.student)
+
+
+@pytest.mark.parametrize("distiller", ["DISK", "KD"])
+def test_a_whole_run_as_teacher_is_refused_naming_the_students_file_which_serves(host, distiller):
+    folder = launch(host, distiller=distiller, epochs=1)
+    for name in ("latest", "best"):
+        message = refused(host, "--teacher-checkpoint", str(folder / name), teacher=host.student)
+        assert f"got a whole run with its teacher and its student in {folder / name}" in message
+        assert "student_best" in message
+    student = str(folder / "student_best")
+    launch(host, "--teacher-checkpoint", student, teacher=host.student, out="next", epochs=1)
+
+
+def test_a_whole_run_without_a_teacher_serves_as_one(host):
+    student = load(launch(host, distiller="KD", epochs=1) / "student_best")["model"]
+    path = host.folder / "best_of_none"
+    whole = {"epoch": 1, "model": {f"module.student.{name}": value for name, value in student.items()}, "best_acc": 1.0}
+    torch.save(whole, path)
+    taught = launch(host, "--teacher-checkpoint", str(path), teacher=host.student, out="next", epochs=1)
+    state = load(taught / "latest")["model"]
+    assert all(torch.equal(state[f"module.teacher.{name}"], value) for name, value in student.items())

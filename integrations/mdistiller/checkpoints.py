@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from disk_plugin.features.simkd import SimKD, pooled_classifier
 
 from .feature_maps import student_map
 
 Weights = dict[str, Tensor]
+
+_UNTRAINED_HEAD = "untrained_head"  # in files of a student whose own classifier SimKD leaves as it was
 
 
 def write(content: Any, path: str) -> None:
@@ -53,13 +56,47 @@ def load_file(path: str, *, key: str, trust: bool = False) -> Any:
 
 
 def read_checkpoint(path: str, *, key: str, trust: bool = False) -> Weights:
-    """Return the weights in a checkpoint: the host's ``{"model": ...}``, ``{"state_dict": ...}`` or a bare state dict.
+    """Return a network's weights: the host's ``{"model": ...}``, ``{"state_dict": ...}`` or a bare state dict.
+
+    Of a whole run without a teacher these are its student's.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no checkpoint, or none with weights.
+        ValueError: no checkpoint, or none with the weights of one network that can classify.
     """
+    weights = _read(path, key=key, trust=trust, head=True)
+    if all(any(name.startswith(role) for name in weights) for role in ("teacher.", "student.")):
+        raise ValueError(
+            f"{key} must hold the weights of one network, got a whole run with its teacher and its student in {path}: "
+            f"the student alone is in student_best and student_latest beside it"
+        )
+    return _student_of(weights)
+
+
+def read_student(path: str, *, key: str, head: bool = True) -> Weights:
+    """Return a student's weights, also out of a whole run; ``head`` tells whether its classifier will be used.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no checkpoint, none with weights, or one of SimKD's student if ``head``.
+    """
+    return _student_of(_read(path, key=key, trust=False, head=head))
+
+
+def warm_start_weights(cfg: CfgNode) -> Weights:
+    """Return the weights that ``DISTILLER.WARM_START`` names; SimKD may go on from its own, as it reads no classifier.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: see :func:`read_student`.
+    """
+    head = "SIMKD" not in cfg.DISTILLER.TYPE
+    return read_student(cfg.DISTILLER.WARM_START, key="DISTILLER.WARM_START", head=head)
+
+
+def _read(path: str, *, key: str, trust: bool, head: bool) -> Weights:
     content = load_file(path, key=key, trust=trust)
+    marked = isinstance(content, dict) and bool(content.get(_UNTRAINED_HEAD))
     for name in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -70,11 +107,23 @@ def read_checkpoint(path: str, *, key: str, trust: bool = False) -> Weights:
         raise ValueError(f'{key} must hold {{"model": state dict}} or a bare state dict, got {kind} in {path}')
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
+    if head and (marked or _of_simkd(content, Path(path))):
+        raise ValueError(
+            f"{key} needs a network with a trained classifier, got a student trained by SimKD in {path}: it predicts "
+            f"through projector and teacher's classifier, which are in simkd_best and simkd_latest (for --evaluate), "
+            f"and its own was never trained (DISTILLER.WARM_START of SIMKD and DISK_SIMKD takes it all the same)"
+        )
     return content
 
 
-def student_weights(weights: Weights) -> Weights:
-    """Take the student out of a whole distiller's weights; a student's own pass as they are."""
+def _of_simkd(weights: Weights, path: Path) -> bool:
+    """Tell SimKD's whole runs, its ``simkd_*`` files and, in their folder, student files without the mark."""
+    older = path.name.startswith("student_") and path.with_name("simkd_latest").exists()
+    return older or any(name.startswith("simkd.") for name in weights)
+
+
+def _student_of(weights: Weights) -> Weights:
+    """Take the student out of a whole distiller's weights; a network's own pass as they are."""
     inner = {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
     return inner or weights
 
@@ -124,6 +173,11 @@ class SimKDStudent(nn.Module):
         """Return logits (N, C) and the student's features, as the host's models do."""
         _, features = self.student(image)
         return self.simkd.predict(student_map(features)), features
+
+
+def marked_untrained(student_state: dict[str, Any]) -> dict[str, Any]:
+    """Return the host's checkpoint of a student with the mark that its classifier is untrained."""
+    return {**student_state, _UNTRAINED_HEAD: True}
 
 
 def simkd_state(distiller: Any) -> dict[str, Any]:

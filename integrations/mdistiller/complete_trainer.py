@@ -8,7 +8,7 @@ from mdistiller.engine import trainer as host
 
 from disk_plugin.epoch_report import EpochReport
 
-from .checkpoints import load_weights, read_checkpoint, simkd_state, student_weights
+from .checkpoints import load_weights, marked_untrained, simkd_state, warm_start_weights
 from .distillers import DISK_SIMKD, SIMKD, GuidedDistiller
 from .epoch_files import Saves, collected, commit, settle
 from .seeds import restart_workers, seed_everything
@@ -24,7 +24,7 @@ class CompleteTrainer(host.BaseTrainer):
     def __init__(self, experiment_name: str, distiller: Any, train_loader: Any, val_loader: Any, cfg: Any) -> None:
         module = distiller.module
         if cfg.DISTILLER.WARM_START:
-            weights = student_weights(read_checkpoint(cfg.DISTILLER.WARM_START, key="DISTILLER.WARM_START"))
+            weights = warm_start_weights(cfg)
             load_weights(module.student, weights, f"DISTILLER.WARM_START {cfg.DISTILLER.WARM_START}", "student")
         super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
         keep_settings(self.optimizer)
@@ -69,13 +69,14 @@ class CompleteTrainer(host.BaseTrainer):
             self.distiller.module.dual.step()
 
     def _complete(self, saves: Saves) -> Saves:
-        """Add what predicts to each of SimKD's students."""
+        """Mark SimKD's students, and add to each what predicts."""
         if not isinstance(self.distiller.module, SIMKD | DISK_SIMKD):
             return saves
         completed: Saves = []
         for content, path in saves:
             folder, name = os.path.split(path)
             if name.startswith("student_"):
+                content = marked_untrained(content)
                 simkd = os.path.join(folder, name.replace("student_", "simkd_", 1))
                 completed.append((simkd_state(self.distiller.module), simkd))
             completed.append((content, path))

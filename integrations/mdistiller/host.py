@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from disk_plugin.schedule_notes import low_multiplier
 
-from .checkpoints import fingerprint, load_weights, read_checkpoint, save_atomically, student_weights
+from .checkpoints import fingerprint, load_weights, read_checkpoint, save_atomically, warm_start_weights
 from .config import build_guide_optimizer, build_replay
 
 _CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet": 1000}
@@ -133,7 +133,7 @@ def check_warm_start(cfg: CfgNode) -> str:
     path = cfg.DISTILLER.WARM_START
     if not path:
         return ""
-    weights = student_weights(read_checkpoint(path, key="DISTILLER.WARM_START"))
+    weights = warm_start_weights(cfg)
     student = cfg.DISTILLER.STUDENT
     load_weights(build_model(cfg, student), weights, f"DISTILLER.WARM_START {path}", f"student {student}")
     return fingerprint(weights)
