@@ -166,7 +166,7 @@ def test_disk_trains_logs_and_leaves_a_student_with_the_hosts_keys_and_the_host_
     folder = launch(host, "SOLVER.TRAINER", trainer, *MOVING)
     assert contents(host.root) == before
     log = (folder / "worklog.txt").read_text()
-    for name in ("ce", "distill", "usage", "multiplier", "budget", "guide_wrong", "discount_wrong", "guide_right"):
+    for name in ("ce", "distill", "usage", "multiplier", "budget", "guide_wrong", "discount_wrong"):
         assert log.count(f"\n{name}: ") == 2, name
     assert "multiplier: 0.10" in log
     assert "budget: 0.50" in log

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import random
 import runpy
 import shutil
@@ -327,3 +328,46 @@ def test_a_whole_run_without_a_teacher_serves_as_one(host):
     taught = launch(host, "--teacher-checkpoint", str(path), teacher=host.student, out="next", epochs=1)
     state = load(taught / "latest")["model"]
     assert all(torch.equal(state[f"module.teacher.{name}"], value) for name, value in student.items())
+
+
+# what is logged and told
+
+
+def with_labels(host, labels):
+    """Give the training images these labels; a network may be right by always saying the same."""
+    path = host.folder / "data" / "cifar-100-python" / "train"
+    path.write_bytes(pickle.dumps({**pickle.loads(path.read_bytes()), "fine_labels": labels}))
+
+
+def constant(host, name, label):
+    """Write a checkpoint of a model that sees one class in every image."""
+    model = shared.registered(host).models.cifar_model_dict[name][0](num_classes=100)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        linear.bias.zero_()[label] = 100.0
+    path = host.folder / f"{name}_{label}.pth"
+    torch.save({"model": model.state_dict()}, path)
+    return str(path)
+
+
+def test_small_values_are_logged_with_their_digits_and_means_over_no_sample_are_not(host, capfd, caplog):
+    with_labels(host, [8] * 24)
+    words = ["DISTILLER.WARM_START", constant(host, host.student, 7), "SOLVER.LR", "1e-6", "DISK.BUDGET", "0.0025"]
+    folder = launch(host, *words)
+    worklog = (folder / "worklog.txt").read_text()
+    assert worklog.count("\nbudget: 0.002500\n") == worklog.count("\nmultiplier: 0.1000\n") == 2
+    assert worklog.count("\nguide_wrong: ") == 2
+    for text in (worklog, "".join(capfd.readouterr()), caplog.text):
+        assert "guide_right" not in text
+        assert "nan" not in text.lower()
+
+
+def test_a_loss_that_is_nan_is_logged_as_such(host, monkeypatch):
+    modules, cfg, distiller = shared.distiller_of(host, "DISK")
+    trainer = modules.engine.trainer_dict["base"]("own", nn.DataParallel(distiller), [], [], cfg)
+    nan = float("nan")
+    means = {"ce": nan, "guide_right": nan, "guide_wrong": 0.5, "student_accuracy": 0.0, "teacher_accuracy": 0.75}
+    monkeypatch.setattr(trainer.report, "means", lambda: dict(means))
+    values = trainer._epoch_values()
+    assert list(values) == ["ce", "guide_wrong", "student_accuracy", "teacher_accuracy", "multiplier", "budget"]
+    assert f"{values['ce']:.2f}" == "nan"

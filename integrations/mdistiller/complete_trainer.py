@@ -1,5 +1,6 @@
 """What every trainer of the host gains: seeds, a warm start, DiSK's loss and log, files that change together."""
 
+import math
 import os
 from typing import Any
 
@@ -86,10 +87,13 @@ class CompleteTrainer(host.BaseTrainer):
         if not self.guided:
             return {}
         disk = self.distiller.module.disk
-        return {**self.report.means(), "multiplier": disk.multiplier.item(), "budget": disk.budget.item()}
+        values = {**self.report.means(), "multiplier": disk.multiplier.item(), "budget": disk.budget.item()}
+        # a mean over no sample is nothing to log; a loss that is NaN is
+        empty = {name for name, value in values.items() if name.endswith(("_right", "_wrong")) and math.isnan(value)}
+        return {name: Significant(value) for name, value in values.items() if name not in empty}
 
     def _epoch_message(self) -> str:
-        return "".join(f"| {name}:{value:.3f}" for name, value in self._epoch_values().items())
+        return "".join(f"| {name}:{value}" for name, value in self._epoch_values().items())
 
     def _evaluate_losses(self, _: Any, __: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Turn the gathered outputs of a training forward into the losses that the host sums up."""
@@ -99,6 +103,13 @@ class CompleteTrainer(host.BaseTrainer):
         terms = module.terms(logits, kwargs["target"], inputs, kwargs["epoch"])
         self.report.add(terms)
         return logits, {"loss_disk": terms.loss if module.joint else terms.student_loss}
+
+
+class Significant(float):
+    """A number of four significant digits in the host's log, whose two decimals suit percentages."""
+
+    def __format__(self, spec: str) -> str:
+        return super().__format__("#.4g")
 
 
 def keep_settings(optimizer: torch.optim.Optimizer) -> None:

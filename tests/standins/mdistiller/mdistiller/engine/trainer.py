@@ -34,7 +34,7 @@ class BaseTrainer:
             file.write(f"epoch: {epoch}\nlr: {lr:.2f}\n")
             for name, value in log_dict.items():
                 self.tf_writer.add_scalar(name, value, epoch)
-                file.write(f"{name}: {float(value):.2f}\n")
+                file.write(f"{name}: {value:.2f}\n")
 
     def train(self, resume=False):
         epoch = 1
