@@ -350,6 +350,84 @@ def constant(host, name, label):
     return str(path)
 
 
+METHODS = [("DISK", []), ("DISK", ALTERNATING), ("DISK", REPLAY), ("DISK_SIMKD", []), ("SIMKD", []), ("KD", [])]
+
+
+def told(recwarn):
+    return [str(warning.message) for warning in recwarn if "the teacher is right" in str(warning.message)]
+
+
+@pytest.mark.parametrize(("distiller", "words"), METHODS)
+def test_the_teachers_accuracy_is_logged_and_a_good_teacher_is_no_news(host, recwarn, capfd, distiller, words):
+    with_labels(host, [7] * 18 + [8] * 6)
+    teacher = ["--teacher-checkpoint", constant(host, host.teacher, 7), "SOLVER.LR", "1e-6"]
+    folder = launch(host, *teacher, *words, distiller=distiller)
+    assert (folder / "worklog.txt").read_text().count("\nteacher_acc: 75.00\n") == 2
+    assert "| teacher_acc:75.00" in "".join(capfd.readouterr())
+    assert told(recwarn) == []
+
+
+@pytest.mark.parametrize(("distiller", "words"), METHODS)
+def test_a_teacher_whose_classes_are_in_reverse_order_is_told_once_in_the_first_epoch(host, recwarn, distiller, words):
+    with_labels(host, [7] * 18 + [8] * 6)
+    words = ["--teacher-checkpoint", constant(host, host.teacher, 99 - 7), "SOLVER.LR", "1e-6", *words]
+    launch(host, *words, distiller=distiller)
+    samples = 48 if "disk" in words else 24  # of two guide passes, before the first of the student's
+    (message,) = told(recwarn)
+    assert f"right on 0.0% of the {samples} training samples of this epoch, which is chance for 100 classes" in message
+    launch(host, *words, "--resume", distiller=distiller, epochs=3)
+    assert told(recwarn) == [message]
+
+
+@pytest.mark.parametrize(("distiller", "words"), [("DISK", []), ("KD", [])])
+def test_a_teacher_behind_its_student_is_told(host, recwarn, distiller, words):
+    with_labels(host, [7] * 18 + [8] * 6)
+    words = ["--teacher-checkpoint", constant(host, host.teacher, 8), "SOLVER.LR", "1e-6"]
+    words += ["DISTILLER.WARM_START", constant(host, host.student, 7)]
+    launch(host, *words, distiller=distiller)
+    (message,) = told(recwarn)
+    assert "right on 25.0% of the 24 training samples of this epoch, the student on 75.0%" in message
+
+
+def test_the_teacher_is_watched_on_every_replica(host):
+    modules, cfg, distiller = shared.distiller_of(host, "SIMKD")
+    image, _ = image_batch()
+    with torch.no_grad():
+        target = distiller.teacher(image)[0].argmax(1)
+        target[-3:] += 1
+    trainer = modules.engine.trainer_dict["base"]("own", split := shared.Split(distiller), [], [], cfg)
+    split.train()
+    for step in range(2):
+        split(image=image, target=target % 100, epoch=1)
+        distiller.teacher(image)  # in nobody's training step
+        assert trainer.report.means()["teacher_accuracy"] == 5 / 8, step
+    assert trainer.report._sums[0] == 16
+
+
+def test_a_method_that_shows_the_teacher_two_views_of_each_image_is_left_alone(host):
+    shared.registered(host)
+    from disk_plugin.integrations.mdistiller.teacher_watch import TeacherWatch
+
+    class TwoViews(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.teacher = nn.Linear(4, 3)
+
+        def forward(self, image, target):
+            return self.teacher(image) + (self.teacher(-image) if image.sum() > 0 else 0), {}
+
+    heard = []
+    distiller = nn.DataParallel(TwoViews())
+    TeacherWatch(distiller, lambda *told: heard.append(told))
+    target = torch.arange(3)
+    distiller(image=torch.ones(3, 4), target=target)
+    assert heard == []
+    logits, _ = distiller(image=-torch.ones(3, 4), target=target)
+    ((terms, classes),) = heard
+    assert torch.equal(terms.teacher_correct, (logits.argmax(1) == target).float())
+    assert classes == 3
+
+
 def test_small_values_are_logged_with_their_digits_and_means_over_no_sample_are_not(host, capfd, caplog):
     with_labels(host, [8] * 24)
     words = ["DISTILLER.WARM_START", constant(host, host.student, 7), "SOLVER.LR", "1e-6", "DISK.BUDGET", "0.0025"]
@@ -369,5 +447,5 @@ def test_a_loss_that_is_nan_is_logged_as_such(host, monkeypatch):
     means = {"ce": nan, "guide_right": nan, "guide_wrong": 0.5, "student_accuracy": 0.0, "teacher_accuracy": 0.75}
     monkeypatch.setattr(trainer.report, "means", lambda: dict(means))
     values = trainer._epoch_values()
-    assert list(values) == ["ce", "guide_wrong", "student_accuracy", "teacher_accuracy", "multiplier", "budget"]
+    assert list(values) == ["ce", "teacher_acc", "guide_wrong", "multiplier", "budget"]
     assert f"{values['ce']:.2f}" == "nan"

@@ -21,8 +21,8 @@ def register() -> None:
 
     - ``distiller_dict``: ``DISK``, ``SIMKD``, ``DISK_SIMKD``.
     - ``trainer_dict``: ``disk``, Algorithm 1. The host's trainers are replaced by subclasses with the same loops that
-      also seed each epoch if ``SOLVER.SEED`` is set, start the student from ``DISTILLER.WARM_START``, log DiSK's terms,
-      evaluate DiSK's loss once over the gathered batch instead of once per replica, and put
+      also seed each epoch if ``SOLVER.SEED`` is set, start the student from ``DISTILLER.WARM_START``, log DiSK's terms
+      and the teacher's accuracy, evaluate DiSK's loss once over the gathered batch instead of once per replica, and put
       an epoch's files in their places together.
     - ``CFG``: the sections ``DISK``, ``SIMKD``, ``DISK_SIMKD``, the keys ``SOLVER.SEED`` and ``DISTILLER.WARM_START``;
       ``LOG.WANDB`` becomes False, as the host fails with True where wandb is not installed.

@@ -2,17 +2,21 @@
 
 import math
 import os
+import warnings
 from typing import Any
 
 import torch
 from mdistiller.engine import trainer as host
 
 from disk_plugin.epoch_report import EpochReport
+from disk_plugin.features.guided import GuidedFeatureTerms
+from disk_plugin.functional import DiSKTerms
 
 from .checkpoints import load_weights, marked_untrained, simkd_state, warm_start_weights
 from .distillers import DISK_SIMKD, SIMKD, GuidedDistiller
 from .epoch_files import Saves, collected, commit, settle
 from .seeds import restart_workers, seed_everything
+from .teacher_watch import TeacherWatch
 
 
 class CompleteTrainer(host.BaseTrainer):
@@ -32,9 +36,12 @@ class CompleteTrainer(host.BaseTrainer):
         self.report = EpochReport()
         self.guided = isinstance(module, GuidedDistiller)
         self.guide_turn = False
+        self._classes, self._judged = 0, False
         if self.guided:
             module.gathers = True
             distiller.register_forward_hook(self._evaluate_losses, with_kwargs=True)
+        elif hasattr(module, "teacher"):
+            TeacherWatch(distiller, self._add)
 
     def train(self, resume: bool = False) -> None:
         """Run the host's epochs; before a killed run goes on, bring its files in order."""
@@ -63,6 +70,7 @@ class CompleteTrainer(host.BaseTrainer):
 
     def log(self, lr: float, epoch: int, log_dict: dict[str, Any]) -> None:
         """Log as the host does, with DiSK's means and the multiplier and budget in force; end the epoch's schedule."""
+        self.judge_teacher(epoch)
         log_dict.update(self._epoch_values())
         super().log(lr, epoch, log_dict)
         # the host saves next: "latest" is to hold the next epoch's schedule
@@ -84,13 +92,30 @@ class CompleteTrainer(host.BaseTrainer):
         return completed
 
     def _epoch_values(self) -> dict[str, float]:
-        if not self.guided:
+        """Return what to log beside the host's values: of a distiller without a guide the teacher's accuracy alone."""
+        means = self.report.means()
+        if not means:
             return {}
-        disk = self.distiller.module.disk
-        values = {**self.report.means(), "multiplier": disk.multiplier.item(), "budget": disk.budget.item()}
+        accuracy = {"teacher_acc": 100 * means.pop("teacher_accuracy")}  # per cent, as the host's
+        del means["student_accuracy"]  # the host's train_acc
+        if self.guided:
+            disk = self.distiller.module.disk
+            values = {"ce": means.pop("ce"), **accuracy, **means}
+            values |= {"multiplier": disk.multiplier.item(), "budget": disk.budget.item()}
+        else:
+            values = accuracy
         # a mean over no sample is nothing to log; a loss that is NaN is
         empty = {name for name, value in values.items() if name.endswith(("_right", "_wrong")) and math.isnan(value)}
         return {name: Significant(value) for name, value in values.items() if name not in empty}
+
+    def judge_teacher(self, epoch: int) -> None:
+        """Warn, in the first epoch, of a teacher that has nothing to teach."""
+        if epoch > 1 or self._judged or not self._classes:
+            return
+        weak = self.report.weak_teacher(self._classes)
+        if weak is not None:
+            self._judged = True
+            warnings.warn(weak, stacklevel=2)
 
     def _epoch_message(self) -> str:
         return "".join(f"| {name}:{value}" for name, value in self._epoch_values().items())
@@ -101,8 +126,12 @@ class CompleteTrainer(host.BaseTrainer):
             return None
         module, (logits, inputs) = self.distiller.module, output
         terms = module.terms(logits, kwargs["target"], inputs, kwargs["epoch"])
-        self.report.add(terms)
+        self._add(terms, logits.shape[1])
         return logits, {"loss_disk": terms.loss if module.joint else terms.student_loss}
+
+    def _add(self, terms: DiSKTerms | GuidedFeatureTerms, classes: int) -> None:
+        self.report.add(terms)
+        self._classes = classes
 
 
 class Significant(float):

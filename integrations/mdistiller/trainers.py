@@ -57,6 +57,7 @@ class DISKTrainer(CompleteTrainer):
                 restart_workers(self.train_loader)
                 self._guide_pass(epoch, f"{number}/{passes}")
         restart_workers(self.train_loader)
+        self.judge_teacher(epoch)
         # the statistics that judge the iteration are those of the student's passes
         module.disk.reset_statistics()
         self.report = EpochReport()
@@ -108,7 +109,7 @@ class DISKTrainer(CompleteTrainer):
             with torch.no_grad():
                 logits, inputs = self.distiller(image=image, target=target, epoch=epoch)
             terms = module.terms(logits, target, inputs, epoch)
-            self.report.add(terms)
+            self._add(terms, logits.shape[1])
             self.guide_optimizer.zero_grad()
             terms.guide_loss.mean().backward()
             self.guide_optimizer.step()

@@ -1,0 +1,42 @@
+"""How often the teacher is right, in distillers that do not tell: the host's own, and SimKD."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disk_plugin.functional import DiSKTerms
+
+
+class TeacherWatch:
+    """Reads the teacher's predictions as a distiller makes them, on however many replicas; it changes nothing.
+
+    Args:
+        distiller: the host's ``DataParallel`` around a distiller with a ``teacher``.
+        tell: called after each training step with terms of which only the accuracies mean something, and the classes.
+    """
+
+    def __init__(self, distiller: nn.Module, tell: Callable[[DiSKTerms, int], None]) -> None:
+        self.tell = tell
+        self._predicted: list[Tensor] = []  # of each replica, in the order they came
+        distiller.module.teacher.register_forward_hook(self._keep)
+        distiller.register_forward_pre_hook(lambda *_: self._predicted.clear())
+        distiller.register_forward_hook(self._compare, with_kwargs=True)
+
+    def _keep(self, _: Any, __: Any, output: Any) -> None:
+        self._predicted.append((output[0] if isinstance(output, tuple) else output).argmax(1))
+
+    @torch.no_grad()
+    def _compare(self, distiller: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Compare with the labels; not where a method shows the teacher other images than one per label."""
+        target = kwargs.get("target")
+        # DataParallel hands the shares of a batch out in the order of its devices
+        shares = sorted(self._predicted, key=lambda share: -1 if share.device.index is None else share.device.index)
+        if not distiller.training or target is None or sum(map(len, shares)) != len(target):
+            return
+        teacher = torch.cat([share.to(target.device) for share in shares]) == target
+        student = output[0].argmax(1) == target
+        unknown = torch.zeros(len(target), device=target.device)
+        right = {"correct": student.to(unknown), "teacher_correct": teacher.to(unknown), "counted": 1 + unknown}
+        self.tell(DiSKTerms._make([unknown] * len(DiSKTerms._fields))._replace(**right), output[0].shape[1])
