@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import test_mdistiller as shared
 import torch
-from test_mdistiller import MOVING, assert_same, image_batch, launch, load, refused
+from test_mdistiller import MOVING, assert_same, gathered, image_batch, launch, load, refused
 from torch import nn
 
 host = shared.host
@@ -449,3 +449,27 @@ def test_a_loss_that_is_nan_is_logged_as_such(host, monkeypatch):
     values = trainer._epoch_values()
     assert list(values) == ["ce", "teacher_acc", "guide_wrong", "multiplier", "budget"]
     assert f"{values['ce']:.2f}" == "nan"
+
+
+@pytest.mark.parametrize("kind", ["DISK", "DISK_SIMKD"])
+@pytest.mark.parametrize("trainer", ["base", "disk", "none of ours"])
+def test_ignored_labels_leave_the_loss_the_mean_over_the_others(host, kind, trainer):
+    name = "disk" if trainer == "disk" else "base"
+    modules, cfg, distiller = shared.distiller_of(host, kind, "DISK.IGNORE_INDEX", 7, "SOLVER.TRAINER", name)
+    image, target = image_batch()
+    target[2:] = 7
+    for part in (distiller.student, getattr(distiller, "simkd", distiller.student)):
+        part.eval()  # or the samples are joined by their batch's statistics
+    terms = distiller.terms(*gathered(distiller, image[:2], target[:2]), epoch=1).mean()
+    wrapped = nn.DataParallel(distiller)
+    if trainer != "none of ours":
+        torch.Tensor.cuda = nn.Module.cuda = lambda self, *_, **__: self
+        own = modules.engine.trainer_dict[name]("own", wrapped, [(image, target)], [], cfg)
+    loss = wrapped(image=image, target=target, epoch=1)[1]["loss_disk"].mean()
+    torch.testing.assert_close(loss, terms.student_loss if trainer == "disk" else terms.loss, rtol=1e-5, atol=1e-4)
+    if trainer == "disk":
+        expected = torch.autograd.grad(terms.guide_loss, list(distiller.disk.guide.parameters()))
+        found = []
+        own.guide_optimizer.step = lambda: found.extend(p.grad.clone() for p in distiller.disk.guide.parameters())
+        own._guide_pass(1, "1/1")
+        torch.testing.assert_close(found, list(expected), rtol=1e-4, atol=1e-5)

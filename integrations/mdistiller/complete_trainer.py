@@ -127,7 +127,7 @@ class CompleteTrainer(host.BaseTrainer):
         module, (logits, inputs) = self.distiller.module, output
         terms = module.terms(logits, kwargs["target"], inputs, kwargs["epoch"])
         self._add(terms, logits.shape[1])
-        return logits, {"loss_disk": terms.loss if module.joint else terms.student_loss}
+        return logits, {"loss_disk": terms.mean().loss if module.joint else terms.mean().student_loss}
 
     def _add(self, terms: DiSKTerms | GuidedFeatureTerms, classes: int) -> None:
         self.report.add(terms)

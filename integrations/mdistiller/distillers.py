@@ -73,7 +73,11 @@ class GuidedDistiller(Distiller):
                 f"DISK.DUAL.RULE {self.dual.rule} learns from each epoch and so needs a trainer out of trainer_dict, "
                 f"as it is after register(): this one never tells the schedule that an epoch has ended"
             )
-        return logits, {"loss_disk": self.terms(logits, target, inputs, epoch).loss}
+        terms = self.terms(logits, target, inputs, epoch)
+        counted = (terms.disk if isinstance(terms, GuidedFeatureTerms) else terms).counted
+        return logits, {
+            "loss_disk": terms.loss * (len(counted) / counted.sum().clamp(min=1))
+        }  # the host takes the mean
 
     @torch.no_grad()
     def set_epoch(self, epoch: int) -> None:

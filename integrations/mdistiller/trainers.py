@@ -111,7 +111,7 @@ class DISKTrainer(CompleteTrainer):
             terms = module.terms(logits, target, inputs, epoch)
             self._add(terms, logits.shape[1])
             self.guide_optimizer.zero_grad()
-            terms.guide_loss.mean().backward()
+            terms.mean().guide_loss.backward()
             self.guide_optimizer.step()
             bar.set_description(log_msg(f"Epoch:{epoch}| Guide pass:{name}{self._epoch_message()}", "TRAIN"))
         bar.close()
