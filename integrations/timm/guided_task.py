@@ -1,26 +1,27 @@
 """What DiSK's tasks share: guide, schedule, epochs, checkpoints, and what the host asks of a task."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from timm.task import LogitDistillationTask
+from timm.task import DistillationTeacher, LogitDistillationTask
 from timm.utils import ModelEmaV3, unwrap_model
 from torch import Tensor, nn
 
-from disk_plugin import DiSKLoss, GuideHead
+from disk_plugin import DiSKLoss
 from disk_plugin.distributed import mean_over_processes, share_student_temperature
 from disk_plugin.epoch_report import EpochReport
 from disk_plugin.features.guided import GuidedFeatureTerms
 from disk_plugin.functional import DiSKTerms
 
-from . import arguments
+from . import arguments, normalisation
 from .clipping import clip_together
+from .guide_module import build_guide, reads_features
 from .guide_passes import GuidePasses
 from .recipe import Recipe
 from .schedule import Schedule
 from .state import load, state_of
-from .teacher import TeacherOutputs, check_classes, input_size_of, probe, teacher_outputs
+from .teacher import FrozenTeacher, TeacherOutputs, check_classes, image_size, probe
 from .trainable import DiSKTrainableModule
 
 
@@ -45,10 +46,12 @@ class GuidedTask(LogitDistillationTask):
         *,
         epochs: int | None = None,
         mode: Literal["joint", "alternating"] = "joint",
-        guide: Mapping[str, Any] | None = None,
+        guide: Mapping[str, Any] | nn.Module | None = None,
         dual: Mapping[str, Any] | None = None,
         alternating: Mapping[str, Any] | None = None,
         input_size: tuple[int, int, int] | None = None,
+        input_mean: Sequence[float] | None = None,
+        input_std: Sequence[float] | None = None,
         allow_fresh_guide: bool = False,
         **settings: Any,
     ) -> None:
@@ -58,13 +61,17 @@ class GuidedTask(LogitDistillationTask):
         super().__init__(student_model, teacher_model, criterion, **host)
         arguments.check_criterion(self.criterion)
         check_classes(self.teacher.model, student_model, by_name=isinstance(teacher_model, str))
-        self.teacher.requires_grad_(False)
+        size = image_size(student_model, input_size)
+        own = not isinstance(teacher_model, DistillationTeacher)
+        self.teacher = FrozenTeacher(self.teacher, *normalisation.of_teacher(self.teacher, size[0], from_config=own))
+        images = normalisation.of_images(student_model, size[0], input_mean, input_std)
+        self.student_mean, self.student_std = (each.to(self.device) for each in images)
         self.allow_fresh_guide = allow_fresh_guide
-        guide = dict(guide or {})
-        self._use_features = guide.pop("use_features", True)
+        guide = {} if guide is None else guide
+        self._use_features = reads_features(guide)
         self._reads_features = self._use_features or self.matches_features
         with torch.random.fork_rng(devices=[]):  # all on the CPU: with one seed a baseline sees the same batches
-            image = torch.randn(1, *(input_size or input_size_of(student_model))).to(self.device, self.dtype)
+            image = torch.randn(1, *size).to(self.device, self.dtype)
             student, head = self._build(student_model, image, guide)
         # the criterion is the host's, so that this loss's own cross-entropy has no weight
         weights = {"ce_weight": 0.0, "distill_weight": self.distill_loss_weight, "temperature": self.temperature}
@@ -77,7 +84,6 @@ class GuidedTask(LogitDistillationTask):
         self._stateful = {"disk": self.disk, "dual": self.dual, "guide_passes": self.guide_passes}
         self.trainable_module = DiSKTrainableModule(student, head if self.recipe is None else None)
         self.report = EpochReport()
-        self._teacher_outputs = teacher_outputs
         self.train()
 
     def trained(self, student: nn.Module, image: Tensor) -> nn.Module:
@@ -99,7 +105,7 @@ class GuidedTask(LogitDistillationTask):
         """Evaluate a batch.
 
         Args:
-            input: images (N, C, H, W), normalised for the student.
+            input: images (N, C, H, W), normalised with ``input_mean`` and ``input_std``.
             target: class indices (N,) or probabilities (N, classes).
 
         Returns:
@@ -167,7 +173,7 @@ class GuidedTask(LogitDistillationTask):
         options = {"backend": backend, "mode": mode, **compile_kwargs}
         self.eval_model = torch.compile(self.student, **options)
         self.trainable_module = torch.compile(self.trainable_module, **options)
-        self._teacher_outputs = torch.compile(teacher_outputs, **options)
+        self.teacher.compile(**options)
         return self.eval_model
 
     @property
@@ -223,23 +229,22 @@ class GuidedTask(LogitDistillationTask):
         if not ema:
             load(self._stateful, state, allow_fresh_guide=self.allow_fresh_guide)
 
-    def _build(self, student: nn.Module, image: Tensor, guide: Mapping[str, Any]) -> tuple[nn.Module, GuideHead]:
+    def _build(
+        self, student: nn.Module, image: Tensor, guide: Mapping[str, Any] | nn.Module
+    ) -> tuple[nn.Module, nn.Module]:
         """Try the teacher; return what is trained and the guide."""
         classes = unwrap_model(student).num_classes
-        _, pre_logits, _ = probe(self.teacher.model, self._normalize, image, classes, features=self._reads_features)
-        feature_dim = pre_logits.shape[1] if self._use_features else 0
-        return self.trained(student, image), GuideHead(classes, feature_dim, **guide)
+        logits, pre_logits, _ = probe(self.teacher, self._normalize(image), classes, features=self._reads_features)
+        head = build_guide(guide, logits, pre_logits if self._use_features else None)
+        return self.trained(student, image), head
 
     def _normalize(self, input: Tensor) -> Tensor:  # noqa: A002 (timm's name)
-        return self.teacher.normalize_input(input, self.student_mean, self.student_std).detach()
+        return self.teacher.normalize_input(input, self.student_mean, self.student_std)
 
     @torch.no_grad()
     def _teacher(self, input: Tensor) -> TeacherOutputs:  # noqa: A002 (timm's name)
         """Run the teacher; what neither guide nor feature matching reads is None."""
-        features = self._reads_features
-        logits, pre_logits, last_map = self._teacher_outputs(
-            self.teacher.model, self._normalize(input), features=features
-        )
+        logits, pre_logits, last_map = self.teacher.outputs(self._normalize(input), features=self._reads_features)
         return logits, pre_logits if self._use_features else None, last_map if self.matches_features else None
 
     def _guide_terms(self, input: Tensor, target: Tensor) -> DiSKTerms | GuidedFeatureTerms:  # noqa: A002

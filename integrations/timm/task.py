@@ -30,16 +30,21 @@ class DiSKTask(GuidedTask):
 
     Args:
         student_model: the student; it must return logits in training mode.
-        teacher_model: a name, a module, or timm's ``DistillationTeacher``; it is frozen.
+        teacher_model: a name, a module, or timm's ``DistillationTeacher``; it is frozen. Its images are normalised
+            with the mean and std of its ``pretrained_cfg`` (``create_model(..., pretrained_cfg_overlay={"mean": ...})``
+            for one that was trained otherwise), or of the ``DistillationTeacher``; ImageNet's where neither says.
         criterion: of the task, None for cross-entropy.
         epochs: whole epochs that the schedules of multiplier and budget span; None for the constant ``multiplier`` and
             ``budget``, which a checkpoint that is loaded then brings along.
         mode: ``"joint"`` or ``"alternating"``.
         guide: keywords of ``GuideHead``, and ``use_features`` (default True): the teacher's pre-logits as a second
-            input beside its logits.
+            input beside its logits. Or a module, which gets both if it takes two inputs.
         dual: keywords of ``DualScheduler``; its ``budget`` defaults to the loss's.
         alternating: keywords of ``Recipe``.
         input_size: (C, H, W) of the training images; None for what the student was built for.
+        input_mean: what the images are normalised with, one value or one per channel; None for the student's
+            ``pretrained_cfg``. The teacher gets them normalised as its own were.
+        input_std: the same.
         allow_fresh_guide: go on, with an untrained guide, from a checkpoint that holds none.
         **settings: those of timm's ``LogitDistillationTask`` (``task_loss_weight``, ``distill_loss_weight``,
             ``device``, ...) and of ``DiSKLoss`` (``top_k``, ``budget``, ``variant``, ...), whose ``ce_weight`` and
@@ -53,7 +58,8 @@ class DiSKTask(GuidedTask):
 
     Raises:
         ValueError: a criterion without classes that exclude each other (BCE), or over several views (JSD); a teacher
-            with other classes or another image size; a student that returns two predictions; values out of range.
+            with other classes or another image size; a guide of other widths; a student that returns two predictions;
+            values out of range.
         TypeError: unknown keywords.
     """
 

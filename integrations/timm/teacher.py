@@ -1,55 +1,16 @@
-"""The teacher: where its weights come from, whether it fits, and what the guide reads of it."""
+"""The teacher: whether it fits, and what the guide reads of it."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from pickle import UnpicklingError
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models import create_model
-from timm.models import load_state_dict as read_state_dict
+from timm.task import DistillationTeacher
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 _RELATIVE_TOLERANCE = 1e-2  # a wrong head is off by its whole size; half precision is not
 
 TeacherOutputs = tuple[Tensor, Tensor | None, Tensor | None]  # logits (N, C), pre-logits (N, D), last map
-
-
-def load_teacher(name: str, checkpoint: str, student: nn.Module, **factory: Any) -> nn.Module:
-    """Build a teacher by name, with the student's classes and channels, and the weights of a file; no network.
-
-    Raises:
-        ValueError: no checkpoint, or one for another number of classes or another model.
-        OSError: no such file.
-    """
-    if not Path(checkpoint).is_file():
-        raise FileNotFoundError(f"expected the teacher's weights, found no file {checkpoint}")
-    student = unwrap_model(student)
-    try:
-        weights = read_state_dict(checkpoint)
-    except (RuntimeError, UnpicklingError) as error:
-        raise ValueError(
-            f"expected the teacher's weights, got {checkpoint}, which cannot be loaded: {error}"
-        ) from error
-    teacher = create_model(
-        name, pretrained=False, num_classes=student.num_classes, in_chans=student.in_chans, **factory
-    )
-    found = _classes_of(weights, teacher.pretrained_cfg.get("classifier"))
-    if found not in (None, student.num_classes):
-        raise ValueError(f"the teacher in {checkpoint} has {found} classes, the student {student.num_classes}")
-    try:
-        teacher.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {checkpoint} do not fit the teacher {name}: {error}") from error
-    return teacher
-
-
-def _classes_of(weights: Mapping[str, Tensor], classifier: Any) -> int | None:
-    """Rows of the first classifier that the configuration names, if the file holds it."""
-    first = classifier[0] if isinstance(classifier, tuple | list) else classifier
-    weight = weights.get(f"{first}.weight")
-    return None if weight is None else weight.shape[0]
 
 
 def check_classes(teacher: nn.Module, student: nn.Module, *, by_name: bool) -> None:
@@ -74,12 +35,23 @@ def check_classes(teacher: nn.Module, student: nn.Module, *, by_name: bool) -> N
         raise ValueError(f"the teacher must have the student's {expected} classes, got {found}")
 
 
-def input_size_of(student: nn.Module) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the images the student was built for."""
+def image_size(student: nn.Module, given: Sequence[int] | None) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the images: those given, else what the student was built for.
+
+    Raises:
+        ValueError: other channels than the student reads.
+    """
     student = unwrap_model(student)
     fixed = getattr(getattr(student, "patch_embed", None), "img_size", None)
     channels, *size = student.pretrained_cfg["input_size"]
-    return getattr(student, "in_chans", channels), *(fixed or size)
+    expected = getattr(student, "in_chans", channels)
+    channels, height, width = given or (expected, *(fixed or size))
+    if channels != expected:
+        raise ValueError(
+            f"the images must have the student's {expected} channels, got {channels}: give "
+            f"input_size=({expected}, {height}, {width}) (--input-size {expected} {height} {width})"
+        )
+    return channels, height, width
 
 
 def teacher_outputs(model: nn.Module, input: Tensor, *, features: bool) -> TeacherOutputs:  # noqa: A002 (timm's name)
@@ -90,25 +62,64 @@ def teacher_outputs(model: nn.Module, input: Tensor, *, features: bool) -> Teach
     return model.forward_head(feature_map), model.forward_head(feature_map, pre_logits=True), feature_map
 
 
+class FrozenTeacher(DistillationTeacher):
+    """timm's teacher, frozen, with what it was trained on normalised as it was then.
+
+    Args:
+        teacher: timm's; of it only the model is taken.
+        mean: (1, C, 1, 1), what the teacher's own images were normalised with.
+        std: the same.
+    """
+
+    def __init__(self, teacher: DistillationTeacher, mean: Tensor, std: Tensor) -> None:
+        super().__init__(teacher.model, device=teacher.mean_kd.device)
+        self.mean_kd, self.std_kd = mean.to(self.mean_kd), std.to(self.std_kd)
+        self.requires_grad_(False)
+        self._outputs = teacher_outputs
+
+    def normalize_input(
+        self,
+        input: Tensor,  # noqa: A002 (timm's name)
+        student_mean: Tensor | None = None,
+        student_std: Tensor | None = None,
+    ) -> Tensor:
+        """Return the student's images as the teacher reads them; computed in float32, of the input's type."""
+        return super().normalize_input(input, student_mean, student_std).detach().to(input.dtype)
+
+    def outputs(self, image: Tensor, *, features: bool) -> TeacherOutputs:
+        """Run the teacher once on images that are normalised for it; logits and pre-logits are at least float32."""
+        logits, pre_logits, last_map = self._outputs(self.model, image, features=features)
+        return _single(logits), None if pre_logits is None else _single(pre_logits), last_map
+
+    def compile(self, **options: Any) -> "FrozenTeacher":
+        """Compile what ``outputs`` runs."""
+        self._outputs = torch.compile(teacher_outputs, **options)
+        return self
+
+
+def _single(values: Tensor) -> Tensor:
+    """Upcast half precision: a guide of the user's own may read nothing else."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
 @torch.no_grad()
-def probe(
-    teacher: nn.Module, normalize: Callable[[Tensor], Tensor], image: Tensor, num_classes: int, *, features: bool
-) -> TeacherOutputs:
-    """Try the teacher on an image of the student's size.
+def probe(teacher: FrozenTeacher, image: Tensor, num_classes: int, *, features: bool) -> TeacherOutputs:
+    """Try the teacher on an image of the student's size, normalised for it.
 
     Raises:
         ValueError: it takes images of another size, gives other classes, or has no head that can be told apart.
     """
-    if features and not (hasattr(teacher, "forward_features") and hasattr(teacher, "forward_head")):
+    model = teacher.model
+    if features and not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
         raise ValueError(
-            f"the guide reads the teacher's pre-logits, but {type(teacher).__name__} has no forward_features and "
+            f"the guide reads the teacher's pre-logits, but {type(model).__name__} has no forward_features and "
             f"forward_head: give a timm model, or guide={{'use_features': False}} (--no-disk-guide-use-features)"
         )
     try:
-        outputs = teacher_outputs(teacher, normalize(image), features=features)
-        plain = teacher(normalize(image))
+        outputs = teacher.outputs(image, features=features)
+        plain = model(image)
     except (AssertionError, RuntimeError) as error:
-        wanted = getattr(getattr(teacher, "patch_embed", None), "img_size", None)
+        wanted = getattr(getattr(model, "patch_embed", None), "img_size", None)
         size = f"teacher and student see the same images, of size {tuple(image.shape[1:])}, but the teacher "
         if wanted is None or tuple(wanted) == tuple(image.shape[2:]):
             raise ValueError(f"{size}cannot read them: {error}") from error

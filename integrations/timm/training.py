@@ -17,9 +17,10 @@ from disk_plugin.schedule_notes import low_multiplier
 
 from . import flags
 from .guided_task import GuidedTask
+from .normalisation import per_channel
 from .state import holds_guide
 from .task import DiSKSimKDTask, DiSKTask
-from .teacher import load_teacher
+from .teacher_checkpoint import arguments_of, load_teacher, read
 
 _logger = logging.getLogger("train")
 
@@ -66,7 +67,9 @@ def _make_task(
     data = resolve_data_config(vars(args), model=unwrap_model(student_model), verbose=False)
     arguments = flags.task_arguments(args, epochs=_epochs(train, args))
     kind = DiSKSimKDTask if args.disk_feature_matching == "simkd" else DiSKTask
-    task = kind(student_model, teacher_model, input_size=tuple(data["input_size"]), **host, **arguments)
+    images = {"input_size": tuple(data["input_size"])}
+    images |= {f"input_{name}": per_channel(data[name], images["input_size"][0]) for name in ("mean", "std")}
+    task = kind(student_model, teacher_model, **images, **host, **arguments)
     task.clips_by_norm = getattr(args, "clip_mode", "norm") == "norm"
     if is_primary(args):
         _describe(task, args.disk_mode)
@@ -77,10 +80,18 @@ def _describe(task: GuidedTask, mode: str) -> None:
     dual = task.dual
     added = sum(parameter.numel() for parameter in task.disk.parameters())
     _logger.info(f"DiSK: {mode}, schedules of {dual.epochs} steps, guide of {added} parameters")
+    teachers = task.teacher.mean_kd, task.teacher.std_kd
+    sides = {"images": (task.student_mean, task.student_std), "teacher's own": teachers}
+    shown = [f"{side} mean {_rounded(mean)}, std {_rounded(std)}" for side, (mean, std) in sides.items()]
+    _logger.info(f"DiSK: {'; '.join(shown)}")
     constant = f"--disk-multiplier {dual.multiplier_max:g} {dual.multiplier_max:g}"
     note = low_multiplier(dual, dual.epochs, period=f"--disk-period {dual.epochs}", multiplier=constant)
     if note is not None:
         _logger.warning(f"DiSK: {note}")
+
+
+def _rounded(values: torch.Tensor) -> str:
+    return " ".join(f"{value:.3g}" for value in values.flatten().tolist())
 
 
 def _epochs(train: ModuleType, args: argparse.Namespace) -> int:
@@ -123,12 +134,12 @@ def _resume(
 ) -> Any:
     """Resume as the host does; say which settings of DiSK have changed, and leave a stranger's optimizer alone."""
     args = seen["args"]
-    checkpoint = _or_exit(_read, path)
+    checkpoint = _or_exit(read, path)
     stranger = not holds_guide(checkpoint.get("task_state"))
     if stranger and args.disk_allow_fresh_guide and task.recipe is None and how.get("optimizer") is not None:
         _logger.warning("The checkpoint's optimizer knows no guide: its state is not restored.")
         how["optimizer"] = None
-    before = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), argparse.Namespace) else {}
+    before = arguments_of(checkpoint)
     for name in sorted(flags.names() & set(before)):
         if before[name] != getattr(args, name) and is_primary(args):
             _logger.warning(f"Resumed with another {name}: {getattr(args, name)}, was {before[name]}")
@@ -138,13 +149,6 @@ def _resume(
             f"of {args.epochs} (--disk-epochs {before['epochs']} keeps it)"
         )
     return _or_exit(resume, task, path, **how)
-
-
-def _read(path: str) -> dict[str, Any]:
-    """Read a checkpoint as the host does, which puts its arguments in."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    return checkpoint if isinstance(checkpoint, dict) else {}
 
 
 def _or_exit(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

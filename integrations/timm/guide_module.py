@@ -1,0 +1,57 @@
+"""The guide that a task is given: keywords of ``GuideHead``, or a module of one's own, tried on the teacher."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disk_plugin import GuideHead
+from disk_plugin._modes import in_mode
+
+
+def reads_features(guide: Mapping[str, Any] | nn.Module) -> bool:
+    """Return whether the guide gets the teacher's pre-logits beside its logits.
+
+    Raises:
+        TypeError: neither keywords nor a module.
+    """
+    if isinstance(guide, Mapping):
+        return bool(guide.get("use_features", True))
+    if not isinstance(guide, nn.Module):
+        raise TypeError(f"guide must be keywords of GuideHead or a Module, got {type(guide).__name__} {guide!r}")
+    if hasattr(guide, "feature_dim"):
+        return bool(guide.feature_dim)
+    inputs = inspect.signature(guide.forward).parameters.values()
+    several = any(each.kind is each.VAR_POSITIONAL for each in inputs)
+    return several or sum(each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD) for each in inputs) > 1
+
+
+def build_guide(guide: Mapping[str, Any] | nn.Module, logits: Tensor, pre_logits: Tensor | None) -> nn.Module:
+    """Return the module, on the device of what it will read: the teacher's outputs of one image.
+
+    Raises:
+        ValueError: a module that was built for other widths, or that gives no value per sample.
+    """
+    if isinstance(guide, Mapping):
+        keywords = {name: value for name, value in guide.items() if name != "use_features"}
+        return GuideHead(logits.shape[1], 0 if pre_logits is None else pre_logits.shape[1], **keywords).to(
+            logits.device
+        )
+    guide.to(logits.device)
+    inputs = [value for value in (logits, pre_logits) if value is not None]
+    shapes = ", ".join(
+        f"{name} {tuple(value.shape)}" for name, value in zip(("logits", "pre-logits"), inputs, strict=False)
+    )
+    try:
+        with in_mode(guide, training=False), torch.no_grad():
+            found = guide(*inputs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"the guide must read the teacher's {shapes}, but {type(guide).__name__} cannot: {error}"
+        ) from error
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != (1,):
+        raise ValueError(f"the guide must return one logit per sample, of shape (1,) for one image, got {shape}")
+    return guide

@@ -1,0 +1,99 @@
+"""A teacher from a file: built as the run that trained it built it, which train.py writes beside the weights."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from timm.models import create_model
+from timm.models import load_state_dict as read_state_dict
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+
+def load_teacher(name: str, checkpoint: str, student: nn.Module, **factory: Any) -> nn.Module:
+    """Build a teacher by name, with the student's classes and channels, and the weights of a file; no network.
+
+    A checkpoint of timm's train.py holds its run's arguments: what they say of the model (``--model-kwargs``, ``--gp``,
+    ``--bn-eps``) and of its images (``--mean``, ``--std``) is followed.
+
+    Raises:
+        ValueError: no checkpoint, or one for other classes, channels or another model.
+        OSError: no such file.
+    """
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"expected the teacher's weights, found no file {checkpoint}")
+    student = unwrap_model(student)
+    try:
+        weights, trained = read_state_dict(checkpoint), arguments_of(read(checkpoint))
+    except (RuntimeError, UnpicklingError) as error:
+        raise ValueError(
+            f"expected the teacher's weights, got {checkpoint}, which cannot be loaded: {error}"
+        ) from error
+    if trained.get("split_bn"):  # the batch's other parts had statistics of their own, which inference does not read
+        weights = {key: value for key, value in weights.items() if ".aux_bn." not in key}
+    teacher = create_model(
+        _full_name(name, trained.get("model"), checkpoint),
+        pretrained=False,
+        num_classes=student.num_classes,
+        in_chans=student.in_chans,
+        pretrained_cfg_overlay={key: tuple(trained[key]) for key in ("mean", "std") if trained.get(key) is not None},
+        **{"global_pool": trained.get("gp"), "bn_eps": trained.get("bn_eps"), **(trained.get("model_kwargs") or {})},
+        **factory,
+    )
+    _check_fit(weights, teacher, checkpoint)
+    try:
+        teacher.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {checkpoint} do not fit the teacher {name}: {error}") from error
+    return teacher
+
+
+def read(path: str) -> dict[str, Any]:
+    """Read a checkpoint as the host does, which puts its arguments in."""
+    if path.endswith(".safetensors"):  # weights alone
+        return {}
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    return checkpoint if isinstance(checkpoint, dict) else {}
+
+
+def arguments_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the run that wrote a checkpoint, empty if it holds none."""
+    arguments = checkpoint.get("args")
+    if isinstance(arguments, argparse.Namespace):
+        return vars(arguments)
+    return dict(arguments) if isinstance(arguments, Mapping) else {}
+
+
+def _full_name(name: str, trained: str | None, checkpoint: str) -> str:
+    """Return the name that the checkpoint's run used: its tag, behind the dot, decides what images are normalised with.
+
+    Raises:
+        ValueError: another architecture than ``name``.
+    """
+    if trained is None or ":" in name or ":" in trained:  # of a hub or a folder, whose names are free
+        return name
+    if trained.split(".")[0] != name.split(".")[0]:
+        raise ValueError(f"{checkpoint} must hold the teacher {name} (--kd-model-name), got the weights of {trained}")
+    return trained
+
+
+def _check_fit(weights: Mapping[str, Tensor], teacher: nn.Module, checkpoint: str) -> None:
+    """Say in words what a list of mismatched tensors would bury."""
+    if any(key.startswith("simkd.") for key in weights):
+        raise ValueError(
+            f"{checkpoint} must hold a model that predicts by itself, got a student of SimKD, whose own head is "
+            f"untrained: it predicts through the projector and the head of its teacher"
+        )
+    built = teacher.state_dict()
+    for layer, dimension, what in (("classifier", 0, "classes"), ("first_conv", 1, "channel(s)")):
+        names = teacher.pretrained_cfg.get(layer)
+        key = f"{names[0] if isinstance(names, tuple | list) else names}.weight"
+        if key not in weights or key not in built or weights[key].ndim <= dimension:
+            continue
+        found, expected = weights[key].shape[dimension], built[key].shape[dimension]
+        if found != expected:
+            raise ValueError(f"the teacher in {checkpoint} has {found} {what}, the student {expected}")
