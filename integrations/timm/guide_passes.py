@@ -70,7 +70,7 @@ class GuidePasses:
             for _ in range(passes):
                 for image, target in loader:
                     with autocast():
-                        loss = terms(*prepare(image, target)).guide_loss.mean()
+                        loss = terms(*prepare(image, target)).mean().guide_loss
                     self.optimizer.zero_grad()
                     loss.backward()
                     self._average_gradients()

@@ -1,31 +1,32 @@
 """What DiSK's tasks share: guide, schedule, epochs, checkpoints, and what the host asks of a task."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from timm.task import DistillationTeacher, LogitDistillationTask
-from timm.utils import ModelEmaV3, unwrap_model
+from timm.task import DistillationTeacher
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from disk_plugin import DiSKLoss
 from disk_plugin.distributed import mean_over_processes, share_student_temperature
-from disk_plugin.epoch_report import EpochReport
 from disk_plugin.features.guided import GuidedFeatureTerms
 from disk_plugin.functional import DiSKTerms
 
-from . import arguments, normalisation
-from .clipping import clip_together
+from . import arguments
 from .guide_module import build_guide, reads_features
 from .guide_passes import GuidePasses
+from .normalisation import of_images
 from .recipe import Recipe
+from .report import TaskReport
 from .schedule import Schedule
 from .state import load, state_of
+from .student_task import StudentTask
 from .teacher import FrozenTeacher, TeacherOutputs, check_classes, image_size, probe
 from .trainable import DiSKTrainableModule
 
 
-class GuidedTask(LogitDistillationTask):
+class GuidedTask(StudentTask):
     """A task with a guide; ``DiSKTask`` documents the arguments.
 
     Attributes:
@@ -33,10 +34,9 @@ class GuidedTask(LogitDistillationTask):
         dual: its ``DualScheduler``, or None.
         report: means over the epoch's samples so far.
         matches_features: whether the task reads the teacher's last map.
-        clips_by_norm: False for a host that clips each value by itself.
     """
 
-    matches_features, clips_by_norm = False, True
+    matches_features = False
 
     def __init__(
         self,
@@ -62,9 +62,9 @@ class GuidedTask(LogitDistillationTask):
         arguments.check_criterion(self.criterion)
         check_classes(self.teacher.model, student_model, by_name=isinstance(teacher_model, str))
         size = image_size(student_model, input_size)
-        own = not isinstance(teacher_model, DistillationTeacher)
-        self.teacher = FrozenTeacher(self.teacher, *normalisation.of_teacher(self.teacher, size[0], from_config=own))
-        images = normalisation.of_images(student_model, size[0], input_mean, input_std)
+        wrapped = isinstance(teacher_model, DistillationTeacher)
+        self.teacher = FrozenTeacher(self.teacher, size[0], from_config=not wrapped)
+        images = of_images(student_model, size[0], input_mean, input_std)
         self.student_mean, self.student_std = (each.to(self.device) for each in images)
         self.allow_fresh_guide = allow_fresh_guide
         guide = {} if guide is None else guide
@@ -83,7 +83,7 @@ class GuidedTask(LogitDistillationTask):
         self.dual = self.schedule.dual
         self._stateful = {"disk": self.disk, "dual": self.dual, "guide_passes": self.guide_passes}
         self.trainable_module = DiSKTrainableModule(student, head if self.recipe is None else None)
-        self.report = EpochReport()
+        self.report, self._judged = TaskReport(), False
         self.train()
 
     def trained(self, student: nn.Module, image: Tensor) -> nn.Module:
@@ -118,18 +118,19 @@ class GuidedTask(LogitDistillationTask):
         terms = self.terms(logits, target, teacher, guide_logits, feature_error)
         if self.disk.training:
             self.report.add(terms)
+            self.report.add_task_loss(task_loss, len(logits))
             share_student_temperature(self.disk)
             if self.guide_passes is not None:
                 self.guide_passes.record(self.schedule.epoch, logits, target, teacher)
-        loss = self.task_loss_weight * task_loss + (terms.loss if self.recipe is None else terms.student_loss).mean()
-        disk, kd_loss = (terms.disk, terms.feature) if self.matches_features else (terms, terms.distill)
-        means = {"kd_loss": kd_loss, "usage": disk.usage, "guide": disk.guide, "discount": disk.discount}
-        means = {name: value.mean() for name, value in means.items()}
-        return {"loss": loss, "output": logits, "task_loss": task_loss.detach(), **means}
+        means = terms.mean()
+        loss = self.task_loss_weight * task_loss + (means.loss if self.recipe is None else means.student_loss)
+        disk, kd_loss = (means.disk, means.feature) if self.matches_features else (means, means.distill)
+        shown = {"kd_loss": kd_loss, "usage": disk.usage, "guide": disk.guide, "discount": disk.discount}
+        return {"loss": loss, "output": logits, "task_loss": task_loss.detach(), **shown}
 
     def begin_epoch(self, epoch: int) -> None:
         """Bring multiplier and budget to an epoch counted from 0, wherever a resumed run starts."""
-        self.report = EpochReport()
+        self.report = TaskReport()
         self.schedule.begin(epoch)
 
     def run_guide_passes(self, loader: Iterable[tuple[Tensor, Tensor]], **around: Any) -> int:
@@ -147,8 +148,9 @@ class GuidedTask(LogitDistillationTask):
         """Step the schedule; return the epoch's multiplier, budget and means over the samples of all processes."""
         means = {"multiplier": float(self.disk.multiplier), "budget": float(self.disk.budget)}
         self.report.sum_over_processes()
-        means |= self.report.means()
-        self.report = EpochReport()
+        means |= self.report.logged()
+        self._judged = self.report.judge_teacher(unwrap_model(self.student).num_classes, quiet=self._judged)
+        self.report = TaskReport()
         self.schedule.end()
         if self.guide_passes is not None:
             self.guide_passes.run_replay(self.schedule.epoch)
@@ -167,48 +169,6 @@ class GuidedTask(LogitDistillationTask):
         if self.guide_passes is not None:
             self.guide_passes.broadcast()
         return super().prepare_distributed(None if self.device.type == "cpu" else device_ids, **ddp_kwargs)
-
-    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile student and guide, the student alone for validation, and the teacher."""
-        options = {"backend": backend, "mode": mode, **compile_kwargs}
-        self.eval_model = torch.compile(self.student, **options)
-        self.trainable_module = torch.compile(self.trainable_module, **options)
-        self.teacher.compile(**options)
-        return self.eval_model
-
-    @property
-    def student(self) -> nn.Module:
-        """What inference runs, unwrapped: the bare student, or the ``SimKDModel``."""
-        return unwrap_model(self.trainable_module).student
-
-    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """Return what inference runs."""
-        resolved = super().get_eval_model(module, ema)
-        inner = unwrap_model(resolved)
-        return inner.student if isinstance(inner, DiSKTrainableModule) else resolved
-
-    def setup_ema(
-        self, decay: float = 0.9999, use_warmup: bool = False, device: torch.device | None = None, **kwargs: Any
-    ) -> nn.Module:
-        """Average what inference runs; the guide is not part of it."""
-        self.trainable_module_ema = ModelEmaV3(self.student, decay, use_warmup=use_warmup, device=device, **kwargs)
-        return self.trainable_module_ema
-
-    def update_ema(self, step: int | None = None) -> None:
-        """Move the average."""
-        if self.has_ema():
-            self.trainable_module_ema.update(self.student, step=step)
-
-    def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
-        """Yield the student's parameters, its head left out on demand, and the guide's, for one global norm.
-
-        Where the guide's gradient is longer than the student's it is first shortened to that length, so that the norm
-        is at most sqrt(2) times the student's own: the guide cannot starve the student. Read after the backward pass.
-        Not where there is no global norm: for AGC (``exclude_head``), and with ``clips_by_norm`` False.
-        """
-        student = list(self.student.parameters())[: -2 if exclude_head else None]
-        guide = list(self.disk.guide.parameters()) if self.recipe is None else []
-        return clip_together(student, guide, shortened=self.clips_by_norm and not exclude_head)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Return guide, multiplier, budget and their progress: tensors, numbers and containers of them."""

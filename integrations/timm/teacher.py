@@ -8,6 +8,8 @@ from timm.task import DistillationTeacher
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from .normalisation import of_teacher
+
 _RELATIVE_TOLERANCE = 1e-2  # a wrong head is off by its whole size; half precision is not
 
 TeacherOutputs = tuple[Tensor, Tensor | None, Tensor | None]  # logits (N, C), pre-logits (N, D), last map
@@ -63,16 +65,17 @@ def teacher_outputs(model: nn.Module, input: Tensor, *, features: bool) -> Teach
 
 
 class FrozenTeacher(DistillationTeacher):
-    """timm's teacher, frozen, with what it was trained on normalised as it was then.
+    """timm's teacher, frozen, that reads images normalised as its own were.
 
     Args:
-        teacher: timm's; of it only the model is taken.
-        mean: (1, C, 1, 1), what the teacher's own images were normalised with.
-        std: the same.
+        teacher: timm's, which stays as it is.
+        channels: of the images.
+        from_config: its model's configuration says what its images were normalised with; otherwise timm's wrapper.
     """
 
-    def __init__(self, teacher: DistillationTeacher, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, teacher: DistillationTeacher, channels: int, *, from_config: bool) -> None:
         super().__init__(teacher.model, device=teacher.mean_kd.device)
+        mean, std = of_teacher(teacher, channels, from_config=from_config)
         self.mean_kd, self.std_kd = mean.to(self.mean_kd), std.to(self.std_kd)
         self.requires_grad_(False)
         self._outputs = teacher_outputs

@@ -1,0 +1,71 @@
+"""What the host asks of a task beside the loss: validation, averages, compiling and clipping, all about the student."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.task import LogitDistillationTask
+from timm.utils import ModelEmaV3, unwrap_model
+from torch import nn
+
+from disk_plugin import DiSKLoss
+
+from .clipping import clip_together
+from .recipe import Recipe
+from .trainable import DiSKTrainableModule
+
+
+class StudentTask(LogitDistillationTask):
+    """A task whose trained module holds student and guide, and of which the host sees the student.
+
+    Attributes:
+        disk: the ``DiSKLoss`` that owns the guide.
+        recipe: of the alternation, None where the guide is trained with the student.
+        clips_by_norm: False for a host that clips each value by itself.
+    """
+
+    disk: DiSKLoss
+    recipe: Recipe | None
+    clips_by_norm = True
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile student and guide, the student alone for validation, and the teacher."""
+        options = {"backend": backend, "mode": mode, **compile_kwargs}
+        self.eval_model = torch.compile(self.student, **options)
+        self.trainable_module = torch.compile(self.trainable_module, **options)
+        self.teacher.compile(**options)
+        return self.eval_model
+
+    @property
+    def student(self) -> nn.Module:
+        """What inference runs, unwrapped: the bare student, or the ``SimKDModel``."""
+        return unwrap_model(self.trainable_module).student
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """Return what inference runs."""
+        resolved = super().get_eval_model(module, ema)
+        inner = unwrap_model(resolved)
+        return inner.student if isinstance(inner, DiSKTrainableModule) else resolved
+
+    def setup_ema(
+        self, decay: float = 0.9999, use_warmup: bool = False, device: torch.device | None = None, **kwargs: Any
+    ) -> nn.Module:
+        """Average what inference runs; the guide is not part of it."""
+        self.trainable_module_ema = ModelEmaV3(self.student, decay, use_warmup=use_warmup, device=device, **kwargs)
+        return self.trainable_module_ema
+
+    def update_ema(self, step: int | None = None) -> None:
+        """Move the average."""
+        if self.has_ema():
+            self.trainable_module_ema.update(self.student, step=step)
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
+        """Yield the student's parameters, its head left out on demand, and the guide's, for one global norm.
+
+        Where the guide's gradient is longer than the student's it is first shortened to that length, so that the norm
+        is at most sqrt(2) times the student's own: the guide cannot starve the student. Read after the backward pass.
+        Not where there is no global norm: for AGC (``exclude_head``), and with ``clips_by_norm`` False.
+        """
+        student = list(self.student.parameters())[: -2 if exclude_head else None]
+        guide = list(self.disk.guide.parameters()) if self.recipe is None else []
+        return clip_together(student, guide, shortened=self.clips_by_norm and not exclude_head)
