@@ -639,7 +639,7 @@ def test_an_epoch_that_was_interrupted_ends_with_what_it_showed():
     [
         ({"criterion": BinaryCrossEntropy()}, ValueError, "cross-entropy over classes, got BinaryCrossEntropy"),
         ({"criterion": nn.BCEWithLogitsLoss()}, ValueError, "got BCEWithLogitsLoss .*sigmoid"),
-        ({"criterion": JsdCrossEntropy()}, ValueError, "got JsdCrossEntropy .*several views"),
+        ({"criterion": JsdCrossEntropy()}, ValueError, "got JsdCrossEntropy .*the first of each image's views"),
         ({"mode": "both"}, ValueError, r"mode must be one of \['joint', 'alternating'\], got 'both'"),
         ({"multiplier": 5.0}, ValueError, "the multiplier is the schedule's"),
         ({"epochs": "3"}, TypeError, "epochs must be an int, got str"),

@@ -11,6 +11,8 @@ from torch import nn
 
 from disk_plugin import DiSKLoss, _checks
 
+from .flags import REFUSED
+
 _TEMPERATURE = inspect.signature(DiSKLoss).parameters["temperature"].default
 _LOSS = {name for name, p in inspect.signature(DiSKLoss).parameters.items() if p.kind is p.KEYWORD_ONLY}
 _HOST = set(inspect.signature(LogitDistillationTask.__init__).parameters) - {"self"}
@@ -74,13 +76,13 @@ def check_criterion(criterion: nn.Module | None) -> None:
     """
     if isinstance(criterion, BinaryCrossEntropy | nn.BCEWithLogitsLoss | nn.BCELoss):
         raise ValueError(
-            f"criterion must be a cross-entropy over classes, got {type(criterion).__name__} (--bce-loss): a sigmoid "
-            f"per class leaves the student's softmax, which scaffold and budget read, undetermined"
+            f"criterion must be a cross-entropy over classes, got {type(criterion).__name__} (--bce-loss): "
+            f"{REFUSED['bce_loss']}"
         )
     if isinstance(criterion, JsdCrossEntropy):
         raise ValueError(
-            f"criterion must be a cross-entropy over classes, got {type(criterion).__name__} (--jsd-loss): its batch "
-            f"holds several views of each image but one label for them, while DiSK needs a label per row"
+            f"criterion must be a cross-entropy over classes, got {type(criterion).__name__} (--jsd-loss): "
+            f"{REFUSED['jsd_loss']}"
         )
 
 

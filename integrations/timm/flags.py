@@ -16,9 +16,10 @@ from disk_plugin.variants import VARIANTS
 
 from .recipe import Recipe
 
-_REFUSED = {
+REFUSED = {
     "bce_loss": "a sigmoid per class leaves the softmax, which scaffold and budget read, undetermined",
-    "jsd_loss": "its batches hold several views of each image but one label for them, DiSK needs a label per row",
+    "jsd_loss": "its cross-entropy is that of the first of each image's views alone, the others are only held to agree "
+    "with it, while scaffold and budget stand beside a cross-entropy of every row; --aug-splits without it works",
     "naflex_loader": "teacher and student must read the same images, not each its own patches",
     "torchscript": "a scripted student has no configuration to read",
 }
@@ -190,7 +191,7 @@ def _check_host(args: argparse.Namespace) -> None:
         )
     if "adahessian" in str(getattr(args, "opt", "")).lower():
         raise ValueError(f"DiSK has first-order gradients only, got --opt {args.opt}, which needs the second")
-    for name, reason in _REFUSED.items():
+    for name, reason in REFUSED.items():
         if getattr(args, name, False):
             raise ValueError(f"DiSK does not go with --{name.replace('_', '-')}: {reason}")
 
