@@ -1,5 +1,6 @@
 """The launcher, around a stand-in script always and timm's real train.py where ``DISK_TIMM_TRAIN`` names one."""
 
+import argparse
 import csv
 import os
 import re
@@ -21,6 +22,7 @@ REAL = os.environ.get("DISK_TIMM_TRAIN")
 needs_real = pytest.mark.skipif(not REAL, reason="DISK_TIMM_TRAIN does not name timm's train.py")
 CLASSES = 5
 LOGGED = ["multiplier", "budget", "usage", "guide_right", "guide_wrong", "discount_right", "discount_wrong"]
+LOGGED += ["student_top1", "teacher_top1", "task_loss"]
 
 
 @pytest.fixture(params=["stand-in", pytest.param("checkout", marks=needs_real)])
@@ -36,6 +38,8 @@ def folder(tmp_path_factory):
     for classes in (CLASSES, 7):
         teacher = create_model("test_resnet", num_classes=classes)
         torch.save({"state_dict": teacher.state_dict()}, root / f"teacher{classes}.pth")
+        own = argparse.Namespace(model="test_resnet", mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+        torch.save({"state_dict": teacher.state_dict(), "args": own}, root / f"own{classes}.pth")
         save_for_hf(teacher, str(root / f"local{classes}"))
     if REAL:
         from PIL import Image
@@ -147,6 +151,70 @@ def test_a_resumed_stand_in_run_equals_an_uninterrupted_one_bit_for_bit(folder):
     assert left["task_state"]["dual"]["epoch"] == 4
 
 
+@pytest.mark.parametrize("given", [[], ["--mean", 0, 0, 0, "--std", 1, 1, 1]])
+def test_the_runs_normalisation_and_the_teachers_own_are_followed(script, folder, given):
+    """The student's defaults, or what the run was told; the teacher's from the arguments in its checkpoint."""
+    words = ["--epochs", 1, *given, "--disk-teacher-checkpoint", folder / "own5.pth"]
+    output = launch(script, folder, "--experiment", f"norm{len(given)}{script == REAL}", *words)
+    images = "mean 0 0 0, std 1 1 1" if given else "mean 0.5 0.5 0.5, std 0.5 0.5 0.5"
+    assert f"DiSK: images {images}; teacher's own mean 0.1 0.2 0.3, std 0.4 0.5 0.6" in output
+
+
+def test_without_a_validation_split_the_task_loss_ranks_the_checkpoints(script, folder):
+    """The whole loss rises with the multiplier, so that the first epoch would be the best whatever is learnt."""
+    words = ["--epochs", 4, "--val-split", "", "--lr", 0.01, "--disk-period", 4, "--disk-multiplier", 0.1, 400]
+    name = "unvalidated-real" if script == REAL else "unvalidated"
+    output = launch(script, folder, "--experiment", name, *words, "--disk-budget", 0, "--smoothing", 0)
+    assert "no validation split: loss, which ranks the checkpoints, is the task loss alone" in output
+    with (folder / "out" / name / "summary.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    task_loss = [float(row["train_disk_task_loss"]) for row in rows]
+    assert [float(row["train_loss"]) for row in rows] == task_loss
+    # the case in point: the whole loss would have ranked otherwise
+    whole = [float(row["train_disk_loss"]) for row in rows]
+    assert whole.index(min(whole)) != task_loss.index(min(task_loss))
+    best = torch.load(folder / "out" / name / "model_best.pth.tar", weights_only=False)
+    assert (best["epoch"], best["metric"]) == (task_loss.index(min(task_loss)), min(task_loss))
+
+
+@needs_real
+def test_with_a_validation_split_the_hosts_loss_is_left_alone(folder):
+    launch(REAL, folder, "--experiment", "validated", "--epochs", 1)
+    with (folder / "out" / "validated" / "summary.csv").open() as table:
+        (row,) = csv.DictReader(table)
+    assert float(row["train_loss"]) != float(row["train_disk_task_loss"])
+    assert "train_disk_loss" not in row
+
+
+def test_a_resume_with_another_optimizer_says_what_changed(script, folder):
+    name = "optimizer-real" if script == REAL else "optimizer"
+    launch(script, folder, "--experiment", name, "--epochs", 1, "--disk-epochs", 4)
+    words = ["--experiment", f"{name}2", "--epochs", 2, "--disk-epochs", 4]
+    words += ["--resume", folder / "out" / name / "last.pth.tar"]
+    refused = launch(script, folder, *words, "--opt", "adamw", ends=1)
+    assert "error: the checkpoint's optimizer is that of --opt sgd, got --opt adamw: give --opt sgd, or" in refused
+    refused = launch(script, folder, *words, "--weight-decay", 0.0 if script == REAL else 0.05, ends=1)
+    assert re.search(r"must have this run's \d parameter groups, got \d: weight_decay was [\d.e-]+, is", refused)
+    assert not (folder / "out" / f"{name}2").exists()
+    output = launch(script, folder, *words, "--opt", "adamw", "--no-resume-opt")
+    assert "DiSK: 1 multiplier" in output
+    output = launch(script, folder, *words[2:], "--experiment", f"{name}3", "--lr", 0.001, "--momentum", 0.5)
+    assert "Resumed with another lr: 0.001, but the optimizer's state brings 0.05 along (--no-resume-opt" in output
+    group = checkpoint(folder, f"{name}3")["optimizer"]["param_groups"][0]
+    assert (group["initial_lr"], group["momentum"]) == (0.05, 0.9)  # as the warning says
+
+
+def test_an_optimizer_of_another_kind_in_a_file_without_arguments_is_refused(folder):
+    launch(str(STANDIN), folder, "--experiment", "kind", "--epochs", 1)
+    saved = checkpoint(folder, "kind")
+    del saved["args"]
+    torch.save(saved, folder / "kind.pth")
+    refused = launch(
+        str(STANDIN), folder, "--experiment", "kind2", "--resume", folder / "kind.pth", "--opt", "adamw", ends=1
+    )
+    assert re.search(r"must have the settings of AdamW, got one without \['betas', 'eps'\]", refused)
+
+
 def test_simkd_trains_and_saves_what_predicts(script, folder):
     launch(
         script, folder, "--experiment", "simkd", "--disk-feature-matching", "simkd", "--disk-feature-weight", "guide"
@@ -184,6 +252,7 @@ def test_a_local_teacher_and_a_yaml_file_work_and_a_checkpoint_without_a_guide_n
         (["--disk-topk", 3], "unrecognized arguments: --disk-topk"),
         (["--kd-distill-type", "feature"], "error: DiSK takes the place of --kd-distill-type logit, got feature"),
         (["--bce-loss"], "error: DiSK does not go with --bce-loss: a sigmoid per class"),
+        (["--jsd-loss"], "--jsd-loss: its cross-entropy is that of the first of each image's views alone, the others"),
         (["--num-classes", 6], "teacher5.pth has 5 classes, the student 6"),
         (
             ["--disk-teacher-checkpoint", "nowhere.pth"],

@@ -4,7 +4,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
-from functools import partial
 from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
@@ -18,9 +17,9 @@ from disk_plugin.schedule_notes import low_multiplier
 from . import flags
 from .guided_task import GuidedTask
 from .normalisation import per_channel
-from .state import holds_guide
+from .resume import resume_task
 from .task import DiSKSimKDTask, DiSKTask
-from .teacher_checkpoint import arguments_of, load_teacher, read
+from .teacher_checkpoint import load_teacher
 
 _logger = logging.getLogger("train")
 
@@ -40,6 +39,9 @@ def prepare(train: ModuleType) -> None:
     def make_task(**host: Any) -> GuidedTask:
         return _or_exit(_make_task, train, seen["args"], **host)
 
+    def resume_checkpoint(task: GuidedTask, path: str, **how: Any) -> Any:
+        return _or_exit(resume_task, resume, seen["args"], task, path, **how)
+
     def one_epoch(epoch: int, model: Any, loader: Any, optimizer: Any, args: Any, **around: Any) -> dict[str, float]:
         task = around["task"]
         task.begin_epoch(epoch)
@@ -48,12 +50,11 @@ def prepare(train: ModuleType) -> None:
         means = task.end_epoch()
         if is_primary(args):
             _logger.info(f"DiSK: {epoch} " + "  ".join(f"{name}: {value:.4g}" for name, value in means.items()))
-        metrics.update({f"disk_{name}": value for name, value in means.items()})
-        return metrics
+        return _ranked(args, metrics, means)
 
     train._parse_args, train.LogitDistillationTask = parse_args, make_task
     train.train_one_epoch = one_epoch
-    train.resume_task_checkpoint = partial(_resume, resume, seen)
+    train.resume_task_checkpoint = resume_checkpoint
 
 
 def _make_task(
@@ -72,18 +73,36 @@ def _make_task(
     task = kind(student_model, teacher_model, **images, **host, **arguments)
     task.clips_by_norm = getattr(args, "clip_mode", "norm") == "norm"
     if is_primary(args):
-        _describe(task, args.disk_mode)
+        _describe(task, args)
     return task
 
 
-def _describe(task: GuidedTask, mode: str) -> None:
+def _ranked(args: argparse.Namespace, metrics: dict[str, float], means: dict[str, float]) -> dict[str, float]:
+    """Add DiSK's means to the host's metrics, of which it ranks by ``loss`` where it has nothing to validate on.
+
+    The whole loss falls and rises with the multiplier, whatever the student does; the task loss takes its place.
+    """
+    if not _validates(args):
+        means = {"loss": metrics["loss"], **means}
+        metrics["loss"] = means["task_loss"]
+    metrics.update({f"disk_{name}": value for name, value in means.items()})
+    return metrics
+
+
+def _validates(args: argparse.Namespace) -> bool:
+    return bool(getattr(args, "val_split", True))
+
+
+def _describe(task: GuidedTask, args: argparse.Namespace) -> None:
     dual = task.dual
     added = sum(parameter.numel() for parameter in task.disk.parameters())
-    _logger.info(f"DiSK: {mode}, schedules of {dual.epochs} steps, guide of {added} parameters")
+    _logger.info(f"DiSK: {args.disk_mode}, schedules of {dual.epochs} steps, guide of {added} parameters")
     teachers = task.teacher.mean_kd, task.teacher.std_kd
     sides = {"images": (task.student_mean, task.student_std), "teacher's own": teachers}
     shown = [f"{side} mean {_rounded(mean)}, std {_rounded(std)}" for side, (mean, std) in sides.items()]
     _logger.info(f"DiSK: {'; '.join(shown)}")
+    if not _validates(args):
+        _logger.info("DiSK: no validation split: loss, which ranks the checkpoints, is the task loss alone")
     constant = f"--disk-multiplier {dual.multiplier_max:g} {dual.multiplier_max:g}"
     note = low_multiplier(dual, dual.epochs, period=f"--disk-period {dual.epochs}", multiplier=constant)
     if note is not None:
@@ -127,28 +146,6 @@ def _guide_passes(
     passes = task.run_guide_passes(loader, prepare=to_device, autocast=amp_autocast)
     if passes and is_primary(args):
         _logger.info(f"DiSK: {task.schedule.epoch} {passes} guide passes")
-
-
-def _resume(
-    resume: Callable[..., Any], seen: dict[str, argparse.Namespace], task: GuidedTask, path: str, **how: Any
-) -> Any:
-    """Resume as the host does; say which settings of DiSK have changed, and leave a stranger's optimizer alone."""
-    args = seen["args"]
-    checkpoint = _or_exit(read, path)
-    stranger = not holds_guide(checkpoint.get("task_state"))
-    if stranger and args.disk_allow_fresh_guide and task.recipe is None and how.get("optimizer") is not None:
-        _logger.warning("The checkpoint's optimizer knows no guide: its state is not restored.")
-        how["optimizer"] = None
-    before = arguments_of(checkpoint)
-    for name in sorted(flags.names() & set(before)):
-        if before[name] != getattr(args, name) and is_primary(args):
-            _logger.warning(f"Resumed with another {name}: {getattr(args, name)}, was {before[name]}")
-    if before.get("epochs", args.epochs) != args.epochs and args.disk_epochs is None and is_primary(args):
-        _logger.warning(
-            f"Resumed with {args.epochs} epochs, was {before['epochs']}: multiplier and budget now follow the schedule "
-            f"of {args.epochs} (--disk-epochs {before['epochs']} keeps it)"
-        )
-    return _or_exit(resume, task, path, **how)
 
 
 def _or_exit(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

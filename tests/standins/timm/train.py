@@ -13,7 +13,7 @@ import torch
 import yaml
 from timm import utils
 from timm.models import create_model
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import LogitDistillationTask, load_task_ema_checkpoint, resume_task_checkpoint
 
@@ -30,9 +30,13 @@ for name, default in {
     "resume": "",
     "output": "out",
     "experiment": "run",
+    "val-split": "",  # there is nothing to validate on
+    "opt": "sgd",
 }.items():
     parser.add_argument(f"--{name}", default=default)
 parser.add_argument("--kd-distill-type", default="logit", choices=["logit", "feature", "token"])
+for name in ("mean", "std"):
+    parser.add_argument(f"--{name}", type=float, nargs="+")
 for name, default in {"num-classes": 5, "img-size": 32, "epochs": 2, "cooldown-epochs": 0, "seed": 42}.items():
     parser.add_argument(f"--{name}", type=int, default=default)
 for name, default in {
@@ -42,9 +46,11 @@ for name, default in {
     "smoothing": 0.1,
     "clip-grad": None,
     "lr": 0.05,
+    "momentum": 0.9,
+    "weight-decay": 0.0,
 }.items():
     parser.add_argument(f"--{name}", type=float, default=default)
-for name in ("bce-loss", "jsd-loss", "naflex-loader", "torchscript", "model-ema"):
+for name in ("bce-loss", "jsd-loss", "naflex-loader", "torchscript", "model-ema", "no-resume-opt"):
     parser.add_argument(f"--{name}", action="store_true")
 
 
@@ -78,8 +84,9 @@ def main():
         verbose=True,
     )
     model = task.get_trainable_module()
-    optimizer = create_optimizer_v2(model, opt="sgd", lr=args.lr, momentum=0.9)
-    start = resume_task_checkpoint(task, args.resume, optimizer=optimizer) if args.resume else 0
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
+    carried = None if args.no_resume_opt else optimizer
+    start = resume_task_checkpoint(task, args.resume, optimizer=carried) if args.resume else 0
     if args.model_ema:
         task.setup_ema(decay=0.9)
         if args.resume:
@@ -87,7 +94,8 @@ def main():
     folder = Path(args.output, args.experiment)
     folder.mkdir(parents=True)
     (folder / "args.yaml").write_text(args_text)
-    saver = utils.CheckpointSaver(model, optimizer, args=args, checkpoint_dir=str(folder), task=task)
+    keywords = {"checkpoint_dir": str(folder), "decreasing": True, "task": task}
+    saver = utils.CheckpointSaver(model, optimizer, args=args, **keywords)
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=2)
     scheduler.step(start)
     for epoch in range(start, epochs):
@@ -112,7 +120,7 @@ def main():
         )
         scheduler.step(epoch + 1)
         utils.update_summary(epoch, metrics, None, filename=folder / "summary.csv", write_header=epoch == start)
-        saver.save_checkpoint(epoch, metric=-metrics["loss"])
+        saver.save_checkpoint(epoch, metric=metrics["loss"])
 
 
 def train_one_epoch(epoch, model, loader, optimizer, args, task=None, **_):
