@@ -139,7 +139,7 @@ def test_a_resumed_run_goes_on_and_says_what_was_changed(script, folder, words):
 
 
 def test_a_resumed_stand_in_run_equals_an_uninterrupted_one_bit_for_bit(folder):
-    """The real script draws its augmentation from the whole run's random numbers, whatever the task."""
+    """One process of the real script draws its batches from the whole run's random numbers, whatever the task."""
     words = ["--cooldown-epochs", 2, "--model-ema"]  # four epochs in all, from the first on
     launch(str(STANDIN), folder, "--experiment", "whole", *words)
     # the same run, stopped after its second epoch
@@ -149,6 +149,23 @@ def test_a_resumed_stand_in_run_equals_an_uninterrupted_one_bit_for_bit(folder):
     for key in ("state_dict", "state_dict_ema", "optimizer", "task_state"):
         assert_same(left[key], right[key], key)
     assert left["task_state"]["dual"]["epoch"] == 4
+
+
+@needs_real
+def test_in_half_precision_a_resumed_run_with_replay_equals_an_uninterrupted_one_bit_for_bit(folder):
+    """Alternating, replay, AMP, EMA, accumulation; in two processes, whose samplers follow the epoch alone."""
+    words = ["--disk-mode", "alternating", "--disk-replay", "--amp", "--amp-dtype", "bfloat16", "--model-ema"]
+    words += ["--grad-accum-steps", 2, "--model", "test_efficientnet", "--epochs", 6, "--no-aug", "--disk-period", 2]
+    output = launch(REAL, folder, "--experiment", "halfwhole", *words, processes=2)
+    assert re.findall(r"DiSK: (\d) multiplier", output) == list("012345")
+    fourth = folder / "out" / "halfwhole" / "checkpoint-3.pth.tar"
+    output = launch(REAL, folder, "--experiment", "halfresumed", *words, "--resume", fourth, processes=2)
+    assert re.findall(r"DiSK: (\d) multiplier", output) == ["4", "5"]
+    left, right = checkpoint(folder, "halfwhole"), checkpoint(folder, "halfresumed")
+    for key in ("epoch", "state_dict", "state_dict_ema", "optimizer", "task_state"):
+        assert_same(left[key], right[key], key)
+    assert all(value.isfinite().all() for value in left["state_dict"].values())
+    assert left["task_state"]["guide_passes"]["passes"] == 3  # over the data; the replay's came after
 
 
 @pytest.mark.parametrize("given", [[], ["--mean", 0, 0, 0, "--std", 1, 1, 1]])
