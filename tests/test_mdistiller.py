@@ -423,7 +423,18 @@ BAD = [
     ([], {"distiller": "DISC"}, "DISK, DISK_SIMKD, "),
     (["DISK.LAMBDA", "1"], {}, "DISK.LAMBDA; known in DISK: ALTERNATING, BUDGET, CE_WEIGHT"),
     (["DISK.DUAL.LAMBDA", "1"], {}, "known in DISK.DUAL: ASCENT_RATE, BUDGET"),
-    (["DISK.CE_WEIGHT", "much"], {}, "Type mismatch"),
+    (["DISK.CE_WEIGHT", "much"], {}, "DISK.CE_WEIGHT must be a number such as 0.1, got much"),
+    (
+        ["DISK.DUAL.MULTIPLIER", "50"],
+        {},
+        "DISK.DUAL.MULTIPLIER must be two numbers such as [0.1, 50.0], got 50: '[50, 50]' keeps it constant",
+    ),
+    (["DISK.DUAL.MULTIPLIER", "high"], {}, "DISK.DUAL.MULTIPLIER must be a list such as [0.1, 50.0], got high"),
+    (["DISK.GUIDE.HIDDEN_DIMS", "64"], {}, "must be a list such as [64, 128], got 64: '[64]' makes it one"),
+    (["SOLVER.LR_DECAY_STAGES", "150"], {}, "SOLVER.LR_DECAY_STAGES must be a list such as ["),
+    (["KD.TEMPERATURE", "2.5"], {}, "KD.TEMPERATURE must be a whole number such as 4, got 2.5"),
+    (["EXPERIMENT.NAME", "3"], {}, """EXPERIMENT.NAME must be a word, got 3: '"3"' makes it one"""),
+    (["DISK.GUIDE", "64"], {}, "DISK.GUIDE must name a key, not a section; known in DISK.GUIDE: HIDDEN_DIMS, "),
     (["DISK.CE_WEIGHT"], {}, "options must be pairs KEY VALUE"),
     (["DISK.VARIANT", "imagenet"], {}, "variant must be one of"),
     (["DISK.TOP_K", "five"], {}, "top_k must be an int, got str 'five'"),
@@ -457,6 +468,17 @@ BAD = [
 def test_bad_input_ends_with_what_was_expected_and_what_came(host, words, settings, message):
     assert message in refused(host, *words, **settings)
     assert not (host.folder / "out").exists()
+
+
+def test_a_value_of_another_type_in_a_file_is_refused_with_its_cure_and_the_cure_works(host):
+    path = host.folder / "odd.yaml"
+    path.write_text("DISK:\n  DUAL:\n    MULTIPLIER: 50\n")
+    expected = "DISK.DUAL.MULTIPLIER must be two numbers such as [0.1, 50.0], got 50: '[50, 50]' keeps it constant"
+    assert expected in refused(host, "--cfg", str(path))
+    words = ["DISK.DUAL.MULTIPLIER", "[50, 50]", "DISK.GUIDE.HIDDEN_DIMS", "[64]", "DISK.BUDGET", "1"]
+    state = load(launch(host, *words, epochs=1) / "latest")["model"]
+    assert state["module.disk.multiplier"] == 50
+    assert state["module.disk.budget"] == 1
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "1: 2", "SOLVER:\n  1: 2"])

@@ -32,6 +32,8 @@ def merge(path: Path, options: list[str], *, distiller: str | None, seed: int | 
         raise ValueError(f"{error.args[0] if error.args else error}{_known_keys(cfg, str(error))}") from error
     except TypeError as error:  # a key below one that is no section, or one that is no word
         raise ValueError(f"{key} must name keys of the configuration: {error}") from error
+    except ValueError as error:
+        raise ValueError(_expected(cfg, str(error))) from error
     if distiller is not None:
         cfg.DISTILLER.TYPE = distiller
     if seed is not None:
@@ -130,6 +132,28 @@ def _node(cfg: CfgNode, names: list[str]) -> tuple[Any, list[str]]:
         node = node[name]
         followed.append(name)
     return node, followed
+
+
+def _expected(cfg: CfgNode, message: str) -> str:
+    """Say, of a value whose type yacs refuses, which was expected, what came, and how to write what may be meant."""
+    found = re.search(r"with values \(.*\) for config key: (\S+)$", message, re.DOTALL)
+    if found is None:
+        return message
+    key = found.group(1)
+    default = _node(cfg, key.split("."))[0]
+    got = message[found.start() : found.start(1)].removeprefix(f"with values ({default} vs. ")
+    got = got.removesuffix(") for config key: ")
+    if isinstance(default, CfgNode):
+        return f"{key} must name a key, not a section{_known_keys(cfg, f'key: {key}')}"
+    kinds: dict[type, str] = {list: "a list", tuple: "a list", int: "a whole number", float: "a number", str: "a word"}
+    kind, hint = kinds.get(type(default), f"a {type(default).__name__}"), ""
+    if isinstance(default, str):
+        hint = f""": '"{got}"' makes it one"""
+    elif isinstance(default, list | tuple) and re.fullmatch(r"[-+.\de]+", got):
+        hint = f": '[{got}]' makes it one"
+        if key == "DISK.DUAL.MULTIPLIER":
+            kind, hint = "two numbers", f": '[{got}, {got}]' keeps it constant"
+    return f"{key} must be {kind}{f' such as {default!r}' if default != '' else ''}, got {got}{hint}"
 
 
 def _known_keys(cfg: CfgNode, message: str) -> str:
