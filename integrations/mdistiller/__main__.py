@@ -112,7 +112,7 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
     settings.check_names(cfg, host.models(cfg))
     if args.teacher_checkpoint is not None and cfg.DISTILLER.TYPE == "NONE":
         raise ValueError("--teacher-checkpoint needs a distiller with a teacher, got NONE")
-    data = host.use_data(cfg, args.data_root)
+    host.use_data(cfg, args.data_root)
     if args.evaluate in ("best", "latest"):
         folder = Folder(cfg, settings.settings_of(cfg, data="", teacher="", warm_start=""))
         folder.find()
@@ -123,7 +123,8 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
     if cfg.LOG.WANDB and (wandb is None or wandb.origin is None):  # no origin: a folder of logs
         raise ValueError("LOG.WANDB True needs wandb: pip install wandb, or set LOG.WANDB False")
     teacher = host.use_teacher(cfg, args.teacher_checkpoint, scratch, trust=args.trust_checkpoint)
-    defining = settings.settings_of(cfg, data=data, teacher=teacher, warm_start=host.check_warm_start(cfg))
+    data, warm_start = host.fingerprint_data(cfg, args.data_root), host.check_warm_start(cfg)
+    defining = settings.settings_of(cfg, data=data, teacher=teacher, warm_start=warm_start)
     notes = host.rehearse(cfg)
     folder = Folder(cfg, defining)
     if args.resume:

@@ -1,14 +1,17 @@
 """The host's data, models and weights: pointed elsewhere and checked without changing one of its files."""
 
+import hashlib
 import importlib
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import mdistiller.models as host_models
 from mdistiller.distillers import distiller_dict
 from torch import nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from yacs.config import CfgNode
 
 from disk_plugin.schedule_notes import low_multiplier
@@ -16,36 +19,74 @@ from disk_plugin.schedule_notes import low_multiplier
 from .checkpoints import fingerprint, load_weights, read_checkpoint, save_atomically, warm_start_weights
 from .config import build_guide_optimizer, build_replay
 
+_CIFAR = "cifar-100-python"
 _CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet": 1000}
 
 
-def use_data(cfg: CfgNode, folder: str | None) -> str:
+def use_data(cfg: CfgNode, folder: str | None) -> None:
     """Read the data set from ``folder``; of CIFAR-100 whatever files lie there, official or not.
-
-    Returns:
-        What tells these data from others, roughly: part of an experiment's settings.
 
     Raises:
         FileNotFoundError: the folder does not hold the data set.
     """
     if folder is None:
-        return "the host's"
+        return
     root, kind = Path(folder).expanduser().resolve(), cfg.DATASET.TYPE
-    module: Any = importlib.import_module(f"mdistiller.dataset.{kind}")
+    module = _data_module(cfg)
     if kind == "cifar100":
-        files = [root / "cifar-100-python" / name for name in ("train", "test", "meta")]
-        _need("cifar100", files)
+        _need("cifar100", [root / _CIFAR / name for name in ("train", "test", "meta")])
         module.get_data_folder = lambda: str(root)
         dataset = module.datasets.CIFAR100
         dataset.train_list = [[name, None] for name, _ in dataset.train_list]
         dataset.test_list = [[name, None] for name, _ in dataset.test_list]
         dataset.meta = {**dataset.meta, "md5": None}
-        return f"files of {files[0].stat().st_size} and {files[1].stat().st_size} bytes"
+        return
     name = {"imagenet": "imagenet", "tiny_imagenet": "tiny-imagenet-200"}[kind]
     root = root / name if (root / name).is_dir() else root
     _need(kind, [root / "train", root / "val"])
     module.data_folder = str(root)
-    return f"{len(list((root / 'train').iterdir()))} and {len(list((root / 'val').iterdir()))} folders"
+
+
+def fingerprint_data(cfg: CfgNode, folder: str | None) -> str:
+    """Return what tells these data from others, labels included: part of an experiment's settings.
+
+    CIFAR-100's two files are read whole, in less than a second. Of folders of images count the names, which hold the
+    labels, and the sizes of two images in each.
+    """
+    whose = "the host's" if folder is None else ""
+    if cfg.DATASET.TYPE == "cifar100":
+        if folder is None:
+            return whose  # the host lets no other data pass than the official
+        files = [Path(folder).expanduser().resolve() / _CIFAR / name for name in ("train", "test")]
+        sizes = " and ".join(str(file.stat().st_size) for file in files)
+        return f"files of {sizes} bytes, {_digest(file.read_bytes() for file in files)}"
+    roots = [Path(_data_module(cfg).data_folder, split) for split in ("train", "val")]
+    if not all(root.is_dir() for root in roots):
+        return whose  # which fails in the host
+    counts = " and ".join(str(len([path for path in root.iterdir() if path.name[0] != "."])) for root in roots)
+    return ", ".join([*([whose] if whose else []), f"{counts} folders", _digest(map(_listing, roots))])
+
+
+def _data_module(cfg: CfgNode) -> Any:
+    return importlib.import_module(f"mdistiller.dataset.{cfg.DATASET.TYPE}")
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _listing(root: Path) -> bytes:
+    """Name every image under ``root``, as the host's ImageFolder finds it, with the sizes of two in each folder."""
+    lines = []
+    for folder, children, files in os.walk(root, followlinks=True):
+        children.sort()
+        images = sorted(name for name in files if name.lower().endswith(IMG_EXTENSIONS))
+        sizes = [os.path.getsize(os.path.join(folder, name)) for name in images[:1] + images[-1:]]
+        lines.append(repr((os.path.relpath(folder, root), images, sizes)))
+    return "\n".join(lines).encode()
 
 
 def _need(kind: str, paths: list[Path]) -> None:
