@@ -286,14 +286,14 @@ def test_the_experiments_folder_is_stable_and_told_apart_by_what_defines_the_run
     message = refused(host, "--resume", "DISK.BUDGET", "1")
     assert "DISK.BUDGET: 0.3 then, 1.0 now" in message
     assert "--allow-changed-settings" in message
-    before = folder
-    folder = launch(host, "--resume", "DISK.BUDGET", "1", "--allow-changed-settings")
-    assert folder != before  # renamed: its name stays the hash of what defines it
-    assert load(folder / "latest")["epoch"] == 2
-    assert launch(host, "--resume", "DISK.BUDGET", "1", epochs=3) == folder
-    assert load(folder / "latest")["epoch"] == 3
+    launch(host, "--resume", "DISK.BUDGET", "1", "--allow-changed-settings", find=False)
+    (copied,) = set(folder.parent.iterdir()) - {folder}
+    assert load(copied / "latest")["epoch"] == 2
+    launch(host, "--resume", "DISK.BUDGET", "1", epochs=3, find=False)
+    assert load(copied / "latest")["epoch"] == 3
     launch(host, "DISK.BUDGET", "2", out="out", epochs=1, find=False)
-    assert len(list((host.folder / "out").glob("*/*"))) == 2
+    assert len(list((host.folder / "out").glob("*/*"))) == 3
+    assert load(folder / "latest")["epoch"] == 1
 
 
 def test_a_run_from_before_there_was_a_replay_goes_on(host):
@@ -312,7 +312,7 @@ def test_a_run_from_before_there_was_a_replay_goes_on(host):
 
 def test_changed_settings_that_are_allowed_take_effect_and_lasting_ones_are_refused(host):
     words = ["SOLVER.TRAINER", "disk"]
-    launch(host, *words, epochs=1)
+    original = launch(host, *words, epochs=1)
     changed = [
         "SOLVER.LR",
         "0.001",
@@ -324,7 +324,8 @@ def test_changed_settings_that_are_allowed_take_effect_and_lasting_ones_are_refu
         "0.75",
     ]
     changed += ["DISK.ALTERNATING.WEIGHT_DECAY", "0.25"]
-    folder = launch(host, *words, *changed, "--resume", "--allow-changed-settings")
+    launch(host, *words, *changed, "--resume", "--allow-changed-settings", find=False)
+    (folder,) = set(original.parent.iterdir()) - {original}
     state = load(folder / "latest")
     assert [state["optimizer"]["param_groups"][0][name] for name in ("lr", "weight_decay")] == [0.001, 0.125]
     assert state["model"]["module._extra_state"]["guide_optimizer"]["param_groups"][0]["weight_decay"] == 0.25
@@ -346,11 +347,12 @@ def test_changed_settings_that_are_allowed_take_effect_and_lasting_ones_are_refu
     assert "teacher weights cannot change within a run" in message
 
 
-def test_an_overwritten_run_comes_back_if_the_new_one_fails_before_its_first_checkpoint(host):
+def test_an_overwritten_run_comes_back_if_the_new_one_fails_before_its_first_checkpoint(host, capsys):
     folder = launch(host, epochs=1)
     (folder / "mark").touch()
     with pytest.raises(ValueError, match="batch_size"):  # the host finds out when it builds its loaders
         launch(host, "DATASET.TEST.BATCH_SIZE", "0", "--overwrite", epochs=1, find=False)
+    assert f"the new run came to no checkpoint: {folder} holds the earlier one again" in capsys.readouterr().out
     assert launch(host, "--resume", epochs=2) == folder
     assert (folder / "mark").exists()
     launch(host, "--overwrite", epochs=1)

@@ -14,7 +14,8 @@ _CONFIGS = Path(__file__).parent
 _EPILOG = """\
 KEY VALUE pairs override the YAML file, as in the host: SOLVER.EPOCHS 100 DISK.VARIANT official_cifar. All of a run
 lies in LOG.PREFIX/EXPERIMENT.PROJECT/NAME-HASH, where HASH stands for the settings that define it, which are written to
-settings.yaml there. A resumed run needs the same flags as the run itself, an evaluated one the same settings."""
+settings.yaml there: the whole configuration but for LOG, names, workers and the test's batch size, and what data and
+weights hold. A resumed run needs the same flags as the run itself, an evaluated one the same settings."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             runpy.run_path(script, run_name="__main__")
         finally:
-            folder.settle()
+            _tell(folder.settle())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--allow-changed-settings",
         action="store_true",
-        help="resume a run that had other rates, weights, schedules; what its checkpoint depends on cannot change",
+        help="let --resume go on with a copy of the run that differs least, in a folder of its own; rates, weights and "
+        "schedules may differ, not the seed nor what its checkpoint depends on",
+    )
+    add(
+        "--from",
+        dest="chosen",
+        metavar="FOLDER",
+        help="the run that --resume is to go on with, where several are equally near: its folder or that one's name",
     )
     add("--evaluate", metavar="WHAT", help="validate a checkpoint: best or latest of the experiment, or a file")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where to run (default: %(default)s)")
@@ -102,6 +110,8 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
     """Everything before the host's script, so that what is wrong is said before anything is written."""
     if args.resume + args.overwrite + (args.evaluate is not None) > 1:
         raise ValueError("--resume goes on with a run, --overwrite deletes it, --evaluate reads it: give one of them")
+    if not args.resume and (args.allow_changed_settings or args.chosen is not None):
+        raise ValueError("--allow-changed-settings and --from say how to go on with a run: give --resume too")
     root = checkout.open_checkout(args.host)
     register()
     from . import host, settings
@@ -128,13 +138,17 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
     notes = host.rehearse(cfg)
     folder = Folder(cfg, defining)
     if args.resume:
-        notes += folder.resume(allow_changed_settings=args.allow_changed_settings)
+        notes += folder.resume(chosen=args.chosen, allow_changed_settings=args.allow_changed_settings)
     else:
         folder.start(overwrite=args.overwrite)
-    for note in notes:
-        print(f"note: {note}")  # noqa: T201
+    _tell(notes)
     settings.dump(cfg, folder.path.name, scratch / "config.yaml")
     return cfg, folder
+
+
+def _tell(notes: list[str]) -> None:
+    for note in notes:
+        print(f"note: {note}")  # noqa: T201
 
 
 def _config_file(given: str | None, root: Path) -> Path:

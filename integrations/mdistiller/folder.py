@@ -9,17 +9,18 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode
 
-from .settings import Settings
+from .runs import CHECKPOINT, SETTINGS, Run, defining, describe, nearest, read_runs, write_settings
+from .settings import Settings, is_guided
 
-SETTINGS = "settings.yaml"
-_CHECKPOINT = "latest"
-_NOT_DEFINING = ("SOLVER.EPOCHS",)  # may grow from run to run
 _GIVEN = ("data", "teacher weights", "DISTILLER.WARM_START")  # files, told apart by what is in them
-# what a checkpoint holds or its shapes depend on: no flag makes a resumed run change it
+# what a checkpoint holds, its shapes depend on or its whole course does: no flag makes a resumed run change it
 _LASTING = re.compile(
-    r"DISTILLER\.|DATASET\.|teacher weights|SOLVER\.(TRAINER|TYPE)|DISK\.(GUIDE\.|STUDENT_TEMPERATURE)"
+    r"DISTILLER\.|DATASET\.|teacher weights|SOLVER\.(TRAINER|TYPE|SEED)|DISK\.(GUIDE\.|STUDENT_TEMPERATURE)"
     r"|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY$|STUDENT_PASSES)|(DISK_)?SIMKD\.FACTOR"
 )
+# of a run that goes on elsewhere: its snapshots of past epochs stay its own
+_NOT_COPIED = shutil.ignore_patterns("epoch_[0-9]*", "student_[0-9]*", f"{SETTINGS}*")
+_CHANGES = "changed_settings.txt"
 
 
 class Folder:
@@ -31,138 +32,212 @@ class Folder:
 
     def __init__(self, cfg: CfgNode, settings: Settings) -> None:
         self.settings = settings
+        self._guided = is_guided(cfg)
         self._parent = Path(cfg.LOG.PREFIX, cfg.EXPERIMENT.PROJECT)
         self._name = (cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG).replace(os.sep, "_")
-        canonical = yaml.safe_dump(_defining(settings), sort_keys=True)
+        canonical = yaml.safe_dump(defining(settings), sort_keys=True)
         self.path = self._parent / f"{self._name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
         self._aside = self.path.with_name(f"{self.path.name}.overwritten")
+        self._copied: tuple[Path, tuple[int, int]] | None = None  # from where, and the checkpoint that came from there
 
     def start(self, *, overwrite: bool) -> None:
         """Begin a run; what ``overwrite`` is to delete is kept aside until :meth:`settle`.
 
         Raises:
-            FileExistsError: the folder holds an earlier run, and ``overwrite`` is not set.
+            FileExistsError: the folder, or one beside it, holds an earlier run, and ``overwrite`` is not set.
         """
-        if self.path.is_dir() and any(entry.name != SETTINGS for entry in self.path.iterdir()):
-            if not overwrite:
-                raise FileExistsError(
-                    f"{self.path} holds an earlier run: go on with it by --resume, or delete it and start anew by "
-                    f"--overwrite"
-                )
-            if (self.path / _CHECKPOINT).is_file() and self._aside.exists():
-                shutil.rmtree(self._aside)
-            if self._aside.exists():  # of a run that was killed before its first checkpoint
-                shutil.rmtree(self.path)
-            else:
-                self.path.rename(self._aside)
-        self._write()
-
-    def settle(self) -> None:
-        """Delete the run that was overwritten, or bring it back if the new one has come to no checkpoint."""
-        if not self._aside.exists():
-            return
-        if (self.path / _CHECKPOINT).is_file():
-            shutil.rmtree(self._aside)
+        earlier = self._earlier()
+        if overwrite:
+            self._set_aside(earlier)
         else:
-            shutil.rmtree(self.path)
-            self._aside.rename(self.path)
+            self._finish_overwrite()
+        if earlier is not None and not overwrite:
+            seed = self.settings.get("SOLVER.SEED")
+            raise FileExistsError(
+                f"{earlier} holds an earlier run with these settings: go on with it by --resume, delete it and start "
+                f"anew by --overwrite, or repeat it beside the first by "
+                f"{'--seed N (it has no seed)' if seed is None else f'another --seed than {seed}'}"
+            )
+        write_settings(self.path, self.settings)
 
-    def resume(self, *, allow_changed_settings: bool) -> list[str]:
-        """Turn to the run with these settings or, if changes are allowed, to the latest of the name.
+    def settle(self) -> list[str]:
+        """Finish what was begun: delete the run that was overwritten, undo what has come to no checkpoint.
+
+        Returns:
+            What the user should know of it.
+        """
+        if self._copied is not None:
+            original, checkpoint = self._copied
+            if not (self.path / CHECKPOINT).is_file() or _stamp(self.path) != checkpoint:
+                return []
+            shutil.rmtree(self.path)
+            return [f"no epoch was trained under the changed settings: {self.path} is gone, {original} as it was"]
+        if not self._aside.exists():
+            return []
+        if (self.path / CHECKPOINT).is_file():
+            shutil.rmtree(self._aside)
+            return []
+        self._make_way()
+        self._aside.rename(self.path)
+        return [f"the new run came to no checkpoint: {self.path} holds the earlier one again"]
+
+    def resume(self, *, chosen: str | None, allow_changed_settings: bool) -> list[str]:
+        """Turn to the run with these settings or, if changes are allowed, to a copy of the nearest.
+
+        ``chosen`` names the one that is meant, by its folder.
 
         Returns:
             What the user should know of the changes.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it had other settings; the message lists them.
+            FileExistsError: an ``--overwrite`` was interrupted here.
+            ValueError: it had other settings, or several are equally near; the message lists them.
         """
-        now = _defining(self.settings)
-        runs = self._runs("--resume")
-        same = [run for run in runs if _defining(run[1]) == now]
-        path, settings = (same or runs)[0]
-        differences = _differences(_defining(settings), now)
-        listed = "\n".join(differences.values())
-        lasting = [key for key in differences if _LASTING.match(key)]
-        if differences and not allow_changed_settings:
-            raise ValueError(
-                f"--resume found {path}, whose settings differ:\n{listed}\nGive it the settings it had, start another "
-                f"run without --resume, or go on with the new ones by --allow-changed-settings"
+        self._finish_overwrite()
+        runs = self._runs("--resume", chosen=chosen)
+        same = [run for run in runs if not run.differences]
+        run = self._nearest(same) if same else self._changed(runs, allow_changed_settings)
+        notes = [] if same else [f"going on with a copy of {run.path} under changed settings:\n{_listed(run)}"]
+        if not run.whole:
+            unknown = f"; not at their defaults: {', '.join(run.unknown)}" if run.unknown else ""
+            notes.append(
+                f"{run.path} was started by a version that recorded DISTILLER, SOLVER, its distiller's own section and "
+                f"the size of its data: all else is taken to have been as it is now{unknown}"
             )
-        if lasting:
-            raise ValueError(
-                f"--resume found {path}, whose settings differ:\n{listed}\n{', '.join(lasting)} cannot change within a "
-                f"run: start another without --resume"
-            )
-        notes = [f"going on with {path} under changed settings:\n{listed}"] if differences else []
-        if path != self.path:
-            if self.path.is_dir():  # settings alone: with a checkpoint it would have been found
-                shutil.rmtree(self.path)
-            path.rename(self.path)
-        self._write()
-        return notes + self._new_length(settings)
+        if not same:
+            self._copy(run, notes)
+        elif run.path != self.path:
+            self._make_way()
+            run.path.rename(self.path)
+        write_settings(self.path, self.settings)
+        return notes + self._new_length(run.settings)
 
     def find(self) -> None:
-        """Turn to the latest run with these settings, whatever weights and data it was given: for evaluation.
+        """Turn to the run with these settings, whatever weights and data it was given: for evaluation.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: only runs with other settings; the message lists them.
+            ValueError: only runs with other settings, or several with these; the message lists them.
         """
+        found = nearest(self._runs("--evaluate", ignore=_GIVEN))
+        if found[0].differences:
+            raise ValueError(describe("--evaluate", found))
+        if len(found) > 1:
+            raise ValueError(f"{describe('--evaluate', found)}\nName the checkpoint that is meant: --evaluate FILE")
+        self.path = found[0].path
 
-        def comparable(settings: Settings) -> Settings:
-            return {key: value for key, value in _defining(settings).items() if key not in _GIVEN}
+    def _earlier(self) -> Path | None:
+        """Return the folder that a run with these settings has already, if one has."""
+        if self.path.is_dir() and any(entry.name != SETTINGS for entry in self.path.iterdir()):
+            return self.path
+        return next((run.path for run in read_runs(self._folders(), self.settings) if run.distance == (0, 0)), None)
 
-        runs = self._runs("--evaluate")
-        same = [path for path, settings in runs if comparable(settings) == comparable(self.settings)]
-        if not same:
-            differences = _differences(comparable(runs[0][1]), comparable(self.settings))
-            raise ValueError(
-                "\n".join([f"--evaluate found {runs[0][0]}, whose settings differ:", *differences.values()])
+    def _set_aside(self, earlier: Path | None) -> None:
+        if (self.path / CHECKPOINT).is_file() and self._aside.exists():
+            shutil.rmtree(self._aside)
+        if not self._aside.exists():
+            if earlier is not None:
+                earlier.rename(self._aside)
+        elif self.path.exists():  # of a run that was killed before its first checkpoint
+            shutil.rmtree(self.path)
+
+    def _finish_overwrite(self) -> None:
+        """Delete what an interrupted ``--overwrite`` has replaced; refuse if it was interrupted before it had."""
+        if not self._aside.exists():
+            return
+        if not (self.path / CHECKPOINT).is_file():
+            raise FileExistsError(
+                f"{self._aside} holds an earlier run, which an --overwrite that has come to no checkpoint was to "
+                f"replace: start anew by --overwrite, or move it back to {self.path} to go on with it by --resume"
             )
-        self.path = same[0]
+        shutil.rmtree(self._aside)
+
+    def _changed(self, runs: list[Run], allowed: bool) -> Run:
+        """Return the run to go on with under changed settings."""
+        able = [run for run in runs if not any(map(_LASTING.match, run.differences))]
+        if able and allowed:
+            return self._nearest(able)
+        found = nearest(runs)
+        lasting = sorted({key for run in found for key in run.differences if _LASTING.match(key)})
+        advice = f"{', '.join(lasting)} cannot change within a run: start another without --resume"
+        if not allowed:
+            copied = ", ".join(run.path.name for run in nearest(able)) if able else ""
+            advice = "Give it the settings it had, start another run without --resume" + (
+                f", or go on with a copy of {copied} by --allow-changed-settings" if able else f"; {advice}"
+            )
+        raise ValueError(f"{describe('--resume', found)}\n{advice}")
+
+    def _nearest(self, runs: list[Run]) -> Run:
+        found = nearest(runs)
+        if len(found) > 1 and not found[0].differences:  # of two that are the same, that whose name says so
+            found = [run for run in found if run.path == self.path] or found
+        if len(found) > 1:
+            raise ValueError(f"{describe('--resume', found)}\nName the one that is meant: --from FOLDER")
+        return found[0]
+
+    def _copy(self, run: Run, notes: list[str]) -> None:
+        """Make this folder a copy of a run's, whole or not at all; the checkpoints are no links, as all may change."""
+        self._make_way()
+        partial = self.path.with_name(f"{self.path.name}.copying")
+        shutil.rmtree(partial, ignore_errors=True)  # of a copy that was interrupted
+        try:
+            shutil.copytree(run.path, partial, ignore=_NOT_COPIED)
+            with (partial / _CHANGES).open("a") as file:
+                file.writelines(f"{note}\n" for note in notes)
+            write_settings(partial, self.settings)
+            partial.rename(self.path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self._copied = run.path, _stamp(self.path)
+
+    def _make_way(self) -> None:
+        """Delete what a start left here that came to no checkpoint."""
+        if (self.path / CHECKPOINT).exists():
+            raise FileExistsError(f"{self.path} holds a checkpoint without {SETTINGS}: move it elsewhere first")
+        if self.path.exists():
+            shutil.rmtree(self.path)
 
     def _new_length(self, before: Settings) -> list[str]:
         epochs, now = before.get("SOLVER.EPOCHS"), self.settings["SOLVER.EPOCHS"]
-        if epochs == now or self.settings.get("DISK.DUAL.EPOCHS", now) is not None:
+        if epochs == now or not self._guided or self.settings["DISK.DUAL.EPOCHS"] is not None:
             return []
         return [
             f"SOLVER.EPOCHS was {epochs} and is {now}: from here multiplier and budget follow the schedule of {now} "
             f"epochs (DISK.DUAL.EPOCHS sets its length apart)"
         ]
 
-    def _runs(self, flag: str) -> list[tuple[Path, Settings]]:
-        """Runs of this name that have a checkpoint, the latest first."""
+    def _folders(self, ending: str = "") -> list[Path]:
+        """Return the folders of this name, whatever their hash."""
         pattern = "".join(f"[{letter}]" if letter in "*?[" else letter for letter in self._name)
-        found = [path for path in self._parent.glob(f"{pattern}-{'[0-9a-f]' * 8}") if (path / _CHECKPOINT).is_file()]
-        found = [path for path in found if (path / SETTINGS).is_file()]
-        found.sort(key=lambda path: (path / _CHECKPOINT).stat().st_mtime, reverse=True)
-        if not found:
-            raise FileNotFoundError(
-                f"{flag} needs an earlier run with a checkpoint {_CHECKPOINT!r} in {self.path}, found none: start it "
-                f"without {flag}, or with --overwrite if it ended before its first checkpoint"
-            )
-        return [(path, self._added() | yaml.safe_load((path / SETTINGS).read_text())) for path in found]
+        return sorted(self._parent.glob(f"{pattern}-{'[0-9a-f]' * 8}{ending}"))
 
-    def _added(self) -> Settings:
-        """Return settings that came later than some runs, as those runs had them."""
-        capacity = "DISK.ALTERNATING.REPLAY_CAPACITY"
-        added = {"DISK.ALTERNATING.REPLAY": False, capacity: self.settings.get(capacity)}
-        return {key: value for key, value in added.items() if key in self.settings}
-
-    def _write(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.path / f"{SETTINGS}.partial"
-        partial.write_text(yaml.safe_dump(self.settings, sort_keys=True))
-        partial.replace(self.path / SETTINGS)
-
-
-def _defining(settings: Settings) -> Settings:
-    return {key: value for key, value in settings.items() if key not in _NOT_DEFINING}
+    def _runs(self, flag: str, *, ignore: tuple[str, ...] = (), chosen: str | None = None) -> list[Run]:
+        """Return the runs of this name that have a checkpoint."""
+        runs = read_runs(self._folders(), self.settings, ignore=ignore)
+        if chosen is not None:
+            meant = (Path(chosen), Path(chosen).resolve())
+            named = [run for run in runs if Path(run.path.name) in meant or run.path.resolve() in meant]
+            if not named:
+                known = ", ".join(run.path.name for run in runs) or "none"
+                raise FileNotFoundError(f"--from must name a run in {self._parent}, one of {known}, got {chosen}")
+            return named
+        if runs:
+            return runs
+        aside = self._folders(".overwritten")
+        kept = f"; an interrupted --overwrite left {', '.join(map(str, aside))}" if aside else ""
+        raise FileNotFoundError(
+            f"{flag} needs an earlier run with a checkpoint {CHECKPOINT!r} in {self.path}, found none: start it "
+            f"without {flag}, or with --overwrite if it ended before its first checkpoint{kept}"
+        )
 
 
-def _differences(before: Settings, now: Settings) -> dict[str, str]:
-    """A line for each key whose value differs."""
-    keys = sorted(before.keys() | now.keys())
-    pairs = {key: (before.get(key, "not set"), now.get(key, "not set")) for key in keys}
-    return {key: f"  {key}: {then} then, {after} now" for key, (then, after) in pairs.items() if then != after}
+def _listed(run: Run) -> str:
+    return "\n".join(run.differences.values())
+
+
+def _stamp(folder: Path) -> tuple[int, int]:
+    """Tell a checkpoint from the one that replaces it."""
+    status = (folder / CHECKPOINT).stat()
+    return status.st_ino, status.st_mtime_ns

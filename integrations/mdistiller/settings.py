@@ -10,7 +10,18 @@ from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import CFG
 from yacs.config import CfgNode
 
+from .distillers import GuidedDistiller
+
 Settings = dict[str, Any]
+# where a run logs, what it is called, how its data is loaded and tested: nothing of it changes what is trained
+_NOT_DEFINING = (
+    "LOG.",
+    "EXPERIMENT.NAME",
+    "EXPERIMENT.TAG",
+    "EXPERIMENT.PROJECT",
+    "DATASET.NUM_WORKERS",
+    "DATASET.TEST.BATCH_SIZE",
+)
 
 
 def merge(path: Path, options: list[str], *, distiller: str | None, seed: int | None) -> CfgNode:
@@ -71,17 +82,28 @@ def check_names(cfg: CfgNode, models: dict[str, Any]) -> None:
 
 
 def settings_of(cfg: CfgNode, *, data: str, teacher: str, warm_start: str) -> Settings:
-    """Return by dotted key what makes a run what it is; where it logs and how its data is loaded does not.
+    """Return by dotted key what makes a run what it is: the whole configuration but for a few keys without effect.
 
-    ``data``, ``teacher`` and ``warm_start`` tell data and weights apart, wherever they lie.
+    Also the sections of other methods count: a method of the user's own may read any of them. ``data``, ``teacher`` and
+    ``warm_start`` tell data and weights apart, wherever they lie.
     """
-    kind = cfg.DISTILLER.TYPE
-    sections = ["DISTILLER", "SOLVER", *([kind] if kind in cfg else []), *(["DISK"] if kind == "DISK_SIMKD" else [])]
-    settings = {"DATASET.TYPE": cfg.DATASET.TYPE, "data": data, "teacher weights": teacher}
-    for section in sections:
-        settings.update(_flat(section, cfg[section]))
-    settings["DISTILLER.WARM_START"] = warm_start
-    return settings
+    return {
+        **{key: value for key, value in _flat("", cfg).items() if not key.startswith(_NOT_DEFINING)},
+        "data": data,
+        "teacher weights": teacher,
+        "DISTILLER.WARM_START": warm_start,
+    }
+
+
+def default_settings() -> Settings:
+    """Return the defaults of host and DiSK by dotted key."""
+    return _flat("", CFG)
+
+
+def is_guided(cfg: CfgNode) -> bool:
+    """Say whether the distiller has a guide, and so a multiplier and a budget."""
+    kind = distiller_dict[cfg.DISTILLER.TYPE]
+    return isinstance(kind, type) and issubclass(kind, GuidedDistiller)
 
 
 def dump(cfg: CfgNode, name: str, path: Path) -> None:
@@ -94,12 +116,16 @@ def dump(cfg: CfgNode, name: str, path: Path) -> None:
 def _flat(prefix: str, node: CfgNode) -> Settings:
     settings: Settings = {}
     for key, value in node.items():
-        name = f"{prefix}.{key}"
         if isinstance(value, CfgNode):
-            settings.update(_flat(name, value))
+            settings.update(_flat(f"{prefix}{key}.", value))
         else:
-            settings[name] = list(value) if isinstance(value, tuple) else value
+            settings[f"{prefix}{key}"] = _plain(value)
     return settings
+
+
+def _plain(value: Any) -> Any:
+    """Turn tuples into lists, which a YAML file gives back as they were."""
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _read(path: Path) -> dict[str, Any]:
