@@ -1,5 +1,6 @@
 import copy
 import inspect
+import io
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import re
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from disk_plugin import DiSKLoss, GuideHead
-from disk_plugin.cache import SeededViews, TeacherCache
+from disk_plugin.cache import SeededViews, TeacherCache, checksums
 from disk_plugin.taps import with_features
 
 SAMPLES, VIEWS, WIDTH, CLASSES, BATCH = 10, 3, 8, 5, 4
@@ -113,6 +115,27 @@ def generator_states():
 
 def meta_of(folder):
     return json.loads((folder / "meta.json").read_text())
+
+
+def flip(path, place, bits=0x40):
+    """Damage one byte and leave the size."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= bits
+    path.write_bytes(content)
+
+
+def as_written_before_checksums(folder):
+    """Make of a cache what the format before would hold."""
+    names = ["mode", "layer", "num_classes", "feature_dim", "samples", "views", "head_bytes", "fingerprint", "written"]
+    entries = {name: meta_of(folder)[name] for name in names} | {"format": 1}
+    (folder / "meta.json").write_text(json.dumps(entries, indent=1) + "\n")
+    (folder / "checksums.bin").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 3 rows (more where rows are shorter), so that there are many and the batches do not end with them."""
+    monkeypatch.setattr(checksums, "BLOCK_BYTES", 3 * 2 * WIDTH)
 
 
 def contents(folder):
@@ -534,7 +557,8 @@ def test_an_interrupted_cache_says_how_much_is_written_and_how_to_go_on(tmp_path
         TeacherCache(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["data.bin", "head.pt"])
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("name", ["data.bin", "head.pt", "checksums.bin"])
 @pytest.mark.parametrize("change", [-1, 1, None])
 def test_a_file_of_another_size_is_refused_with_both_sizes(tmp_path, name, change):
     write(tmp_path)
@@ -558,26 +582,267 @@ def test_an_interrupted_cache_that_lost_counted_rows_is_not_resumed(tmp_path):
         write(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", '{"format": 1, "mode"', '{"format": 1}', "[]", '{"mode": "logits"}'])
-def test_a_damaged_description_is_refused(tmp_path, text):
+NO_DESCRIPTIONS = {
+    "empty": b"",
+    "cut off": b'{"format": 1, "mode"',
+    "lacking": b'{"format": 1}',
+    "a list": b"[]",
+    "without format": b'{"mode": "logits"}',
+    "another program's": b'{"format": 1, "name": "resnet50", "author": "me"}',
+    "another type": b'{"format": 1, "samples": "10", "views": 3}',
+    "zeros": bytes(300),
+    "garbage": bytes(range(256)),
+}
+
+
+@pytest.mark.parametrize("content", NO_DESCRIPTIONS.values(), ids=NO_DESCRIPTIONS.keys())
+def test_what_is_no_description_is_refused_with_its_name_and_the_cure(tmp_path, content):
     write(tmp_path)
-    (tmp_path / "meta.json").write_text(text)
-    with pytest.raises(RuntimeError, match=f"got {len(text)} damaged bytes"):
+    (tmp_path / "meta.json").write_bytes(content)
+    message = (
+        rf"meta.json must be a cache's description, got {len(content)} bytes, damaged .*: choose another folder, or"
+    )
+    with pytest.raises(RuntimeError, match=message):
         TeacherCache(tmp_path)
-
-
-def test_a_cache_of_another_format_is_refused(tmp_path):
-    write(tmp_path)
-    (tmp_path / "meta.json").write_text(json.dumps(meta_of(tmp_path) | {"format": 2, "new": 0}))
-    with pytest.raises(RuntimeError, match="must have format 1, got 2"):
-        TeacherCache(tmp_path)
-
-
-def test_a_file_that_no_cache_knows_of_is_not_overwritten(tmp_path):
-    (tmp_path / "data.bin").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match=r"without its meta.json, got 4 bytes"):
+    with pytest.raises(RuntimeError, match=message):
         write(tmp_path)
-    assert (tmp_path / "data.bin").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("found", [3, 0, "1.2"])
+def test_a_cache_of_another_format_is_refused(tmp_path, found):
+    write(tmp_path)
+    (tmp_path / "meta.json").write_text(json.dumps(meta_of(tmp_path) | {"format": found, "new": 0}))
+    with pytest.raises(RuntimeError, match=f"must have format 1 or 2, got {found!r}: choose another folder"):
+        TeacherCache(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["features", "logits"])
+@pytest.mark.parametrize("name", ["data.bin", "checksums.bin", "head.pt"])
+def test_a_file_that_no_cache_knows_of_is_not_overwritten(tmp_path, name, mode):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(
+        FileExistsError, match=rf"{name} must not exist without its meta.json, got 4 bytes: choose anoth"
+    ):
+        write(tmp_path, mode=mode)
+    assert (tmp_path / name).read_bytes() == b"mine"
+
+
+# ---- checksums -------------------------------------------------------------------------------------------------------
+
+
+def block_of(place, mode):
+    """What is where: block, first and last row of it, rows in a block."""
+    width = {"features": WIDTH, "logits": CLASSES, "logits+features": CLASSES + WIDTH}[mode]
+    block_rows = max(1, 3 * 2 * WIDTH // (2 * width))
+    block = place // (2 * width * block_rows)
+    return block, block * block_rows, min((block + 1) * block_rows, ROWS) - 1, block_rows * 2 * width
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("where", [0, 0.5, -1])
+def test_one_flipped_byte_is_found_when_its_block_is_first_read(tmp_path, mode, where):
+    index, view = everything()
+    expected = write(tmp_path, mode=mode)(index, view)
+    path = tmp_path / "data.bin"
+    before = path.read_bytes()
+    place = int(where * len(before)) % len(before)
+    flip(path, place)
+    block, first, last, size = block_of(place, mode)
+    cache = TeacherCache(tmp_path, teacher=make_teacher(), dataset=seeded_views())
+    rows = view * SAMPLES + index
+    sound = (rows < first) | (rows > last)
+    for part, same in zip(cache(index[sound], view[sound]), expected, strict=True):
+        if part is not None:
+            torch.testing.assert_close(part, same[sound])
+    crc = [zlib.crc32(content[block * size : (block + 1) * size]) for content in (before, path.read_bytes())]
+    spot = f"index {first % SAMPLES}, view {first // SAMPLES} to index {last % SAMPLES}, view {last // SAMPLES}"
+    message = (
+        rf"data.bin must have CRC-32 {crc[0]:08x} in its block {block} \(from byte {block * size}, .*: {spot}\), "
+        rf"got {crc[1]:08x}: .* damaged; delete the folder and write it anew"
+    )
+    for row in (first, last):
+        for _ in range(2):  # not only the first time
+            with pytest.raises(RuntimeError, match=message):
+                cache(row % SAMPLES, row // SAMPLES)
+    with pytest.raises(RuntimeError, match=message):
+        cache(index, view)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("blocks", ["small_blocks", None])
+def test_a_small_share_of_verify_finds_a_flipped_byte_anywhere(tmp_path, mode, blocks, request):
+    if blocks:
+        request.getfixturevalue(blocks)
+    write(tmp_path, mode=mode)
+    for place in range(0, (tmp_path / "data.bin").stat().st_size, 37):
+        flip(tmp_path / "data.bin", place, 1)
+        with pytest.raises(RuntimeError, match=r"data.bin must have CRC-32 [0-9a-f]{8} in its block"):
+            TeacherCache(tmp_path).verify(make_teacher(), seeded_views(), share=0.01)
+        flip(tmp_path / "data.bin", place, 1)
+    assert TeacherCache(tmp_path).verify(make_teacher(), seeded_views(), share=0.01) < 2e-3
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_verify_compares_again_what_was_read_before(tmp_path):
+    cache = write(tmp_path)
+    cache(*everything())
+    with (tmp_path / "data.bin").open("r+b") as file:  # the disk fails while it is mapped
+        file.seek(100)
+        file.write(b"\x11")
+    with pytest.raises(RuntimeError, match="in its block 2 "):
+        cache.verify(make_teacher(), seeded_views())
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("name", ["head.pt", "meta.json", "checksums.bin"])
+def test_a_flipped_byte_of_another_file_is_found_too(tmp_path, name):
+    cache = write(tmp_path)
+    index, view = everything()
+    expected, content = cache(index, view), (tmp_path / name).read_bytes()
+    for place in range(0, len(content), {"head.pt": 37, "meta.json": 3}.get(name, 1)):
+        flip(tmp_path / name, place, 1)
+        if (
+            name == "meta.json" and chr(content[place]).isspace()
+        ):  # another space or none: it says the same or is refused
+            (tmp_path / name).write_bytes(content)
+            continue
+        with pytest.raises(RuntimeError, match=name):
+            TeacherCache(tmp_path)(index, view)
+        (tmp_path / name).write_bytes(content)
+    assert all(torch.equal(*parts) for parts in zip(TeacherCache(tmp_path)(index, view), expected, strict=True))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_each_block_is_compared_once_in_a_process(tmp_path, monkeypatch):
+    write(tmp_path)
+    compared, cache = [], TeacherCache(tmp_path)
+    monkeypatch.setattr(checksums.BlockChecks, "_compare", lambda self, block: compared.append(block))
+    cache(4, 0)
+    assert compared == [1]
+    cache(torch.tensor([5, 3, 0]), 0)
+    assert compared == [1, 0]
+    for _ in range(3):
+        cache(*everything())
+    assert compared == [1, 0, *range(2, 10)]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("samples", "batch_size"), [(10, 4), (10, 1), (10, 50), (9, 9)])
+def test_checksums_are_those_of_the_file_whatever_the_batches(tmp_path, mode, samples, batch_size):
+    write(tmp_path, views=SeededViews(Images(samples=samples), 2), mode=mode, batch_size=batch_size)
+    meta, data = meta_of(tmp_path), (tmp_path / "data.bin").read_bytes()
+    size = meta["block_rows"] * len(data) // (2 * samples)
+    kept = (tmp_path / "checksums.bin").read_bytes()
+    found = [int.from_bytes(kept[start : start + 4], "little") for start in range(0, len(kept), 4)]
+    whole = len(data) // size
+    assert found == [zlib.crc32(data[block * size : (block + 1) * size]) for block in range(whole)]
+    assert meta["tail"] == zlib.crc32(data[whole * size :])
+
+
+def test_a_block_is_64_kib_of_whole_rows(tmp_path):
+    teacher = nn.Sequential(nn.Linear(12, 256), nn.ReLU(), nn.Linear(256, 100))
+    write(tmp_path, teacher, SeededViews(Images(samples=100), 2), batch_size=60)
+    assert meta_of(tmp_path)["block_rows"] == 2**16 / 512
+    assert (tmp_path / "checksums.bin").stat().st_size == 4  # of 200 rows 128
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_cache_from_before_the_checksums_is_read_as_ever(tmp_path, mode):
+    cache, (index, view) = write(tmp_path, mode=mode), everything()
+    as_written_before_checksums(tmp_path)
+    before = contents(tmp_path)
+    again = TeacherCache(tmp_path, teacher=make_teacher(), dataset=seeded_views())
+    for part, same in zip(again(index, view), cache(index, view), strict=True):
+        assert part is same is None or torch.equal(part, same)
+    with pytest.warns(UserWarning, match="was written without checksums: .* share=1 recomputes all") as caught:
+        assert again.verify(make_teacher(), seeded_views(), share=1.0) < 2e-3
+    assert caught[0].filename == __file__
+    write(tmp_path, mode=mode)  # only opens it
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_cache_begun_before_the_checksums_is_finished_without(tmp_path, mode):
+    interrupt(tmp_path / "cut", 3, mode=mode)
+    as_written_before_checksums(tmp_path / "cut")
+    teacher = make_teacher()
+    cache = write(tmp_path / "cut", teacher, mode=mode)
+    assert teacher[0].seen == ROWS - 3 * BATCH + 1
+    whole = contents(write(tmp_path / "whole", mode=mode).folder)
+    assert contents(tmp_path / "cut")["data.bin"] == whole["data.bin"]
+    with pytest.warns(UserWarning, match="without checksums"):
+        cache.verify(make_teacher(), seeded_views())
+
+
+NO_HEADS = {
+    "garbage": lambda size: bytes(range(256)) * (size // 256) + bytes(size % 256),
+    "zeros": bytes,
+    "text": lambda size: b"# weights\n" * size,
+    "a pickle": lambda size: pickle.dumps({"weight": 1}).ljust(size, b"\0"),
+    "another program's": lambda size: torch_file({"model": torch.zeros(3)}),
+    "a tensor": lambda size: torch_file(torch.zeros(CLASSES, WIDTH)),
+    "without bias": lambda size: torch_file({"weight": torch.zeros(CLASSES, WIDTH)}),
+    "of another teacher": lambda size: torch_file({"weight": torch.zeros(7, WIDTH), "bias": torch.zeros(7)}),
+    "no tensors": lambda size: torch_file({"weight": [1.0], "bias": None}),
+}
+
+
+def torch_file(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's, of the garbage
+@pytest.mark.parametrize("kind", NO_HEADS)
+@pytest.mark.parametrize("checked", [True, False])
+def test_what_is_no_last_layer_is_refused_with_its_name_and_the_cure(tmp_path, kind, checked):
+    write(tmp_path)
+    content = NO_HEADS[kind](meta_of(tmp_path)["head_bytes"])
+    if not checked:
+        as_written_before_checksums(tmp_path)
+        entries = meta_of(tmp_path) | {"head_bytes": len(content)}
+        (tmp_path / "meta.json").write_text(json.dumps(entries))
+    (tmp_path / "head.pt").write_bytes(content)
+    with pytest.raises(
+        RuntimeError, match=r"head.pt must h.*, got .*: .*delete the folder and write it anew"
+    ) as caught:
+        TeacherCache(tmp_path)
+    assert "weights_only" not in str(caught.value)
+    if not checked:
+        assert "must hold the teacher's last layer, tensors of shape (5, 8) and (5,), got" in str(caught.value)
+
+
+@pytest.mark.parametrize("read_from", ["another folder", "a spawned process"])
+def test_a_cache_of_a_relative_folder_is_read_from_elsewhere(tmp_path, monkeypatch, read_from):
+    monkeypatch.chdir(tmp_path)
+    cache = write("here")
+    assert torch.equal(cache(3, 1)[0], TeacherCache(Path("here"))(3, 1)[0])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if read_from == "another folder":
+        again = pickle.loads(pickle.dumps(cache))(3, 1)
+    else:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            again = pool.apply_async(cache, (3, 1)).get(timeout=60)  # a worker that cannot read it is started anew
+    assert torch.equal(again[0], cache(3, 1)[0])
+
+
+def test_a_data_set_that_changes_the_folder_does_not_scatter_the_cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def item(index):
+        os.chdir(tmp_path / "elsewhere")
+        return torch.full((12,), float(index)), 0
+
+    cache = write("here", views=SeededViews(Returning(item), 2))
+    assert cache.folder == tmp_path / "here"
+    assert sorted(contents(tmp_path / "here")) == ["data.bin", "head.pt", "meta.json"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path):
@@ -625,8 +890,10 @@ def test_verify_passes_on_the_same_teacher_and_recomputes_a_share(tmp_path, mode
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_verify_names_the_place_of_a_damaged_row(tmp_path, mode):
+@pytest.mark.filterwarnings("ignore:.*without checksums")
+def test_verify_names_the_place_of_a_row_that_is_not_the_teachers(tmp_path, mode):
     cache = write(tmp_path, mode=mode)
+    as_written_before_checksums(tmp_path)
     row_bytes = (tmp_path / "data.bin").stat().st_size // ROWS
     with (tmp_path / "data.bin").open("r+b") as file:
         file.seek((2 * SAMPLES + 7) * row_bytes)  # view 2 of sample 7: views lie one after the other
@@ -670,12 +937,15 @@ def test_verify_refuses_bad_arguments(tmp_path, settings, error, message):
 # ---- interruption and other processes --------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tail", [0, 5, 100])
 def test_resuming_recomputes_what_is_missing_and_gives_the_uninterrupted_files(tmp_path, mode, tail):
     interrupt(tmp_path / "cut", 3, mode=mode)
     with (tmp_path / "cut" / "data.bin").open("ab") as file:
         file.write(b"\x01" * tail)  # of a batch that was cut off
+    with (tmp_path / "cut" / "checksums.bin").open("ab") as file:
+        file.write(b"\x01" * (tail // 5))
     teacher = make_teacher()
     write(tmp_path / "cut", teacher, mode=mode)
     assert teacher[0].seen == ROWS - 3 * BATCH + 1  # the first sample is run to learn the shapes
@@ -717,6 +987,7 @@ def write_until_killed(folder, deadly_call, batches_begun):
 
 
 @needs_fork
+@pytest.mark.usefixtures("small_blocks")
 def test_kill_9_at_any_moment_loses_at_most_the_unfinished_batch(tmp_path):
     context, expected = multiprocessing.get_context("fork"), contents(write(tmp_path / "whole", batch_size=10).folder)
     for deadly_call in range(1, 30):
@@ -733,7 +1004,8 @@ def test_kill_9_at_any_moment_loses_at_most_the_unfinished_batch(tmp_path):
         write(folder, teacher, batch_size=10)
         assert teacher[0].seen == ROWS - written + 1
         assert contents(folder) == expected
-    assert deadly_call == 4 + 3 * 3 + 1  # two files, then for each of 3 batches the data, the count and its place
+    # two files, then for each of 3 batches the data, the checksums, the count and its place
+    assert deadly_call == 4 + 3 * 4 + 1
 
 
 def write_slowly(folder):

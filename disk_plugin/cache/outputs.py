@@ -1,7 +1,11 @@
 """The teacher's outputs for batches of sample-views, and as the rows that are stored."""
 
+import importlib
+import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from .._modes import without_autocast
 from ..taps import FeatureTap, logits_of, with_features
+from . import checksums
+from .description import Meta
+from .files import CURE
 from .views import PlainView, SeededViews, image_of
 
 MODES = ("features", "logits", "logits+features")
@@ -78,6 +85,38 @@ class TeacherOutputs:
         content = io.BytesIO()
         torch.save({"weight": weights["weight"], "bias": weights.get("bias")}, content)
         return content.getvalue()
+
+
+def read_head(path: Path, meta: Meta) -> tuple[Tensor, Tensor | None] | None:
+    """Read what :meth:`TeacherOutputs.head_bytes` gave: weight (C, D) and bias (C,); None without a head.
+
+    Raises:
+        RuntimeError: the file is damaged, or another program's.
+    """
+    if not meta.head_bytes:
+        return None
+    content = path.read_bytes()
+    if meta.head_checksum is not None:
+        checksums.check_file(path, content, meta.head_checksum)
+    expected, cause = [(meta.num_classes, meta.feature_dim), (meta.num_classes,)], None
+    try:
+        head = torch.load(io.BytesIO(content), weights_only=True)
+        weight, bias = head["weight"], head["bias"]
+        came: Any = [tuple(each.shape) for each in (weight, bias) if each is not None]
+    except Exception as error:  # a file that torch did not write makes it raise nearly anything
+        came, cause = type(error).__name__, error
+    if came not in (expected, expected[:1]):
+        layer = f"the teacher's last layer, tensors of shape {expected[0]} and {expected[1]}"
+        raise RuntimeError(f"{path} must hold {layer}, got {came}: {CURE}") from cause
+    return weight, bias
+
+
+def progress_bar(loader: Iterable[Any], shown: bool) -> Iterable[Any]:
+    """Show a bar over the batches where tqdm is installed."""
+    if not shown or importlib.util.find_spec("tqdm") is None:
+        return loader
+    bar: Iterable[Any] = importlib.import_module("tqdm").tqdm(loader, desc="teacher outputs")
+    return bar
 
 
 def batches(

@@ -1,12 +1,10 @@
-"""The files of a cache: what they hold, how they are written so that an interruption costs one batch at most.
+"""How the files of a cache are written, so that an interruption costs one batch at most.
 
-``data.bin`` holds the rows, float16, one view after the other; ``head.pt`` the teacher's last layer, where logits are
-recomputed; ``meta.json`` what the cache is of and how many rows are written. Rows are on the disk before they are
-counted, and the count is replaced as a whole: whenever the writer dies, what is counted is there.
+Rows and their checksums are on the disk before they are counted, and the count is replaced as a whole: whenever the
+writer dies, what is counted is there. Caches of format 1, which had no checksums, are gone on with as they are.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,46 +14,10 @@ from typing import IO
 
 from torch import Tensor
 
-from .fingerprint import Fingerprint, as_bytes, differences
-
-META, DATA, HEAD = "meta.json", "data.bin", "head.pt"
-FORMAT = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Meta:
-    """What a cache holds (``mode``, sizes), what it is of (``fingerprint``), and how far it is written."""
-
-    mode: str
-    layer: str | None
-    num_classes: int
-    feature_dim: int
-    samples: int
-    views: int
-    head_bytes: int
-    fingerprint: Fingerprint
-    written: int = 0
-    format: int = FORMAT
-
-    @property
-    def rows(self) -> int:
-        """Number of sample-views."""
-        return self.samples * self.views
-
-    @property
-    def width(self) -> int:
-        """Values in a row: features, logits, or logits and then features."""
-        return {"features": 0}.get(self.mode, self.num_classes) + self.feature_dim
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row."""
-        return 2 * self.width
-
-    def identity(self) -> Fingerprint:
-        """Everything that has to be the same for writing to go on."""
-        shape = {name: getattr(self, name) for name in ("mode", "layer", "num_classes", "feature_dim")}
-        return {**shape, **self.fingerprint}
+from . import checksums
+from .description import FORMATS, Meta, read_meta, write_meta
+from .files import CHECKSUMS, DATA, HEAD, META, check_size, flush, refuse_strangers, replace, size_of
+from .fingerprint import as_bytes, differences
 
 
 class Writer:
@@ -66,10 +28,23 @@ class Writer:
 
     def append(self, rows: Tensor) -> None:
         """Put rows (N, width), float16, on the disk, then count them."""
-        self._file.write(as_bytes(rows))
-        _flush(self._file)
-        self.meta = dataclasses.replace(self.meta, written=self.meta.written + len(rows))
+        content, meta = as_bytes(rows), self.meta
+        self._file.write(content)
+        flush(self._file)
+        tail = self._add_checksums(content) if meta.block_rows else 0
+        self.meta = dataclasses.replace(meta, written=meta.written + len(rows), tail=tail)
         write_meta(self._folder, self.meta)
+
+    def _add_checksums(self, content: bytes) -> int:
+        """Put those of the blocks that are full now on the disk; return that of the rows after them."""
+        meta = self.meta
+        filled = meta.written % meta.block_rows * meta.row_bytes
+        finished, tail = checksums.extend(meta.tail, filled, content, meta.block_rows * meta.row_bytes)
+        if finished:
+            with (self._folder / CHECKSUMS).open("ab") as file:
+                file.write(finished)
+                flush(file)
+        return tail
 
 
 @contextmanager
@@ -78,48 +53,23 @@ def open_writer(folder: Path, meta: Meta, head: bytes) -> Iterator[Writer]:
 
     Raises:
         RuntimeError: another process is writing; what is there is of something else, or shorter than counted.
-        FileExistsError: there are data that no cache knows of.
+        FileExistsError: there are files that no cache knows of.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / DATA).open("a+b") as file:
         _lock(file, folder)
-        size = file.seek(0, os.SEEK_END)
         if (folder / META).exists():
-            meta = _resumed(folder, meta, size)
+            meta = _resumed(folder, meta)
             file.truncate(meta.written * meta.row_bytes)  # what follows was not counted: the batch that was cut off
-        elif size:
-            raise FileExistsError(f"{folder / DATA} must not exist without its {META}, got {size} bytes")
+            if size_of(folder / CHECKSUMS) > meta.checksum_bytes:
+                os.truncate(folder / CHECKSUMS, meta.checksum_bytes)
         else:
+            refuse_strangers(folder, head)
+            meta = meta.with_checksums(head)
             if head:
-                _replace(folder / HEAD, head)
+                replace(folder / HEAD, head)
             write_meta(folder, meta)
         yield Writer(folder, file, meta)
-
-
-def read_meta(folder: Path) -> Meta:
-    """Read what a folder holds, checking nothing but that it can be read.
-
-    Raises:
-        FileNotFoundError: there is no cache.
-        RuntimeError: ``meta.json`` is damaged, or of another format.
-    """
-    path = folder / META
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} must hold a cache that TeacherCache.write has made, got no {META}")
-    try:
-        entries = json.loads(path.read_text())
-        found = entries["format"]
-        meta = Meta(**entries) if found == FORMAT else None
-    except (ValueError, TypeError, KeyError) as error:
-        raise RuntimeError(f"{path} must be a cache's description, got {path.stat().st_size} damaged bytes") from error
-    if meta is None:
-        raise RuntimeError(f"{path} must have format {FORMAT}, got {found}")
-    return meta
-
-
-def write_meta(folder: Path, meta: Meta) -> None:
-    """Replace the description as a whole."""
-    _replace(folder / META, (json.dumps(dataclasses.asdict(meta), indent=1) + "\n").encode())
 
 
 def check_complete(folder: Path, meta: Meta) -> None:
@@ -133,27 +83,24 @@ def check_complete(folder: Path, meta: Meta) -> None:
             f"{folder} must hold all {meta.rows} sample-views, got {meta.written}: writing was interrupted (or goes "
             "on); TeacherCache.write with the same arguments resumes"
         )
-    for name, expected in ((DATA, meta.rows * meta.row_bytes), (HEAD, meta.head_bytes)):
-        _check_size(folder / name, expected)
+    sizes = {DATA: meta.rows * meta.row_bytes, HEAD: meta.head_bytes, CHECKSUMS: meta.checksum_bytes}
+    for name, expected in sizes.items():
+        check_size(folder / name, expected)
 
 
-def _resumed(folder: Path, meta: Meta, size: int) -> Meta:
+def _resumed(folder: Path, meta: Meta) -> Meta:
     """Return what is there if it is of the same thing and whole."""
     found = read_meta(folder)
     different = differences(found.identity(), meta.identity())
     if different:
         raise RuntimeError(f"{folder} was written for something else, choose another folder or delete it:{different}")
-    counted = found.written * found.row_bytes
-    if size < counted or found.written == found.rows:
-        _check_size(folder / DATA, counted)
-    _check_size(folder / HEAD, found.head_bytes)
-    return found
-
-
-def _check_size(path: Path, expected: int) -> None:
-    size = path.stat().st_size if path.exists() else 0
-    if size != expected:
-        raise RuntimeError(f"{path} must have {expected} bytes, got {size}: delete the folder and write it anew")
+    complete = found.written == found.rows
+    for name, expected in ((DATA, found.written * found.row_bytes), (CHECKSUMS, found.checksum_bytes)):
+        if complete or size_of(folder / name) < expected:
+            check_size(folder / name, expected)
+    check_size(folder / HEAD, found.head_bytes)
+    # what was begun without checksums has none for its first rows: it goes on so
+    return dataclasses.replace(found, format=FORMATS[-1])
 
 
 def _lock(file: IO[bytes], folder: Path) -> None:
@@ -168,18 +115,3 @@ def _lock(file: IO[bytes], folder: Path) -> None:
         raise RuntimeError(f"{folder} must have one writer at a time, got a second while another is writing") from error
     # forked loader workers would hold the lock for seconds after the writer is killed
     util.register_after_fork(file, lambda inherited: inherited.close())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is seen either as it was or as it becomes."""
-    fresh = path.with_suffix(".new")
-    with fresh.open("wb") as file:
-        file.write(content)
-        _flush(file)
-    fresh.replace(path)
-
-
-def _flush(file: IO[bytes]) -> None:
-    """Have the disk hold what was written."""
-    file.flush()
-    os.fsync(file.fileno())

@@ -1,11 +1,8 @@
 """TeacherCache: writes, reads and verifies a store of the teacher's outputs."""
 
-import importlib
-import importlib.util
 import math
 import os
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +14,12 @@ from torch.utils.data import Dataset
 from .. import _checks
 from .._modes import in_mode, without_autocast
 from . import fingerprint, storage
-from .outputs import TeacherOutputs, batches, check_mode, to_half
+from .checksums import BlockChecks
+from .description import Meta, read_meta
+from .files import DATA, HEAD
+from .outputs import TeacherOutputs, batches, check_mode, progress_bar, read_head, to_half
 from .verification import largest_difference
-from .views import PlainView, SeededViews, as_views
+from .views import PlainView, SeededViews, as_views, places
 
 Mode = Literal["features", "logits", "logits+features"]
 
@@ -28,8 +28,9 @@ class TeacherCache:
     """A teacher's outputs for every (sample, view), written once and read from a memory-mapped file in float16.
 
     Written by :meth:`write`. Opening checks that it is whole and, given the teacher or the data set, that it is of
-    these: their weights, targets, transform, views, seed and, bit for bit, a few images. Any number of processes may
-    read; in a loader's workers a cache opens the files again.
+    these: their weights, targets, transform, views, seed and, bit for bit, a few images. Rows are compared with their
+    checksum (CRC-32 of about 64 KiB) when a process first reads them: accidents are found, not intent. Any number of
+    processes may read; in a loader's workers a cache opens the files again.
 
     Args:
         folder: where it was written.
@@ -47,7 +48,8 @@ class TeacherCache:
 
     Raises:
         FileNotFoundError: there is no cache.
-        RuntimeError: it is incomplete, truncated, or of something else; the message says what differs.
+        RuntimeError: it is incomplete, damaged (rows: when they are read), or of something else; the message says what
+            differs.
         ValueError: ``dataset`` is random and not in ``SeededViews``; in a call an index or view out of range, or shapes
             that differ.
         TypeError: in a call values of another type.
@@ -69,8 +71,8 @@ class TeacherCache:
         teacher: nn.Module | None = None,
         dataset: Dataset[Any] | None = None,
     ) -> None:
-        self.folder = Path(folder)
-        meta = self._meta = storage.read_meta(self.folder)
+        self.folder = Path(folder).absolute()  # a loader's worker opens it again, maybe from elsewhere
+        meta = self._meta = read_meta(self.folder)
         storage.check_complete(self.folder, meta)
         found = {} if teacher is None else fingerprint.of_teacher(teacher)
         found |= {} if dataset is None else fingerprint.of_views(as_views(dataset))
@@ -80,21 +82,24 @@ class TeacherCache:
         self.mode, self.layer = meta.mode, meta.layer
         self.samples, self.views = meta.samples, meta.views
         self.num_classes, self.feature_dim = meta.num_classes, meta.feature_dim
-        path = str(self.folder / storage.DATA)
+        path = str(self.folder / DATA)
         # a private mapping: read-only files will do, and nothing done to the tensor reaches the file
         data = torch.from_file(path, shared=False, size=meta.rows * meta.width, dtype=torch.float16)
         self._data = data.view(meta.rows, meta.width)
-        self._head = torch.load(self.folder / storage.HEAD, weights_only=True) if meta.head_bytes else None
+        self._checks = BlockChecks(self.folder, meta, self._data)
+        self._head = read_head(self.folder / HEAD, meta)
 
     def __call__(self, index: int | Tensor, view: int | Tensor) -> tuple[Tensor, Tensor | None]:
         """Return logits and features of sample-views; features are None in mode ``"logits"``."""
-        index, view = _places("index", index, self.samples), _places("view", view, self.views)
+        index, view = places("index", index, self.samples), places("view", view, self.views)
         if index.ndim and view.ndim and index.shape != view.shape:
             raise ValueError(f"view must be an int or have index's shape {tuple(index.shape)}, got {tuple(view.shape)}")
-        values = self._data[view * self.samples + index].float()
+        rows = view * self.samples + index
+        self._checks.before_reading(rows)
+        values = self._data[rows].float()
         if self._head is not None:
             with torch.no_grad(), without_autocast(values):
-                return linear(values, self._head["weight"], self._head["bias"]), values
+                return linear(values, *self._head), values
         logits, features = values.tensor_split([self.num_classes], dim=-1)
         return logits, features if self.feature_dim else None
 
@@ -143,13 +148,14 @@ class TeacherCache:
         """
         check_mode(mode)
         _checks.integer("batch_size", batch_size, at_least=1)
+        folder = Path(folder).absolute()  # the data set may change the working directory
         source, outputs = as_views(views), TeacherOutputs(teacher, mode, layer, device)
         with in_mode(teacher, training=False):
             meta = _describe(teacher, source, outputs)
-            with storage.open_writer(Path(folder), meta, outputs.head_bytes()) as writer:
+            with storage.open_writer(folder, meta, outputs.head_bytes()) as writer:
                 remaining = range(writer.meta.written, meta.rows)
-                for images, places in _bar(batches(source, remaining, batch_size, num_workers), progress):
-                    writer.append(to_half(outputs.rows(images), places, meta.samples))
+                for images, rows in progress_bar(batches(source, remaining, batch_size, num_workers), progress):
+                    writer.append(to_half(outputs.rows(images), rows, meta.samples))
         return cls(folder)
 
     @torch.no_grad()
@@ -165,9 +171,10 @@ class TeacherCache:
         num_workers: int = 0,
         device: torch.device | str | None = None,
     ) -> float:
-        """Run the teacher again on a random share of the sample-views and compare.
+        """Compare every row with its checksum, then a random share with what the teacher gives now.
 
-        Compares numbers only: another machine's rounding passes, other weights do not.
+        The first is one pass over the file. The second compares numbers only: another machine's rounding passes, other
+        weights do not. A cache written by a version without checksums has the second alone, and a warning says so.
 
         Args:
             teacher: as for :meth:`write`.
@@ -183,8 +190,8 @@ class TeacherCache:
             The largest difference found, in the units of ``tolerance``.
 
         Raises:
-            RuntimeError: a difference is larger (the message names the largest and its place); other numbers of samples
-                or views.
+            RuntimeError: rows are damaged; a difference is larger (the message names the largest and its place); other
+                numbers of samples or views.
             ValueError: ``share`` or ``tolerance`` out of range.
         """
         _checks.number("share", share, above=0, at_most=1)
@@ -194,6 +201,7 @@ class TeacherCache:
             expected = f"{self.samples} samples in {self.views} views"
             raise RuntimeError(f"{self.folder} must be verified with {expected}, got {len(source)} in {source.views}")
         outputs = TeacherOutputs(teacher, self.mode, self.layer, device)
+        self._checks.compare_all()
         rows = random.Random(seed).sample(range(self._meta.rows), math.ceil(share * self._meta.rows))
         loader = batches(source, sorted(rows), batch_size, num_workers)
         with in_mode(teacher, training=False):
@@ -206,13 +214,13 @@ class TeacherCache:
         return largest
 
 
-def _describe(teacher: nn.Module, views: SeededViews | PlainView, outputs: TeacherOutputs) -> storage.Meta:
+def _describe(teacher: nn.Module, views: SeededViews | PlainView, outputs: TeacherOutputs) -> Meta:
     """Find out what a cache would hold, before any file is touched."""
     found = fingerprint.of_views(views)
     fingerprint.refuse_random(views, found)
     images, _ = next(iter(batches(views, range(1), 1, 0)))
     logits, features = outputs(images)
-    return storage.Meta(
+    return Meta(
         mode=outputs.mode,
         layer=outputs.layer,
         num_classes=logits.shape[1],
@@ -222,24 +230,3 @@ def _describe(teacher: nn.Module, views: SeededViews | PlainView, outputs: Teach
         head_bytes=len(outputs.head_bytes()),
         fingerprint=fingerprint.of_teacher(teacher) | found,
     )
-
-
-def _places(name: str, value: int | Tensor, size: int) -> Tensor:
-    """Refuse what is no position in [0, size)."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = torch.tensor(value)
-    if not isinstance(value, Tensor) or value.dtype != torch.int64:
-        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be an int or an int64 Tensor, got {came}")
-    value = value.cpu()
-    if value.numel() and not (value.min() >= 0 and value.max() < size):
-        raise ValueError(f"{name} must be in [0, {size}), got {value.min()} to {value.max()}")
-    return value
-
-
-def _bar(loader: Iterable[Any], shown: bool) -> Iterable[Any]:
-    """Show a bar over the batches where tqdm is installed."""
-    if not shown or importlib.util.find_spec("tqdm") is None:
-        return loader
-    bar: Iterable[Any] = importlib.import_module("tqdm").tqdm(loader, desc="teacher outputs")
-    return bar

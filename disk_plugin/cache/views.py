@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import numbers
 import operator
 import pickle
 import random
@@ -143,6 +144,21 @@ def place(name: str, value: Any, size: int) -> int:
     if not 0 <= position < size:
         raise IndexError(f"{name} must be in [0, {size}), got {position}")
     return position
+
+
+def places(name: str, value: Any, size: int) -> Tensor:
+    """Return an int, numpy's too, or int64 positions as a CPU tensor; refuse what is not in [0, size)."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        smallest = largest = int(value)
+    elif isinstance(value, Tensor) and value.dtype == torch.int64:
+        value = value.cpu()
+        smallest, largest = (int(bound) for bound in value.aminmax()) if value.numel() else (0, 0)
+    else:
+        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an int or an int64 Tensor, got {came}")
+    if smallest < 0 or largest >= size:
+        raise ValueError(f"{name} must be in [0, {size}), got {smallest} to {largest}")
+    return value if isinstance(value, Tensor) else torch.tensor(smallest)
 
 
 def parts_of(item: Any) -> tuple[Any, ...]:

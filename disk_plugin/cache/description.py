@@ -1,0 +1,107 @@
+"""``meta.json``: what a cache holds, what it is of and how far it is written."""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import checksums
+from .files import META, STRANGERS_CURE, replace, size_of
+from .fingerprint import Fingerprint
+
+FORMATS = 1, 2  # without checksums, with
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a cache holds (``mode``, sizes), what it is of (``fingerprint``), how far it is written, its checksums."""
+
+    mode: str
+    layer: str | None
+    num_classes: int
+    feature_dim: int
+    samples: int
+    views: int
+    head_bytes: int
+    fingerprint: Fingerprint
+    written: int = 0
+    format: int = FORMATS[-1]
+    head_checksum: int | None = None  # None: the head has none
+    block_rows: int = 0  # 0: the rows have no checksums
+    tail: int = 0  # checksum of the rows after the last full block
+
+    @property
+    def rows(self) -> int:
+        """Number of sample-views."""
+        return self.samples * self.views
+
+    @property
+    def width(self) -> int:
+        """Values in a row: features, logits, or logits and then features."""
+        return {"features": 0}.get(self.mode, self.num_classes) + self.feature_dim
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return 2 * self.width
+
+    @property
+    def checksum_bytes(self) -> int:
+        """Bytes of the checksums of the full blocks that are written."""
+        return checksums.BYTES * (self.written // self.block_rows) if self.block_rows else 0
+
+    def with_checksums(self, head: bytes) -> "Meta":
+        """Return the description of a cache, not yet begun, whose files get checksums."""
+        return dataclasses.replace(
+            self, head_checksum=zlib.crc32(head), block_rows=checksums.rows_in_block(self.row_bytes)
+        )
+
+    def identity(self) -> Fingerprint:
+        """Everything that has to be the same for writing to go on."""
+        shape = {name: getattr(self, name) for name in ("mode", "layer", "num_classes", "feature_dim")}
+        return {**shape, **self.fingerprint}
+
+
+def read_meta(folder: Path) -> Meta:
+    """Read what a folder holds, checking nothing but the description itself.
+
+    Raises:
+        FileNotFoundError: there is no cache.
+        RuntimeError: ``meta.json`` is damaged, another program's, or of another format.
+    """
+    path = folder / META
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} must hold a cache that TeacherCache.write has made, got no {META}")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        found = entries["format"]
+        if found in FORMATS:
+            return _checked(entries)
+    except (ValueError, TypeError, KeyError) as error:
+        came = f"{size_of(path)} bytes, damaged or another program's ({type(error).__name__}: {error})"
+        raise RuntimeError(f"{path} must be a cache's description, got {came}: {STRANGERS_CURE}") from error
+    raise RuntimeError(f"{path} must have format {' or '.join(map(str, FORMATS))}, got {found!r}: {STRANGERS_CURE}")
+
+
+def write_meta(folder: Path, meta: Meta) -> None:
+    """Replace the description as a whole."""
+    entries = dataclasses.asdict(meta)
+    entries["checksum"] = _checksum(entries)
+    replace(folder / META, (json.dumps(entries, indent=1) + "\n").encode())
+
+
+def _checked(entries: dict[str, Any]) -> Meta:
+    """Return the description that a file's entries are; ValueError, TypeError or KeyError if they are none."""
+    found = entries.pop("checksum", None)
+    if entries["format"] != FORMATS[0] and found != _checksum(entries):
+        raise ValueError(f"its checksum must be {_checksum(entries)}, got {found}")
+    for name in ("samples", "views", "num_classes", "feature_dim", "head_bytes", "written"):
+        if not isinstance(entries[name], int):
+            raise TypeError(f"{name} must be an int, got {entries[name]!r}")
+    return Meta(**entries)
+
+
+def _checksum(entries: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(entries, sort_keys=True).encode()):08x}"

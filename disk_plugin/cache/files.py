@@ -1,0 +1,54 @@
+"""The files of a cache by name, and what is done to any of them: written as a whole, flushed, measured.
+
+``data.bin`` holds the rows, float16, one view after the other; ``checksums.bin`` the checksum of each full block of
+them; ``head.pt`` the teacher's last layer, where logits are recomputed; ``meta.json`` what the cache is of, how many
+rows are written, and the checksums of the rows after the last full block, of the head and of itself.
+"""
+
+import os
+from pathlib import Path
+from typing import IO
+
+META, DATA, HEAD, CHECKSUMS = "meta.json", "data.bin", "head.pt", "checksums.bin"
+CURE = "delete the folder and write it anew"
+STRANGERS_CURE = "choose another folder, or delete this one and write it anew"
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file so that it is seen either as it was or as it becomes."""
+    fresh = path.with_suffix(".new")
+    with fresh.open("wb") as file:
+        file.write(content)
+        flush(file)
+    fresh.replace(path)
+
+
+def flush(file: IO[bytes]) -> None:
+    """Have the disk hold what was written."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def size_of(path: Path) -> int:
+    """Return a file's bytes, 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def check_size(path: Path, expected: int) -> None:
+    """Refuse a file of another size."""
+    size = size_of(path)
+    if size != expected:
+        raise RuntimeError(f"{path} must have {expected} bytes, got {size}: {CURE}")
+
+
+def refuse_strangers(folder: Path, head: bytes) -> None:
+    """Refuse files that no cache knows of; a writer that was killed at once may have left the same head.
+
+    Raises:
+        FileExistsError: naming the file.
+    """
+    for name, ours in ((DATA, b""), (CHECKSUMS, b""), (HEAD, head)):
+        path = folder / name
+        size = size_of(path)
+        if size and (size != len(ours) or path.read_bytes() != ours):
+            raise FileExistsError(f"{path} must not exist without its {META}, got {size} bytes: {STRANGERS_CURE}")
