@@ -1,5 +1,9 @@
 """What a scheduler tells its user of once: a dead guide, a loss that is NaN, a schedule that never gets anywhere."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from .epoch_statistics import EpochStatistics
 
 # A guide is dead that no longer tells samples apart: by g on every sample, or, as the loss holds g short of 1, by g
@@ -46,6 +50,14 @@ def low_multiplier(highest: float, upper: float, epochs: int) -> str | None:
         return None
     longer = f"period={epochs} lets it rise through the whole run, " if epochs > 2 else ""
     return (
-        f"in the {epochs} epochs of its schedule the multiplier comes to at most {highest:.3g} of {upper:g}, so that "
+        f"in the {epochs} steps of its schedule the multiplier comes to at most {highest:.3g} of {upper:g}, so that "
         f"the budget is hardly enforced: {longer}multiplier=({upper:g}, {upper:g}) keeps it constant"
     )
+
+
+@contextmanager
+def low_multiplier_unwarned() -> Iterator[None]:
+    """Let a host, which has a log of its own, say there what ``DualScheduler.note`` holds."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "in the .* steps of its schedule", UserWarning)
+        yield

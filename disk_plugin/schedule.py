@@ -45,6 +45,9 @@ class DualScheduler:
         ascent_rate: step of the ascent, per nat, > 0.
         multiplier_cap: bound of the doubling.
 
+    Attributes:
+        note: what construction warned of, or None.
+
     With several processes every process must see the same statistics for ``"adaptive"`` and ``"ascent"``.
 
     Raises:
@@ -103,9 +106,8 @@ class DualScheduler:
         self._warned: set[str] = set()
         loss.reset_statistics()
         self._write()
-        if rule != "ascent":
-            highest = max(self._cosine_multiplier(epoch) for epoch in range(epochs))
-            self._warn("low", _watch.low_multiplier(highest, self.multiplier_max, epochs))
+        self.note = self._note()
+        self._warn("low", self.note)
 
     def __call__(self, epoch: int) -> tuple[float, float]:
         """Return (multiplier, budget) of an epoch counted from 0: a pure function of ``epoch`` and the bounds."""
@@ -194,6 +196,12 @@ class DualScheduler:
         high = max(self.budget_high * self.budget_decay**restarts, self.budget_low)
         fall = (1 + math.cos(math.pi * position / self.budget_period)) / 2
         return self.budget_low + (high - self.budget_low) * fall
+
+    def _note(self) -> str | None:
+        if self.rule == "ascent":
+            return None
+        highest = max(self._cosine_multiplier(epoch) for epoch in range(self.epochs))
+        return _watch.low_multiplier(highest, self.multiplier_max, self.epochs)
 
     def _warn(self, kind: str, message: str | None) -> None:
         if message is not None and kind not in self._warned:

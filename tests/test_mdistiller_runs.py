@@ -114,12 +114,14 @@ def test_evaluation_takes_none_of_two_runs_that_only_their_teachers_tell_apart(h
 
 def test_a_copy_holds_what_a_run_goes_on_with_and_not_its_snapshots(host):
     original = added(host, epochs=1)
-    for name in ("epoch_1", "student_1", "latest.2.partial", "notes"):
+    # a kill left what belongs to the epoch that is in force, and what belongs to one that never was
+    for name in ("epoch_1", "student_1", "extra.1.partial", "latest.2.partial", "notes"):
         (original / name).write_text(name)
     copied = added(host, *ALLOWED, "SOLVER.LR", "0.01")
     names = {path.name for path in copied.iterdir()}
-    assert {"latest", "student_latest", "best", "student_best", "worklog.txt", "notes", "latest.2.partial"} <= names
-    assert not {"epoch_1", "student_1"} & names
+    assert {"latest", "student_latest", "best", "student_best", "worklog.txt", "notes", "extra"} <= names
+    assert (copied / "extra").read_text() == "extra.1.partial"
+    assert not {"epoch_1", "student_1", "latest.2.partial"} & names
     # what is written in place in one folder leaves the other's alone
     assert not any((copied / name).samefile(original / name) for name in names & {p.name for p in original.iterdir()})
 

@@ -25,7 +25,7 @@ def train_batch(disk, bias=None):
     disk(torch.randn(8, 5), torch.randn(8, 5), torch.randint(5, (8,)))
 
 
-@pytest.mark.filterwarnings("ignore:in the .* epochs of its schedule")
+@pytest.mark.filterwarnings("ignore:in the .* steps of its schedule")
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 7, 8, 10, 30, 200])
 @pytest.mark.parametrize("period", [None, 1, 3, 50])
 def test_multiplier_equals_the_oracle_and_ends_exactly_at_its_largest(epochs, period):
@@ -35,7 +35,7 @@ def test_multiplier_equals_the_oracle_and_ends_exactly_at_its_largest(epochs, pe
     assert dual(epochs)[0] == 0.7
 
 
-@pytest.mark.filterwarnings("ignore:in the .* epochs of its schedule")
+@pytest.mark.filterwarnings("ignore:in the .* steps of its schedule")
 def test_the_last_step_leaves_exactly_the_largest_multiplier_in_the_loss():
     for epochs in range(1, 40):
         disk = make_loss()
@@ -183,7 +183,7 @@ def test_a_rule_that_needs_statistics_says_that_all_batches_were_nan():
 
 @pytest.mark.parametrize("epochs", [1, 2, 4])
 def test_a_run_too_short_for_its_periods_is_said_at_once_with_the_cure(epochs):
-    with pytest.warns(UserWarning, match=rf"in the {epochs} epochs .* at most 0.1 of 50.*multiplier=\(50, 50\) keeps"):
+    with pytest.warns(UserWarning, match=rf"in the {epochs} steps .* at most 0.1 of 50.*multiplier=\(50, 50\) keeps"):
         DualScheduler(make_loss(), epochs=epochs)
     if epochs > 2:
         DualScheduler(make_loss(), epochs=epochs, period=epochs)

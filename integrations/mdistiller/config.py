@@ -13,6 +13,7 @@ from mdistiller.engine.cfg import CFG
 from yacs.config import CfgNode
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead
+from disk_plugin._watch import low_multiplier_unwarned
 from disk_plugin.features.guided import guided_feature_terms
 from disk_plugin.features.simkd import SimKD
 from disk_plugin.presets import PAPER
@@ -65,7 +66,8 @@ def build_dual(cfg: CfgNode, loss: DiSKLoss, epochs_per_iteration: int) -> DualS
         dual["epochs"] = math.ceil(cfg.SOLVER.EPOCHS / epochs_per_iteration)
     if dual["budget"] is None:
         dual["budget"] = cfg.DISK.BUDGET  # given, so that a checkpoint's does not override a changed one
-    return DualScheduler(loss, **dual)
+    with low_multiplier_unwarned():  # the launcher prints the note
+        return DualScheduler(loss, **dual)
 
 
 def check_passes(cfg: CfgNode) -> None:

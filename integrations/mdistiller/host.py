@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,8 +12,6 @@ from mdistiller.distillers import distiller_dict
 from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from yacs.config import CfgNode
-
-from disk_plugin.schedule_notes import low_multiplier
 
 from .checkpoints import fingerprint, load_weights, read_checkpoint, save_atomically, warm_start_weights
 from .config import build_guide_optimizer, build_replay
@@ -200,10 +197,5 @@ def rehearse(cfg: CfgNode) -> list[str]:
     distiller = distiller_dict[cfg.DISTILLER.TYPE](build_model(cfg, cfg.DISTILLER.STUDENT), teacher, cfg)
     if cfg.SOLVER.TRAINER == "disk":
         build_replay(cfg, distiller.disk, build_guide_optimizer(cfg, distiller.disk))
-    if cfg.DISTILLER.TYPE == "SIMKD":
-        return []
-    steps = math.ceil(cfg.SOLVER.EPOCHS / distiller.epochs_per_iteration)
-    upper = f"{distiller.dual.multiplier_max:g}"
-    constant = f"DISK.DUAL.MULTIPLIER '[{upper}, {upper}]'"
-    note = low_multiplier(distiller.dual, steps, period=f"DISK.DUAL.PERIOD {steps}", multiplier=constant)
-    return [] if note is None else [note]
+    note = None if cfg.DISTILLER.TYPE == "SIMKD" else distiller.dual.note
+    return [] if note is None else [f"DISK.DUAL: {note}"]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead
+from disk_plugin._watch import low_multiplier_unwarned
 from disk_plugin.features.guided import FEATURE_WEIGHTS, guided_feature_terms
 from disk_plugin.features.simkd import SimKD
 from disk_plugin.variants import VARIANTS
@@ -148,7 +149,8 @@ def check(args: argparse.Namespace) -> None:
     guide = arguments["guide"]
     feature_dim = int(guide.pop("use_features"))
     loss = DiSKLoss(GuideHead(2, feature_dim, **guide), **_loss(args))
-    DualScheduler(loss, epochs=arguments["epochs"], **arguments["dual"])
+    with low_multiplier_unwarned():  # of one epoch
+        DualScheduler(loss, epochs=arguments["epochs"], **arguments["dual"])
     Recipe(**arguments.get("alternating", {}))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from disk_plugin import DiSKLoss, DualScheduler
+from disk_plugin._watch import low_multiplier_unwarned
 from disk_plugin.distributed import share_statistics
 
 
@@ -26,7 +27,8 @@ class Schedule:
         if epochs is not None:
             # a budget that is given here is not overridden by a checkpoint's
             dual = {"budget": float(disk.budget), **(dual or {})}
-            self.dual = DualScheduler(disk, epochs=math.ceil(epochs / epochs_per_iteration), **dual)
+            with low_multiplier_unwarned():  # the launcher logs the note
+                self.dual = DualScheduler(disk, epochs=math.ceil(epochs / epochs_per_iteration), **dual)
 
     def begin(self, epoch: int) -> None:
         """Bring the scheduler to an epoch of the host, counted from 0."""

@@ -12,8 +12,6 @@ import torch
 from timm.data import resolve_data_config
 from timm.utils import is_primary, unwrap_model
 
-from disk_plugin.schedule_notes import low_multiplier
-
 from . import flags
 from .guided_task import GuidedTask
 from .normalisation import per_channel
@@ -103,10 +101,8 @@ def _describe(task: GuidedTask, args: argparse.Namespace) -> None:
     _logger.info(f"DiSK: {'; '.join(shown)}")
     if not _validates(args):
         _logger.info("DiSK: no validation split: loss, which ranks the checkpoints, is the task loss alone")
-    constant = f"--disk-multiplier {dual.multiplier_max:g} {dual.multiplier_max:g}"
-    note = low_multiplier(dual, dual.epochs, period=f"--disk-period {dual.epochs}", multiplier=constant)
-    if note is not None:
-        _logger.warning(f"DiSK: {note}")
+    if dual.note is not None:
+        _logger.warning(f"DiSK: {dual.note}")
 
 
 def _rounded(values: torch.Tensor) -> str:
