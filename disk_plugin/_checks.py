@@ -37,11 +37,11 @@ def number(
             raise ValueError(f"{name} must be {rule}, got {value}")
 
 
-def integer(name: str, value: Any, *, at_least: int) -> None:
-    """Refuse what is not an integer of at least ``at_least``."""
+def integer(name: str, value: Any, *, at_least: int | None = None) -> None:
+    """Refuse what is not an integer, numpy's included, of at least ``at_least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-    if value < at_least:
+    if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be >= {at_least}, got {value}")
 
 
@@ -76,8 +76,7 @@ def hyper_parameters(
     number("budget", budget, at_least=0)
     if guide_gradient_scale is not None:
         number("guide_gradient_scale", guide_gradient_scale, above=0)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__} {ignore_index!r}")
+    integer("ignore_index", ignore_index)
     return resolve_variant(variant)
 
 

@@ -116,7 +116,7 @@ class DiSKLoss(nn.Module):
         )
         self.guide = guide
         self.ce_weight, self.distill_weight, self.temperature = ce_weight, distill_weight, temperature
-        self.top_k, self.guide_gradient_scale, self.ignore_index = top_k, guide_gradient_scale, ignore_index
+        self.top_k, self.guide_gradient_scale, self.ignore_index = top_k, guide_gradient_scale, int(ignore_index)
         self.fit_student_temperature = fitted
         # float64, so that a schedule's 0.3 stays 0.3 in a float64 objective
         self.register_buffer("multiplier", torch.tensor(float(multiplier), dtype=torch.float64))

@@ -2,16 +2,22 @@
 
 import ast
 import copy
+import json
 import math
 import pathlib
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import disk_plugin
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead, functional
+from disk_plugin.cache import SeededViews
+from disk_plugin.diagnostics import SampleRecord
+from disk_plugin.replay import GuideReplay
 from disk_plugin.variants import VARIANTS
 
 N, C, D = 4, 5, 3
@@ -642,3 +648,42 @@ def test_nan_is_not_hidden_by_the_optimal_guide():
     teacher[2, 1] = torch.nan
     found = functional.optimal_guide(student, teacher, torch.arange(4), multiplier=5.0)
     assert found.isnan().tolist() == [False, False, True, False]
+
+
+# ---- numpy's numbers -------------------------------------------------------------------------------------------------
+
+
+def test_numpys_numbers_pass_wherever_pythons_do():
+    disk = DiSKLoss(
+        GuideHead(np.int64(5), np.int32(3), hidden_dims=(np.int64(4),)),
+        ce_weight=np.float32(0.25),
+        temperature=np.float64(2),
+        top_k=np.int32(2),
+        multiplier=np.int64(3),
+        budget=np.float32(0.5),
+        ignore_index=np.int64(255),
+    )
+    student, teacher, features, target = torch.randn(4, 5), torch.randn(4, 5), torch.randn(4, 3), torch.arange(4)
+    target[0] = 255
+    plain = DiSKLoss(disk.guide, ce_weight=0.25, temperature=2.0, top_k=2, multiplier=3.0, budget=0.5, ignore_index=255)
+    torch.testing.assert_close(disk(student, teacher, target, features), plain(student, teacher, target, features))
+    dual = DualScheduler(disk, epochs=np.int64(8), multiplier=(np.float32(1), np.float64(2)), period=np.int64(4))
+    assert dual(np.int64(8))[0] == 2.0
+    optimizer = torch.optim.SGD(disk.guide.parameters(), lr=0.1)
+    replay = GuideReplay(disk, optimizer, capacity=np.int64(3), batch_size=np.int64(2), seed=np.int64(1))
+    replay.student_loss(student, teacher, target, features)
+    assert len(replay.train_guide(passes=np.int64(2))) == 2
+    record = SampleRecord(ignore_index=np.int64(255))
+    terms = disk.terms(student, teacher, target, features, reduction="none")
+    record.add(torch.arange(4), np.int64(0), terms, target=target)
+    assert len(record.state_dict()["index"]) == 3
+    views = SeededViews(TensorDataset(student), np.int64(2), seed=np.int64(7))
+    assert json.dumps([views.views, views.seed]) == "[2, 7]"
+
+
+@pytest.mark.parametrize("value", [1.0, np.float64(1), True, "1"])
+def test_what_is_no_integer_is_refused_as_ignore_index(value):
+    with pytest.raises(TypeError, match="ignore_index must be an int, got"):
+        DiSKLoss(GuideHead(5), ignore_index=value)
+    with pytest.raises(TypeError, match="ignore_index must be an int, got"):
+        SampleRecord(ignore_index=value)

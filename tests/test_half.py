@@ -5,13 +5,17 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from disk_plugin import DiSKLoss, GuideHead, functional
 from disk_plugin.accumulation import AccumulatedBatch
+from disk_plugin.cache import TeacherCache
+from disk_plugin.diagnostics import SampleRecord
 from disk_plugin.epoch_report import EpochReport
 from disk_plugin.features.guided import guided_feature_terms
 from disk_plugin.features.simkd import SimKD, pooled_classifier
 from disk_plugin.replay import GuideReplay
+from disk_plugin.taps import with_features
 
 N, C, D = 16, 5, 3
 HALVES = (torch.float16, torch.bfloat16)
@@ -196,3 +200,72 @@ def test_fitting_and_optima_of_half_inputs_are_those_of_their_values(dtype):
     ):
         found, expected = (function(s, t, narrow["target"], **how) for s, t in zip(students, teachers, strict=True))
         torch.testing.assert_close(found, expected)
+
+
+# ---- the cache and the record ----------------------------------------------------------------------------------------
+
+
+class InHalf(nn.Module):
+    """A teacher that computes in half precision, as under a host's autocast or in a half model."""
+
+    def __init__(self, dtype, *, autocast):
+        super().__init__()
+        torch.manual_seed(2)
+        self.dtype, self.autocast = dtype, autocast
+        self.body, self.head = nn.Linear(6, D), nn.Linear(D, C)
+        if not autocast:
+            self.to(dtype)
+
+    def forward(self, x):
+        with torch.autocast("cpu", self.dtype, enabled=self.autocast):
+            return self.head(self.body(x if self.autocast else x.to(self.dtype)).relu())
+
+
+@pytest.mark.parametrize("mode", ["features", "logits", "logits+features"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["model", "autocast"])
+@every_half
+def test_a_half_teachers_outputs_come_back_from_the_cache(tmp_path, dtype, autocast, mode):
+    teacher, images = InHalf(dtype, autocast=autocast).eval(), torch.randn(N, 6)
+    data = TensorDataset(images, torch.arange(N) % C)
+    cache = TeacherCache.write(tmp_path, teacher, data, mode=mode, progress=False)
+    logits, features = cache(torch.arange(N), 0)
+    with torch.no_grad():
+        expected_logits, expected_features = with_features(teacher)(images)
+    # float16 holds what both half types give at this size; recomputed logits differ by the teacher's own rounding
+    rounding = 4 * torch.finfo(dtype).eps if mode == "features" else 0.0
+    torch.testing.assert_close(logits, expected_logits.float(), rtol=rounding, atol=rounding)
+    assert logits.dtype == torch.float32
+    if features is not None:
+        torch.testing.assert_close(features, expected_features.float(), rtol=0, atol=0)
+    assert cache.verify(teacher, data, share=1.0) <= 8 * torch.finfo(dtype).eps
+    disk = make_loss()
+    terms = disk.terms(expected_logits, logits, data.tensors[1], expected_features)
+    assert terms.loss.dtype == torch.float32
+
+
+def test_a_bfloat16_value_that_float16_cannot_hold_is_refused_and_not_stored_as_inf(tmp_path):
+    class Huge(nn.Linear):
+        def forward(self, x):
+            return (super().forward(x) * 0 + 1e5).to(torch.bfloat16)
+
+    teacher = Huge(6, C).eval()
+    data = TensorDataset(torch.randn(N, 6), torch.arange(N) % C)
+    with pytest.raises(ValueError, match=r"must be finite in float16 \(up to 65504\), got 99840.0 at index 0, view 0"):
+        TeacherCache.write(tmp_path, teacher, data, mode="logits", progress=False)
+
+
+@every_half
+def test_a_record_of_half_inputs_is_that_of_their_values(dtype):
+    narrow, wide = batch((dtype, dtype, dtype))
+    states = []
+    for inputs in (narrow, wide):
+        record = SampleRecord()
+        terms = make_loss().terms(**inputs, reduction="none")
+        extra = inputs["teacher_logits"].amax(1)
+        record.add(torch.arange(N), 0, terms, target=inputs["target"], largest=extra)
+        soft = narrow["teacher_logits"].softmax(1).to(extra.dtype)
+        record.add(torch.arange(N), 1, terms, target=soft, largest=extra)
+        states.append(record.state_dict())
+    assert states[0]["largest"].dtype == torch.float32
+    for name, column in states[1].items():
+        torch.testing.assert_close(states[0][name], column, msg=name)

@@ -53,9 +53,8 @@ class SeededViews(Dataset[tuple[Any, ...]]):
     def __init__(self, dataset: Dataset[Any], views: int, *, seed: int = 0) -> None:
         check_map_style(dataset)
         _checks.integer("views", views, at_least=1)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int, got {type(seed).__name__} {seed!r}")
-        self.dataset, self.views, self.seed = dataset, views, seed
+        _checks.integer("seed", seed)
+        self.dataset, self.views, self.seed = dataset, int(views), int(seed)  # they go into a cache's JSON
         # in shared memory, so that workers that live on see the next epoch
         self._view = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 

@@ -47,9 +47,8 @@ class SampleRecord:
     """
 
     def __init__(self, *, ignore_index: int = -100) -> None:
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__} {ignore_index!r}")
-        self.ignore_index = ignore_index
+        _checks.integer("ignore_index", ignore_index)
+        self.ignore_index = int(ignore_index)
         self._batches: list[dict[str, Tensor]] = []  # of one epoch, on the device
         self._epoch: int | None = None  # of those batches
         self._parts: list[dict[str, Tensor]] = []  # of earlier epochs, on the CPU

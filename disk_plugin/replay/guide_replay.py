@@ -87,7 +87,7 @@ class GuideReplay:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {list(_DTYPES)}, got {dtype!r}")
         self.disk, self.optimizer, self.batch_size, self.dtype = disk, optimizer, batch_size, dtype
-        self.generator, self.process_group = torch.Generator().manual_seed(seed), process_group
+        self.generator, self.process_group = torch.Generator().manual_seed(int(seed)), process_group
         self._record = Reservoir(capacity, self.generator)
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import dataclass
 
+from disk_plugin import _checks
 from disk_plugin.presets import PAPER
 from disk_plugin.replay import GuideReplay
 
@@ -33,11 +34,7 @@ class Recipe:
         """Refuse numbers that are none."""
         leasts = {"guide_warmup_passes": 0}
         for name in ("guide_passes", "student_passes", "guide_warmup_passes", "replay_capacity", "replay_batch_size"):
-            value, least = getattr(self, name), leasts.get(name, 1)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
+            _checks.integer(name, getattr(self, name), at_least=leasts.get(name, 1))
         if not isinstance(self.replay, bool):
             raise TypeError(f"replay must be a bool, got {type(self.replay).__name__} {self.replay!r}")
 
