@@ -19,7 +19,7 @@ _LASTING = re.compile(
     r"|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY$|STUDENT_PASSES)|(DISK_)?SIMKD\.FACTOR"
 )
 # of a run that goes on elsewhere: its snapshots of past epochs stay its own
-_NOT_COPIED = shutil.ignore_patterns("epoch_[0-9]*", "student_[0-9]*", f"{SETTINGS}*")
+_NOT_COPIED = shutil.ignore_patterns("epoch_[0-9]*", "student_[0-9]*", "simkd_[0-9]*", f"{SETTINGS}*")
 _CHANGES = "changed_settings.txt"
 
 
