@@ -17,7 +17,7 @@ class TeacherWatch:
         tell: called after each training step with terms of which only the accuracies mean something, and the classes.
     """
 
-    def __init__(self, distiller: nn.Module, tell: Callable[[DiSKTerms, int], None]) -> None:
+    def __init__(self, distiller: Any, tell: Callable[[DiSKTerms, int], None]) -> None:
         self.tell = tell
         self._predicted: list[Tensor] = []  # of each replica, in the order they came
         distiller.module.teacher.register_forward_hook(self._keep)

@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from disk_plugin import DiSKLoss
 from disk_plugin.distributed import mean_over_processes
+from disk_plugin.features.guided import GuidedFeatureTerms
 from disk_plugin.functional import DiSKTerms
 from disk_plugin.replay import GuideReplay
 
@@ -44,14 +45,15 @@ class GuidePasses:
         )
         self.replay: GuideReplay | None = None
         if recipe.replay:
-            sizes = {"capacity": recipe.replay_capacity, "batch_size": recipe.replay_batch_size}
-            self.replay = GuideReplay(disk, self.optimizer, **sizes)
+            self.replay = GuideReplay(
+                disk, self.optimizer, capacity=recipe.replay_capacity, batch_size=recipe.replay_batch_size
+            )
 
     def run(
         self,
         epoch: int,
         loader: Iterable[tuple[Tensor, Tensor]],
-        terms: Callable[[Tensor, Tensor], DiSKTerms],
+        terms: Callable[[Tensor, Tensor], DiSKTerms | GuidedFeatureTerms],
         *,
         prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda image, target: (image, target),
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,

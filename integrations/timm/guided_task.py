@@ -37,6 +37,7 @@ class GuidedTask(StudentTask):
     """
 
     matches_features = False
+    teacher: Any  # the host's, then a FrozenTeacher around it
 
     def __init__(
         self,
@@ -122,7 +123,7 @@ class GuidedTask(StudentTask):
             share_student_temperature(self.disk)
             if self.guide_passes is not None:
                 self.guide_passes.record(self.schedule.epoch, logits, target, teacher)
-        means = terms.mean()
+        means: Any = terms.mean()
         loss = self.task_loss_weight * task_loss + (means.loss if self.recipe is None else means.student_loss)
         disk, kd_loss = (means.disk, means.feature) if self.matches_features else (means, means.distill)
         shown = {"kd_loss": kd_loss, "usage": disk.usage, "guide": disk.guide, "discount": disk.discount}

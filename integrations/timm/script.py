@@ -32,6 +32,8 @@ def load_script(path: str) -> ModuleType:
     sys.path.insert(0, str(script.parent))
     require_timm()
     spec = importlib.util.spec_from_file_location("train", script)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"expected a Python script that can be imported, got {script}")
     module = importlib.util.module_from_spec(spec)
     sys.modules["train"] = module  # the name that worker processes look up
     spec.loader.exec_module(module)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.task.distillation import FeatureDistillationTrainableModule
@@ -54,10 +54,10 @@ class Layout(NamedTuple):
 class TeacherHead(nn.Module):
     """A teacher's ``forward_head`` as a module from a map (N, C, H, W) to logits, without the rest of the teacher."""
 
-    def __init__(self, teacher: nn.Module, layout: Layout, teacher_map: Tensor) -> None:
+    def __init__(self, teacher: Any, layout: Layout, teacher_map: Tensor) -> None:
         super().__init__()
         self.layout = layout
-        self.head = _without_body(copy.deepcopy(teacher).eval(), layout.from_map(teacher_map))
+        self.head: Any = _without_body(copy.deepcopy(teacher).eval(), layout.from_map(teacher_map))
 
     def forward(self, feature_map: Tensor) -> Tensor:
         """Return logits (N, C)."""
@@ -88,8 +88,8 @@ class SimKDModel(FeatureDistillationTrainableModule):
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: nn.Module,
+        student: Any,
+        teacher: Any,
         image: Tensor,
         *,
         teacher_image: Tensor | None = None,
@@ -112,7 +112,11 @@ class SimKDModel(FeatureDistillationTrainableModule):
             check_classifier(head, teacher_map, teacher_logits)
             _freeze_unused(student, student_map)
         self.simkd = SimKD(
-            student_map.shape[1], teacher_map.shape[1], head, teacher_size=tuple(teacher_map.shape[2:]), factor=factor
+            student_map.shape[1],
+            teacher_map.shape[1],
+            head,
+            teacher_size=(teacher_map.shape[2], teacher_map.shape[3]),
+            factor=factor,
         ).to(device=image.device, dtype=image.dtype)
         self.num_classes = teacher_logits.shape[1]
 
@@ -128,7 +132,7 @@ class SimKDModel(FeatureDistillationTrainableModule):
         return self.student_layout.to_map(self.student.forward_features(input))
 
 
-def _refuse_ignored_map(teacher: nn.Module, layout: Layout, teacher_map: Tensor) -> None:
+def _refuse_ignored_map(teacher: Any, layout: Layout, teacher_map: Tensor) -> None:
     """SimKD trains the student through the teacher's head, so that the head has to look at the map."""
     probe = teacher_map.detach().clone().requires_grad_()
     with torch.enable_grad():
@@ -145,7 +149,7 @@ def _refuse_ignored_map(teacher: nn.Module, layout: Layout, teacher_map: Tensor)
         )
 
 
-def _without_body(teacher: nn.Module, features: Tensor) -> nn.Module:
+def _without_body(teacher: Any, features: Tensor) -> nn.Module:
     """Drop the children and parameters that ``forward_head`` does not use."""
     called: set[nn.Module] = set()
     hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in teacher.modules()]

@@ -23,7 +23,7 @@ def load(stateful: Mapping[str, Any], state: Mapping[str, Any] | None, *, allow_
     Raises:
         RuntimeError: nothing to load and no leave to go on, or a state of another mode or guide.
     """
-    if not holds_guide(state):
+    if state is None or not holds_guide(state):
         if not allow_fresh_guide:
             raise RuntimeError(
                 "the checkpoint must hold DiSK's state (guide, multiplier, budget, their progress) under 'task_state', "

@@ -26,6 +26,8 @@ class StudentTask(LogitDistillationTask):
 
     disk: DiSKLoss
     recipe: Recipe | None
+    trainable_module: Any
+    eval_model: Any
     clips_by_norm = True
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:

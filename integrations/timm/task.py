@@ -1,6 +1,6 @@
 """DiSK as timm's training tasks: on logits, and as the weight of SimKD's feature matching."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -125,7 +125,7 @@ class DiSKSimKDTask(GuidedTask):
             teacher[0],
             target,
             teacher[1],
-            feature_error,
+            cast(Tensor, feature_error),
             weight=self._feature_weight,
             feature_weight=self.distill_loss_weight,
             guide_logits=guide_logits,

@@ -37,7 +37,7 @@ def check_classes(teacher: nn.Module, student: nn.Module, *, by_name: bool) -> N
         raise ValueError(f"the teacher must have the student's {expected} classes, got {found}")
 
 
-def image_size(student: nn.Module, given: Sequence[int] | None) -> tuple[int, int, int]:
+def image_size(student: Any, given: Sequence[int] | None) -> tuple[int, int, int]:
     """Return (channels, height, width) of the images: those given, else what the student was built for.
 
     Raises:
@@ -56,7 +56,7 @@ def image_size(student: nn.Module, given: Sequence[int] | None) -> tuple[int, in
     return channels, height, width
 
 
-def teacher_outputs(model: nn.Module, input: Tensor, *, features: bool) -> TeacherOutputs:  # noqa: A002 (timm's name)
+def teacher_outputs(model: Any, input: Tensor, *, features: bool) -> TeacherOutputs:  # noqa: A002 (timm's name)
     """Run the teacher once: logits and, with ``features``, pre-logits and the last feature map."""
     if not features:
         return model(input), None, None
@@ -72,6 +72,9 @@ class FrozenTeacher(DistillationTeacher):
         channels: of the images.
         from_config: its model's configuration says what its images were normalised with; otherwise timm's wrapper.
     """
+
+    mean_kd: Tensor
+    std_kd: Tensor
 
     def __init__(self, teacher: DistillationTeacher, channels: int, *, from_config: bool) -> None:
         super().__init__(teacher.model, device=teacher.mean_kd.device)

@@ -5,7 +5,6 @@ import logging
 import sys
 from collections.abc import Callable
 from pickle import UnpicklingError
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from .teacher_checkpoint import load_teacher
 _logger = logging.getLogger("train")
 
 
-def prepare(train: ModuleType) -> None:
+def prepare(train: Any) -> None:
     """Add the flags to the script's parser; replace the names by which it reaches task, epoch and checkpoint."""
     flags.add(train.parser)
     seen: dict[str, argparse.Namespace] = {}
@@ -56,7 +55,7 @@ def prepare(train: ModuleType) -> None:
 
 
 def _make_task(
-    train: ModuleType, args: argparse.Namespace, *, student_model: Any, teacher_model: Any, **host: Any
+    train: Any, args: argparse.Namespace, *, student_model: Any, teacher_model: Any, **host: Any
 ) -> GuidedTask:
     if args.disk_teacher_checkpoint:
         factory = {"device": host.get("device"), "dtype": host.get("dtype")}
@@ -66,7 +65,7 @@ def _make_task(
     data = resolve_data_config(vars(args), model=unwrap_model(student_model), verbose=False)
     arguments = flags.task_arguments(args, epochs=_epochs(train, args))
     kind = DiSKSimKDTask if args.disk_feature_matching == "simkd" else DiSKTask
-    images = {"input_size": tuple(data["input_size"])}
+    images: dict[str, Any] = {"input_size": tuple(data["input_size"])}
     images |= {f"input_{name}": per_channel(data[name], images["input_size"][0]) for name in ("mean", "std")}
     task = kind(student_model, teacher_model, **images, **host, **arguments)
     task.clips_by_norm = getattr(args, "clip_mode", "norm") == "norm"
@@ -92,7 +91,7 @@ def _validates(args: argparse.Namespace) -> bool:
 
 
 def _describe(task: GuidedTask, args: argparse.Namespace) -> None:
-    dual = task.dual
+    dual: Any = task.dual  # the launcher always gives epochs
     added = sum(parameter.numel() for parameter in task.disk.parameters())
     _logger.info(f"DiSK: {args.disk_mode}, schedules of {dual.epochs} steps, guide of {added} parameters")
     teachers = task.teacher.mean_kd, task.teacher.std_kd
@@ -109,7 +108,7 @@ def _rounded(values: torch.Tensor) -> str:
     return " ".join(f"{value:.3g}" for value in values.flatten().tolist())
 
 
-def _epochs(train: ModuleType, args: argparse.Namespace) -> int:
+def _epochs(train: Any, args: argparse.Namespace) -> int:
     """Ask the host's own factory of schedules how many epochs it will run: cool-down and warm-up may add some."""
     nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     _, epochs = train.create_scheduler_v2(nothing, **train.scheduler_kwargs(args), updates_per_epoch=1)
@@ -124,7 +123,7 @@ def _guide_passes(
     device: torch.device,
     amp_autocast: Callable[[], Any],
     model_dtype: torch.dtype | None,
-    mixup_fn: Callable[[Any, Any], Any] | None,
+    mixup_fn: Any,
     **_: Any,
 ) -> None:
     def to_device(image: Any, target: Any) -> tuple[Any, Any]:
