@@ -125,9 +125,9 @@ def batches(
     """Load the images of rows, in that order, as batches (images, rows); row = view * samples + index."""
     return DataLoader(
         _Rows(views),
-        batch_size,
+        int(batch_size),  # numpy's pass our checks, not torch's
         sampler=rows,
-        num_workers=num_workers,
+        num_workers=int(num_workers),
         generator=torch.Generator(),  # the workers' seed would else be drawn from the caller's
     )
 

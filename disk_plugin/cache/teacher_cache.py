@@ -202,7 +202,7 @@ class TeacherCache:
             raise RuntimeError(f"{self.folder} must be verified with {expected}, got {len(source)} in {source.views}")
         outputs = TeacherOutputs(teacher, self.mode, self.layer, device)
         self._checks.compare_all()
-        rows = random.Random(seed).sample(range(self._meta.rows), math.ceil(share * self._meta.rows))
+        rows = random.Random(int(seed)).sample(range(self._meta.rows), math.ceil(share * self._meta.rows))
         loader = batches(source, sorted(rows), batch_size, num_workers)
         with in_mode(teacher, training=False):
             largest, where = largest_difference(self, outputs, loader, self.samples)

@@ -57,5 +57,15 @@ def settle(folder: str) -> None:
         os.truncate(worklog, state[_LOGGED])  # an epoch that is made again, or the end of a run that goes on
 
 
+def in_force(path: Path) -> Path:
+    """Return where the content of a file is: of a run that was killed while it committed an epoch, beside its place."""
+    committed = path.with_name(_COMMITTED)
+    staged = list(path.parent.glob(f"{path.name}.*.partial")) if committed.is_file() else []
+    if not staged:
+        return path
+    epoch = load_file(str(committed), key="--evaluate")["epoch"]
+    return next((each for each in staged if str(each) == _staged(str(path), epoch)), path)
+
+
 def _staged(path: str, epoch: int) -> str:
     return f"{path}.{epoch}.partial"

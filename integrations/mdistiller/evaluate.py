@@ -6,6 +6,7 @@ import torch
 from yacs.config import CfgNode
 
 from .checkpoints import load_file, load_weights, read_student, simkd_student
+from .epoch_files import in_force
 from .host import build_model
 
 _FILES = {"best": "student_best", "latest": "student_latest"}
@@ -16,7 +17,7 @@ def checkpoint_path(cfg: CfgNode, which: str, folder: Path | None) -> Path:
     """Return the file that ``--evaluate`` means: a path, or ``best`` or ``latest`` of the experiment's folder."""
     if folder is None:
         return Path(which)
-    return folder / (_SIMKD_FILES if "SIMKD" in cfg.DISTILLER.TYPE else _FILES)[which]
+    return in_force(folder / (_SIMKD_FILES if "SIMKD" in cfg.DISTILLER.TYPE else _FILES)[which])
 
 
 def evaluate(cfg: CfgNode, path: Path) -> tuple[float, float, float]:

@@ -14,14 +14,13 @@ from .distillers import GuidedDistiller
 
 Settings = dict[str, Any]
 # where a run logs, what it is called, how its data is loaded and tested: nothing of it changes what is trained
-_NOT_DEFINING = (
-    "LOG.",
+_NOT_DEFINING = {
     "EXPERIMENT.NAME",
     "EXPERIMENT.TAG",
     "EXPERIMENT.PROJECT",
     "DATASET.NUM_WORKERS",
     "DATASET.TEST.BATCH_SIZE",
-)
+}
 
 
 def merge(path: Path, options: list[str], *, distiller: str | None, seed: int | None) -> CfgNode:
@@ -88,11 +87,19 @@ def settings_of(cfg: CfgNode, *, data: str, teacher: str, warm_start: str) -> Se
     ``warm_start`` tell data and weights apart, wherever they lie.
     """
     return {
-        **{key: value for key, value in _flat("", cfg).items() if not key.startswith(_NOT_DEFINING)},
+        **{
+            key: value
+            for key, value in _flat("", cfg).items()
+            if key not in _NOT_DEFINING and not key.startswith("LOG.")
+        },
         "data": data,
         "teacher weights": teacher,
         "DISTILLER.WARM_START": warm_start,
     }
+
+
+def _defines(key: str) -> bool:
+    return key not in _NOT_DEFINING and not key.startswith("LOG.")
 
 
 def default_settings() -> Settings:
