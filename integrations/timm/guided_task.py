@@ -150,7 +150,8 @@ class GuidedTask(StudentTask):
         means = {"multiplier": float(self.disk.multiplier), "budget": float(self.disk.budget)}
         self.report.sum_over_processes()
         means |= self.report.logged()
-        self._judged = self.report.judge_teacher(unwrap_model(self.student).num_classes, quiet=self._judged)
+        classes, trained = unwrap_model(self.student).num_classes, self.schedule.epoch > 0
+        self._judged = self.report.judge_teacher(classes, quiet=self._judged, trained=trained)
         self.report = TaskReport()
         self.schedule.end()
         if self.guide_passes is not None:

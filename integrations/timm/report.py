@@ -22,6 +22,7 @@ class TaskReport(EpochReport):
     def add_task_loss(self, loss: Tensor, samples: int) -> None:
         """Add a batch's task loss, before its weight."""
         summed = torch.stack([loss.detach().float() * samples, loss.new_tensor(float(samples), dtype=torch.float32)])
+        summed = torch.where(summed.isfinite().all(), summed, 0.0)  # as the other means
         # MPS has no float64
         summed = summed if loss.device.type == "mps" else summed.double()
         self._task_loss = summed if self._task_loss is None else self._task_loss + summed
@@ -43,9 +44,10 @@ class TaskReport(EpochReport):
             means["task_loss"] = total / samples if samples else float("nan")
         return means
 
-    def judge_teacher(self, num_classes: int, *, quiet: bool) -> bool:
+    def judge_teacher(self, num_classes: int, *, quiet: bool, trained: bool) -> bool:
         """Warn of a teacher that has nothing to teach, unless ``quiet``; return whether it has been judged by now."""
-        weak = self.weak_teacher(num_classes)
+        # a student that has been trained may be ahead for good reasons
+        weak = self.weak_teacher(num_classes, beside_student=not trained)
         if weak is not None and not quiet and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
             _logger.warning(f"DiSK: {weak}")
         return quiet or bool(self.means())

@@ -34,15 +34,12 @@ def load_teacher(name: str, checkpoint: str, student: nn.Module, **factory: Any)
         ) from error
     if trained.get("split_bn"):  # the batch's other parts had statistics of their own, which inference does not read
         weights = {key: value for key, value in weights.items() if ".aux_bn." not in key}
-    teacher = create_model(
-        _full_name(name, trained.get("model"), checkpoint),
-        pretrained=False,
-        num_classes=student.num_classes,
-        in_chans=student.in_chans,
-        pretrained_cfg_overlay={key: tuple(trained[key]) for key in ("mean", "std") if trained.get(key) is not None},
-        **{"global_pool": trained.get("gp"), "bn_eps": trained.get("bn_eps"), **(trained.get("model_kwargs") or {})},
-        **factory,
-    )
+    built = {"global_pool": trained.get("gp"), "bn_eps": trained.get("bn_eps"), **(trained.get("model_kwargs") or {})}
+    # after the run's own: the student's classes and channels are what the teacher has to fit, which is checked next
+    built |= {"pretrained": False, "num_classes": student.num_classes, "in_chans": student.in_chans, **factory}
+    overlay = {key: tuple(trained[key]) for key in ("mean", "std") if trained.get(key) is not None}
+    name_there = _full_name(name, trained.get("model"), checkpoint)
+    teacher = create_model(name_there, pretrained_cfg_overlay=overlay, **built)
     _check_fit(weights, teacher, checkpoint)
     try:
         teacher.load_state_dict(weights)
