@@ -37,6 +37,11 @@ def number(
             raise ValueError(f"{name} must be {rule}, got {value}")
 
 
+def as_float(value: Any) -> Any:
+    """Return a checked number as Python's: numpy's narrow ones would round what they are multiplied with."""
+    return value if isinstance(value, Tensor) else float(value)
+
+
 def integer(name: str, value: Any, *, at_least: int | None = None) -> None:
     """Refuse what is not an integer, numpy's included, of at least ``at_least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

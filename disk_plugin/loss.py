@@ -1,7 +1,4 @@
-"""DiSKLoss: keeps the arguments, owns the guide, calls the functions.
-
-A third of the file are the docstrings of the public class, which have to stand with it.
-"""
+"""DiSKLoss: keeps the arguments, owns the guide, calls the functions."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -11,11 +8,11 @@ from torch import Tensor, nn
 
 from . import _checks
 from ._modes import without_autocast
-from ._state import keeping_float64, write
-from .epoch_statistics import EpochStatistics, count_batch, no_statistics, upgraded
-from .functional import DiSKTerms, disk_terms, student_temperature_step
+from ._state import keeping_float64
+from ._training_batch import observe, step_student_temperature
+from .epoch_statistics import EpochStatistics, no_statistics, upgraded
+from .functional import DiSKTerms, disk_terms
 from .functional._positions import guide_input
-from .functional.slope import discount_slope
 from .variants import Variant
 
 
@@ -115,18 +112,19 @@ class DiSKLoss(nn.Module):
             ignore_index=ignore_index,
         )
         self.guide = guide
-        self.ce_weight, self.distill_weight, self.temperature = ce_weight, distill_weight, temperature
-        self.top_k, self.guide_gradient_scale, self.ignore_index = top_k, guide_gradient_scale, int(ignore_index)
+        self.ce_weight, self.distill_weight = _checks.as_float(ce_weight), _checks.as_float(distill_weight)
+        self.temperature = _checks.as_float(temperature)
+        self.top_k, self.ignore_index = top_k, int(ignore_index)
+        self.guide_gradient_scale = None if guide_gradient_scale is None else _checks.as_float(guide_gradient_scale)
         self.fit_student_temperature = fitted
         # float64, so that a schedule's 0.3 stays 0.3 in a float64 objective
-        self.register_buffer("multiplier", torch.tensor(float(multiplier), dtype=torch.float64))
-        self.register_buffer("budget", torch.tensor(float(budget), dtype=torch.float64))
-        self.register_buffer("epoch_statistics", no_statistics())
+        self._initial: dict[str, Any] = {"multiplier": float(multiplier), "budget": float(budget)}
         if fitted:
-            self.register_buffer("fitted_student_temperature", torch.tensor(float(temperature), dtype=torch.float64))
-            self.register_buffer("student_temperature_moments", torch.zeros(2, dtype=torch.float64))
+            self._initial |= {"fitted_student_temperature": self.temperature, "student_temperature_moments": [0.0, 0.0]}
+        for name, value in self._initial.items():
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+        self.register_buffer("epoch_statistics", no_statistics())
         self.reduce_mean: Callable[[Tensor], Tensor] | None = None
-        self._initial = (float(multiplier), float(budget))
         # a number is a setting, not state: no checkpoint overrides it
         self._fixed_student_temperature = student_temperature
 
@@ -164,7 +162,7 @@ class DiSKLoss(nn.Module):
             guide_logits = self.guide_logits(teacher_logits, teacher_features, target=target)
         with without_autocast(student_logits):
             if self.training and self.fit_student_temperature:
-                self._step_student_temperature(student_logits, teacher_logits, target)
+                step_student_temperature(self, student_logits, teacher_logits, target)
             terms = disk_terms(
                 student_logits,
                 teacher_logits,
@@ -185,13 +183,7 @@ class DiSKLoss(nn.Module):
                 reduction=reduction,
             )
             if self.training:
-                # where torch.func does not allow it: values and gradients need no statistics
-                write(
-                    self.epoch_statistics,
-                    count_batch(self.epoch_statistics, terms, target, guide_logits, self.ignore_index),
-                )
-                if getattr(self.guide, "follows_discount", False):
-                    self._step_guide(terms.mean(), student_logits, teacher_logits, target)
+                observe(self, terms, guide_logits, student_logits, teacher_logits, target)
         return terms
 
     def guide_logits(
@@ -238,54 +230,6 @@ class DiSKLoss(nn.Module):
             f"ignore_index={self.ignore_index}, {self.variant}"
         )
 
-    @torch.no_grad()
-    def _step_student_temperature(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> None:
-        """One Newton step towards the fitted student temperature, in place."""
-        _checks.target(target, student_logits)
-        temperature, moments = student_temperature_step(
-            student_logits,
-            teacher_logits,
-            self.student_temperature_moments,
-            self.fitted_student_temperature,
-            temperature=self.temperature,
-            valid=None if target.is_floating_point() else target != self.ignore_index,
-        )
-        pairs = ((self.fitted_student_temperature, temperature), (self.student_temperature_moments, moments))
-        if not all(write(*pair) for pair in pairs):
-            raise RuntimeError(
-                'student_temperature="fit" moves a buffer in training mode, which this transform of torch.func does '
-                "not allow: call disk.eval(), which uses the temperature as it is, or pass the buffers to "
-                "torch.func.functional_call"
-            )
-
-    @torch.no_grad()
-    def _step_guide(self, terms: DiSKTerms, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> None:
-        """Show a ``UniformGuide`` what the batch gave, the whole one where ``reduce_mean`` looks further."""
-        guide: Any = self.guide
-        slope = discount_slope(
-            student_logits,
-            teacher_logits,
-            target,
-            guide.log_guide,
-            temperature=self.temperature,
-            student_temperature=self.student_temperature,
-            top_k=self.top_k,
-            variant=self.variant,
-            ignore_index=self.ignore_index,
-        )
-        seen = torch.stack([terms.discount, slope, terms.agreement])
-        guide.step(*(seen if self.reduce_mean is None else self.reduce_mean(seen)))
-
-    @torch.no_grad()
-    def _write_initial_state(self) -> None:
-        """Set the buffers to what the constructor was given."""
-        self.multiplier.fill_(self._initial[0])
-        self.budget.fill_(self._initial[1])
-        self.reset_statistics()
-        if self.fit_student_temperature:
-            self.fitted_student_temperature.fill_(self.temperature)
-            self.student_temperature_moments.zero_()
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load; statistics of an older checkpoint are brought to today's layout."""
         name = f"{prefix}epoch_statistics"
@@ -294,13 +238,12 @@ class DiSKLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DiSKLoss":
-        """Move the module; its scalars keep float64 through a cast (counts!), float32 where MPS has no float64.
-
-        Off the meta device, by ``to_empty``, they have the constructor's values: there is nothing else to have.
-        """
+        """Move the module; its scalars stay float64 (counts!), and are the constructor's off the meta device."""
         was_meta = self.multiplier.is_meta
         with keeping_float64(self, fn):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if was_meta and not self.multiplier.is_meta:
-            self._write_initial_state()
+            for name, value in self._initial.items():
+                getattr(self, name).copy_(torch.tensor(value, dtype=torch.float64))
+            self.reset_statistics()
         return self

@@ -2,16 +2,15 @@
 
 import math
 import warnings
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from . import _checks, _watch
-from ._modes import in_mode
+from .estimate import estimate_budget
 from .loss import DiSKLoss
-from .taps import logits_of
+
+__all__ = ["DualScheduler", "estimate_budget"]
 
 
 class DualScheduler:
@@ -97,10 +96,10 @@ class DualScheduler:
         _checks.number("ascent_rate", ascent_rate, above=0)
         _checks.number("multiplier_cap", multiplier_cap, at_least=self.multiplier_max if rule == "adaptive" else 0)
         _checks.choice("rule", rule, ("cosine", "adaptive", "ascent"))
-        self.loss, self.epochs, self.rule, self.budget_decay = loss, epochs, rule, budget_decay
+        self.loss, self.epochs, self.rule, self.budget_decay = loss, int(epochs), rule, float(budget_decay)
         self.period = math.ceil(epochs / 4) if period is None else period
         self.budget_period = self.period if budget_period is None else budget_period
-        self.ascent_rate, self.multiplier_cap = ascent_rate, multiplier_cap
+        self.ascent_rate, self.multiplier_cap = float(ascent_rate), float(multiplier_cap)
         self.epoch = 0
         self._ascent_multiplier = self.multiplier_min
         self._warned: set[str] = set()
@@ -207,43 +206,6 @@ class DualScheduler:
         if message is not None and kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, stacklevel=3)
-
-
-@torch.no_grad()
-def estimate_budget(student: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, ignore_index: int = -100) -> float:
-    """Return the student's error rate, the paper's heuristic for the budget (Kag et al., ICLR 2023, section 3.2).
-
-    "A good initialization for the budget is the error of [the] cross-entropy trained model": warm-start the student,
-    hold some training data out and measure there; an error on the data it was fitted to is too small, one on the test
-    set is a look at the test set. The train/eval modes are restored afterwards.
-
-    Args:
-        student: a classifier, see :func:`disk_plugin.taps.logits_of` for its outputs.
-        loader: batches (x, target) with class indices (N, ...).
-        ignore_index: class index of positions that do not count.
-
-    Returns:
-        Share of positions predicted wrong, in [0, 1]: use it as ``budget`` in nats per sample.
-
-    Raises:
-        ValueError: the loader is empty, or its targets are no class indices of the predictions' shape.
-    """
-    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
-    wrong = count = 0.0
-    with in_mode(student, training=False):
-        for x, target in loader:
-            target = target.to(device)
-            predicted = logits_of(student(x.to(device))).argmax(1)
-            if target.shape != predicted.shape:
-                raise ValueError(
-                    f"target must be class indices of shape {tuple(predicted.shape)}, got shape {tuple(target.shape)}"
-                )
-            counts = target != ignore_index
-            wrong += ((predicted != target) & counts).sum().item()
-            count += counts.sum().item()
-    if not count:
-        raise ValueError("loader must yield at least one sample that is not ignored, got none")
-    return wrong / count
 
 
 def _pair(name: str, values: Any) -> tuple[float, float]:
