@@ -20,7 +20,7 @@ def dead_guide(seen: EpochStatistics, epoch: int, *, pulled_down: bool) -> str |
     alike = seen.guide_std < _SPREAD and (seen.guide_min > _NEAR_ONE or seen.discount > _ALL_TAKEN)
     signs = {
         f"g > {_ABOVE} on every sample": seen.guide_min > _ABOVE,
-        f"g < {_BELOW} on every sample": seen.guide_max < _BELOW and not seen.discount > _NOTHING_TAKEN,
+        f"g < {_BELOW} on every sample": seen.guide_max < _BELOW and seen.discount <= _NOTHING_TAKEN,
         "g is alike on all samples": alike and pulled_down,
     }
     sign = next((sign for sign, shown in signs.items() if shown), None)

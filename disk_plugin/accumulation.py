@@ -87,7 +87,11 @@ class AccumulatedBatch:
             raise RuntimeError("terms() needs at least one micro-batch, got none: call add(...) before it")
         joined: dict[str, Any] = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
         self.clear()
-        return self.disk.terms(**joined)
+        terms = self.disk.terms(**joined)
+        if terms.guide_loss.requires_grad:
+            return terms
+        # of a guide without parameters: its backward is to be called all the same
+        return terms._replace(guide_loss=terms.guide_loss + torch.zeros_like(terms.guide_loss, requires_grad=True))
 
     def clear(self) -> None:
         """Forget what was added: call it where a step is skipped, or its micro-batches join the next batch."""

@@ -32,9 +32,15 @@ class EpochReport:
 
     @torch.no_grad()
     def add(self, terms: DiSKTerms | GuidedFeatureTerms) -> None:
-        """Add a batch's terms, evaluated with ``reduction="none"``."""
-        self._guided = isinstance(terms, GuidedFeatureTerms)
+        """Add a batch's terms, evaluated with ``reduction="none"``; one that is not finite counts in no mean.
+
+        Raises:
+            ValueError: terms reduced to scalars.
+        """
         disk = terms.disk if isinstance(terms, GuidedFeatureTerms) else terms
+        if not disk.guide.ndim:
+            raise ValueError('terms must be evaluated with reduction="none", one value per sample, got scalars')
+        self._guided = isinstance(terms, GuidedFeatureTerms)
         right, wrong = disk.correct, disk.counted - disk.correct
         columns = [disk.counted, right, disk.teacher_correct, disk.ce, disk.distill, disk.usage]
         columns += [disk.guide * right, disk.guide * wrong, disk.discount * right, disk.discount * wrong]
@@ -42,6 +48,7 @@ class EpochReport:
         # MPS has no float64
         dtype = torch.float32 if right.device.type == "mps" else torch.float64
         sums = torch.stack([column.sum(dtype=dtype) for column in columns])
+        sums = torch.where(sums.isfinite().all(), sums, 0.0)  # under a loss scaler single batches overflow
         self._sums = sums if self._sums is None else self._sums + sums
 
     def sum_over_processes(self) -> None:
@@ -63,7 +70,7 @@ class EpochReport:
         values |= {"student_accuracy": (right, count), "teacher_accuracy": (teacher_right, count)}
         return {name: total / over if over else float("nan") for name, (total, over) in values.items()}
 
-    def weak_teacher(self, num_classes: int) -> str | None:
+    def weak_teacher(self, num_classes: int, *, beside_student: bool = True) -> str | None:
         """Say that there is nothing to learn from this teacher, if so: at chance, or behind the student.
 
         A class map in another order, inputs normalised for another network or weights that were not loaded leave no
@@ -72,6 +79,7 @@ class EpochReport:
 
         Args:
             num_classes: C, >= 2: chance is 1 / C.
+            beside_student: also compare with the student.
         """
         _checks.integer("num_classes", num_classes, at_least=2)
         means = self.means()
@@ -83,7 +91,7 @@ class EpochReport:
         found = f"the teacher is right on {teacher:.1%} of the {count:.0f} training samples of this epoch"
         check = "check its weights, the order of its classes and how its input is normalised"
         if teacher <= chance + noise * (chance * (1 - chance)) ** 0.5:
-            return f"{found}, which is chance for {num_classes} classes: {check}"
-        if student - teacher > noise * (teacher * (1 - teacher) + student * (1 - student)) ** 0.5:
+            return f"{found}, which cannot be told from chance for {num_classes} classes: {check}"
+        if beside_student and student - teacher > noise * (teacher * (1 - teacher) + student * (1 - student)) ** 0.5:
             return f"{found}, the student on {student:.1%}: {check}"
         return None

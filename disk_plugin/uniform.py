@@ -130,6 +130,7 @@ class UniformGuide(nn.Module):
         finite = (discount + slope + agreement).isfinite()
         agreement = torch.where(self.agreement < 0, agreement, torch.lerp(self.agreement, agreement, _MOMENTUM))
         missing = self._target(agreement) - discount
+        slope = torch.where(slope > 0, slope, discount * (1 - discount))  # its upper bound, where no sample told it
         step = (missing / slope.clamp(min=_FLAT)).clamp(-_LONGEST_STEP, _LONGEST_STEP)
         log_guide = (self.log_guide + step).clamp(_SMALLEST, 0.0)
         pairs = ((self.log_guide, log_guide), (self.agreement, agreement))

@@ -669,6 +669,14 @@ def test_numpys_numbers_pass_wherever_pythons_do():
     torch.testing.assert_close(disk(student, teacher, target, features), plain(student, teacher, target, features))
     dual = DualScheduler(disk, epochs=np.int64(8), multiplier=(np.float32(1), np.float64(2)), period=np.int64(4))
     assert dual(np.int64(8))[0] == 2.0
+    for rule in ("ascent", "adaptive"):
+        how = {"ascent_rate": np.float64(0.5), "multiplier_cap": np.float64(60), "budget_decay": np.float32(1)}
+        dual = DualScheduler(plain, epochs=8, rule=rule, **how)
+        plain(student, teacher, target, features)
+        dual.step()
+        assert {type(value) for value in dual.state_dict().values()} <= {int, float, list, bool}
+    half = DiSKLoss(GuideHead(5), temperature=np.float16(4), ce_weight=np.float16(0.25))
+    assert (type(half.temperature), type(half.ce_weight)) == (float, float)
     optimizer = torch.optim.SGD(disk.guide.parameters(), lr=0.1)
     replay = GuideReplay(disk, optimizer, capacity=np.int64(3), batch_size=np.int64(2), seed=np.int64(1))
     replay.student_loss(student, teacher, target, features)

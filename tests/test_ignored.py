@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from disk_plugin import DiSKLoss, GuideHead, functional
 from disk_plugin.accumulation import AccumulatedBatch
 from disk_plugin.epoch_report import EpochReport
-from disk_plugin.features.guided import FEATURE_WEIGHTS, guided_feature_terms
+from disk_plugin.features.guided import FEATURE_WEIGHTS, feature_weights, guided_feature_terms
+from disk_plugin.features.simkd import SimKD, pooled_classifier
 from disk_plugin.replay import GuideReplay
 from disk_plugin.variants import VARIANTS
 
@@ -248,3 +250,76 @@ def test_a_nan_that_counts_still_propagates_to_the_loss(name):
     value = inputs[name].clone()
     value[0] = math.nan
     assert make_loss().terms(**inputs | {name: value}).loss.isnan()
+
+
+# ---- what the guide reads beside dense targets -----------------------------------------------------------------------
+
+
+class Pooling(nn.Module):
+    """A guide of a user's own, that reads features of another layout than the target's."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(D, 1)
+
+    def forward(self, teacher_logits, teacher_features):
+        features = teacher_features.flatten(2).mean(2) if teacher_features.ndim > 2 else teacher_features
+        each = self.last(features).squeeze(1)
+        return each.reshape(-1, *[1] * (teacher_logits.ndim - 2)).expand(len(each), *teacher_logits.shape[2:])
+
+
+@pytest.mark.parametrize("layout", [(), (4, 4), (1, 1), (3,)])
+def test_features_of_another_layout_lose_the_samples_that_are_ignored_throughout(layout):
+    inputs, kept = batch((8, 8))
+    features = torch.randn(N, D, *layout, dtype=torch.float64)
+    disk = DiSKLoss(Pooling().double(), budget=0.05)
+    expected = evaluate(disk, kept | {"teacher_features": features[::2]})
+    poison = features.clone()
+    poison[1::2] = math.nan
+    found = evaluate(disk, inputs | {"teacher_features": poison})
+    assert_same_means(found[0], expected[0])
+    torch.testing.assert_close(found[2], expected[2], **EXACT)
+
+
+@every_poison
+def test_a_teachers_map_at_an_ignored_sample_leaves_simkds_projector_alive(poison):
+    results = []
+    for dirty in (False, True):
+        torch.manual_seed(3)
+        simkd = SimKD(4, 6, pooled_classifier(nn.Linear(6, C)), teacher_size=(2, 2)).double()
+        student_map, teacher_map = torch.randn(2, N, 6, 2, 2, dtype=torch.float64)
+        if dirty:
+            teacher_map[1] = poison
+        inputs, _ = batch()
+        inputs |= {"target": torch.where(torch.arange(N) == 1, IGNORED, torch.arange(N) % C)}
+        del inputs["sample_weight"], inputs["student_logits"]
+        logits, error = simkd(student_map[:, :4], teacher_map)
+        assert error[1].isfinite() != dirty
+        terms = guided_feature_terms(make_loss(), logits, **inputs, feature_error=error)
+        results.append([terms.loss, *torch.autograd.grad(terms.loss, simkd.trainable_parameters())])
+    torch.testing.assert_close(results[1], results[0], **EXACT)
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------------
+
+
+def test_terms_that_are_means_already_are_refused_where_samples_are_needed():
+    terms = make_loss().terms(**batch()[0])
+    with pytest.raises(ValueError, match='evaluated with reduction="none", one value per sample, got scalars'):
+        EpochReport().add(terms)
+    with pytest.raises(ValueError, match='evaluated with reduction="none"'):
+        feature_weights(terms, "one_minus_guide")
+
+
+def test_one_batch_that_overflowed_does_not_cost_the_epochs_report():
+    disk, report, alone = make_loss(), EpochReport(), EpochReport()
+    inputs, _ = batch()
+    terms = disk.terms(**inputs, reduction="none")
+    broken = disk.terms(**inputs | {"teacher_logits": torch.full((N, C), math.nan).double()}, reduction="none")
+    report.add(terms)
+    report.add(broken)
+    alone.add(terms)
+    assert report.means() == alone.means()
+    lost = EpochReport()
+    lost.add(broken)
+    assert math.isnan(lost.means()["distill"])

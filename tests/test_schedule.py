@@ -195,14 +195,17 @@ def test_statistics_of_an_older_checkpoint_are_taken_up():
     disk = make_loss()
     train_batch(disk)
     usage, positions, *_, smallest, largest = disk.epoch_statistics.tolist()
-    state = disk.state_dict() | {
-        "epoch_statistics": torch.tensor([usage, positions, smallest, largest], dtype=torch.float64)
-    }
+    old = torch.tensor([usage, positions, smallest, largest], dtype=torch.float64)
+    state = disk.state_dict() | {"epoch_statistics": old}
     fresh = make_loss()
     dual = DualScheduler(fresh, epochs=8, rule="ascent")
     fresh.load_state_dict(state)
     assert fresh.statistics()[:4] == disk.statistics()[:4]
     assert state["epoch_statistics"].shape == (4,)
+    dual.step()
+    old[2:] = torch.tensor([0.001, 0.005])  # of many classes: nothing tells what that took off
+    fresh.load_state_dict(state)
+    train_batch(fresh, -6.0)
     dual.step()
 
 

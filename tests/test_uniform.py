@@ -147,6 +147,26 @@ def test_the_agreement_is_a_running_mean_that_starts_with_the_first_batch():
     assert disk.guide.agreement.item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("size", [0, N])
+def test_a_batch_without_a_counted_position_moves_nothing(size):
+    disk = make_loss(discount="auto")
+    disk(*batch())
+    before = copy.deepcopy(disk.guide.state_dict())
+    student, teacher, label = (value[:size] for value in batch())
+    disk(student, teacher, torch.full_like(label, -100))
+    torch.testing.assert_close(disk.guide.state_dict(), before, rtol=0, atol=0)
+
+
+def test_in_large_maps_it_settles_whichever_samples_are_ignored():
+    student, teacher, label = batch((20, 20), n=4)
+    disk = make_loss(discount=0.4)
+    for ignored in (slice(0), slice(1), slice(3)):
+        label[ignored] = -100
+        for _ in range(30):
+            terms = disk.terms(student, teacher, label)
+        assert terms.discount.item() == pytest.approx(0.4, abs=1e-3)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_batch_that_is_not_finite_moves_nothing(value):
     disk = make_loss(discount="auto")
@@ -197,10 +217,11 @@ def test_micro_batches_move_it_once_by_the_whole_batch():
     disk, twin = make_loss(discount=0.4), make_loss(discount=0.4)
     twin(student, teacher, label)
     whole = AccumulatedBatch(disk)
+    student.requires_grad_()
     for part in (slice(10), slice(10, N)):
-        whole.add(student[part], teacher[part], label[part])
+        whole.add(student[part], teacher[part], label[part]).backward()
     assert disk.guide.log_guide.item() == pytest.approx(math.log(0.01))
-    whole.terms()
+    whole.terms().guide_loss.backward()  # as the loop is written, though there is nothing to train
     torch.testing.assert_close(disk.guide.state_dict(), twin.guide.state_dict())
 
 

@@ -47,9 +47,11 @@ def feature_weights(terms: DiSKTerms, weight: FeatureWeight) -> Tensor:
         weight: one of ``FEATURE_WEIGHTS``.
 
     Raises:
-        ValueError: an unknown ``weight``.
+        ValueError: an unknown ``weight``, terms reduced to scalars.
     """
     _checks.choice("weight", weight, FEATURE_WEIGHTS)
+    if not terms.guide.ndim:
+        raise ValueError('terms must be evaluated with reduction="none", one value per sample, got scalars')
     if weight == "one_minus_guide":
         return terms.counted - terms.guide
     if weight == "one_minus_discount":

@@ -96,8 +96,12 @@ class SimKD(nn.Module):
         height, width = projected.shape[2:]
         # in float32 at least, before the difference: it would be rounded, and a sum of squares overflows float16
         found, wanted = promote(projected, teacher_map.detach())
-        difference = found - adaptive_avg_pool2d(wanted, (height, width))
-        return SimKDOutput(self.classifier(projected), difference.square().flatten(1).mean(1))
+        wanted = adaptive_avg_pool2d(wanted, (height, width))
+        # a map that is not finite, of an ignored sample say, has error NaN, but no gradient: 0 times NaN would be NaN
+        finite = wanted.flatten(1).isfinite().all(1)
+        difference = found - torch.where(finite.view(-1, 1, 1, 1), wanted, found.detach())
+        error = torch.where(finite, difference.square().flatten(1).mean(1), torch.nan)
+        return SimKDOutput(self.classifier(projected), error)
 
     def project(self, student_map: Tensor) -> Tensor:
         """Return the student's map in the teacher's channels, at the smaller of both sizes."""

@@ -46,16 +46,16 @@ def without_ignored(value: Tensor, valid: Tensor | None) -> Tensor:
     """
     if valid is None:
         return value
-    trailing = value.ndim - valid.ndim - 1  # of features (N, ...) of any shape beside targets (N,)
-    return torch.where(valid.unsqueeze(1).reshape(valid.shape[0], 1, *valid.shape[1:], *[1] * trailing), value, 0.0)
+    return torch.where(valid.unsqueeze(1), value, 0.0)
 
 
 def guide_input(value: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Set ignored positions to 0; of features (N, D) beside dense targets (N, d1, ...) those ignored throughout."""
+    """Set ignored positions to 0; of features of another layout than the target the samples ignored throughout."""
     valid = valid_or_none(target, ignore_index)
-    if valid is not None and value.ndim <= valid.ndim:
-        valid = valid.flatten(1).any(1)
-    return without_ignored(value, valid)
+    if valid is None or value.shape[2:] == valid.shape[1:]:
+        return without_ignored(value, valid)
+    whole = valid.flatten(1).any(1) if valid.ndim > 1 else valid
+    return torch.where(whole.reshape(-1, *[1] * (value.ndim - 1)), value, 0.0)
 
 
 def transformed() -> bool:

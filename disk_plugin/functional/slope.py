@@ -1,5 +1,7 @@
 """How the mean discount answers to one g for all samples: what sets that g by Newton's method."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
@@ -9,7 +11,7 @@ from ._positions import as_dtype, by_position, positions_of, promote, without_ig
 from .blocks import softened_teacher, with_guide
 from .scaffold import mask_or_none
 
-_POSITIONS = 256  # enough: the slope sets the size of a step, not where it leads
+_SAMPLES, _POSITIONS = 16, 256  # about; enough, as the slope sets the size of a step
 
 
 @torch.no_grad()
@@ -29,9 +31,11 @@ def discount_slope(
 
     Args are those of ``disk_terms``; ``log_guide`` is log g, a scalar.
     """
-    some = max(_POSITIONS // max(student_logits[:1, 0].numel(), 1), 1)
-    s, t = promote(student_logits[:some], teacher_logits[:some])
-    where = positions_of(s, target[:some], ignore_index=ignore_index)
+    some = _some(student_logits)
+    s, t = promote(student_logits[some], teacher_logits[some])
+    where = positions_of(
+        s, target[some if target.is_floating_point() else (some[0], *some[2:])], ignore_index=ignore_index
+    )
     s, t = (by_position(without_ignored(value, where.masked)) for value in (s, t))
     mask = mask_or_none(t, top_k, where.label.flatten() if variant.scaffold_label else None)
     _, target_t = softened_teacher(t, mask, temperature, variant.teacher_target == "scaffolded")
@@ -40,3 +44,16 @@ def discount_slope(
     mass = target_t.sum(1).clamp(min=torch.finfo(s.dtype).tiny)
     slopes = ((target_t * share * kept).sum(1) / mass).reshape(where.label.shape)
     return where.reduce(where.plain(slopes), "mean")
+
+
+def _some(logits: Tensor) -> tuple[slice, ...]:
+    """Return slices of (N, C, d1, ...) that leave some positions, spread over the batch and over each sample."""
+    count, _, *positions = logits.shape
+    kept = _SAMPLES if positions else _POSITIONS
+    each = math.prod(positions) * min(count, kept) / _POSITIONS
+    stride = max(math.ceil(each ** (1 / len(positions))), 1) if positions and each > 0 else 1
+    return (
+        slice(None, None, max(math.ceil(count / kept), 1)),
+        slice(None),
+        *[slice(None, None, stride)] * len(positions),
+    )
