@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks
 from ._state import write
-from .epoch_statistics import count_batch
+from .epoch_statistics import count_batch, is_finite
 from .functional import DiSKTerms, student_temperature_step
 from .functional.slope import discount_slope
 
@@ -48,6 +48,8 @@ def observe(
     # where torch.func does not allow it nothing is written: values and gradients need no statistics
     statistics = count_batch(disk.epoch_statistics, terms, target, guide_logits, disk.ignore_index)
     write(disk.epoch_statistics, statistics)
+    finite = is_finite(terms)
+    write(disk.epoch_batches, disk.epoch_batches + torch.stack([torch.ones_like(finite), ~finite]))
     if getattr(disk.guide, "follows_discount", False):
         _step_guide(disk, terms.mean(), student_logits, teacher_logits, target)
 

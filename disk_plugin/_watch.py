@@ -34,13 +34,13 @@ def dead_guide(seen: EpochStatistics, epoch: int, *, pulled_down: bool) -> str |
     )
 
 
-def not_finite(seen: EpochStatistics, epoch: int) -> str | None:
+def not_finite(batches: float, bad: float, epoch: int) -> str | None:
     """Judge the loss: single batches overflow under a loss scaler, which skips them; half of an epoch's do not."""
-    if not seen.not_finite or seen.not_finite < seen.batches / 2:
+    if not bad or bad < batches / 2:
         return None
     return (
-        f"the loss was NaN or inf in {seen.not_finite:.0f} of the {seen.batches:.0f} batches of epoch {epoch}: look at "
-        f"the student's and the teacher's logits, the learning rate and the loss scaler"
+        f"the loss was NaN or inf in {bad:.0f} of the {batches:.0f} batches of epoch {epoch}: look at the student's "
+        f"and the teacher's logits, the learning rate and the loss scaler"
     )
 
 

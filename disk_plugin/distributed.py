@@ -153,8 +153,9 @@ def share_statistics(disk: DiSKLoss, process_group: Group = None) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return
     seen = disk.epoch_statistics
-    sums, smallest, largest = seen[:7].clone(), seen[7:8].clone(), seen[8:].clone()
+    sums, smallest, largest = seen[:5].clone(), seen[5:6].clone(), seen[6:].clone()
     dist.all_reduce(sums, group=process_group)
+    dist.all_reduce(disk.epoch_batches, group=process_group)
     dist.all_reduce(smallest, dist.ReduceOp.MIN, group=process_group)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
     seen.copy_(torch.cat([sums, smallest, largest]))

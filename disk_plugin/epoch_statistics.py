@@ -7,9 +7,8 @@ from torch import Tensor
 
 from .functional import DiSKTerms
 
-# The collected tensor: sums over positions of usage, 1, g, g squared and discount, then the number of batches and of
-# those that are not finite, then the smallest and the largest g.
-_EMPTY = (0.0,) * 7 + (torch.inf, -torch.inf)
+# The collected tensor: sums over positions of usage, 1, g, g squared and discount, then the smallest and the largest g.
+_EMPTY = (0.0,) * 5 + (torch.inf, -torch.inf)
 _BEFORE = 4  # its length until 0.1: usage, positions, smallest, largest
 
 
@@ -22,17 +21,15 @@ class EpochStatistics(NamedTuple):
     guide_max: float  # largest g; -inf without a batch
     guide_std: float  # standard deviation of g; NaN without a batch
     discount: float  # mean discount; NaN without a batch
-    batches: float  # how many batches came
-    not_finite: float  # of these, with a NaN or inf loss: they count in nothing else
 
     @classmethod
     def read(cls, collected: Tensor) -> "EpochStatistics":
         """Synchronize with the device and turn the collected tensor into numbers."""
-        usage, positions, total, squares, discount, batches, not_finite, smallest, largest = collected.tolist()
+        usage, positions, total, squares, discount, smallest, largest = collected.tolist()
         count = positions or float("nan")
         variance = squares / count - (total / count) ** 2
         spread = variance if variance != variance else max(variance, 0.0) ** 0.5  # NaN stays NaN
-        return cls(usage / count, positions, smallest, largest, spread, discount / count, batches, not_finite)
+        return cls(usage / count, positions, smallest, largest, spread, discount / count)
 
 
 def no_statistics() -> Tensor:
@@ -49,7 +46,7 @@ def upgraded(collected: Tensor) -> Tensor:
         return collected
     usage, positions, smallest, largest = collected.tolist()
     unknown = float("nan") if positions else 0.0
-    values = [usage, positions, unknown, unknown, unknown, 0.0, 0.0, smallest, largest]
+    values = [usage, positions, unknown, unknown, unknown, smallest, largest]
     return torch.tensor(values, dtype=torch.float64, device=collected.device)
 
 
@@ -69,14 +66,16 @@ def count_batch(collected: Tensor, terms: DiSKTerms, target: Tensor, guide_logit
         for value in (terms.usage, terms.discount)
     )
     # a batch that overflowed must not cost the whole epoch's statistics
-    finite = (terms.loss.sum().to(dtype) + usage).isfinite()
+    finite = is_finite(terms)
     g = guide_logits.to(dtype).sigmoid()
     shown = torch.where(valid & finite, g, 0.0)
     sums = torch.where(finite, torch.stack([usage, positions, shown.sum(), shown.square().sum(), discount]), 0.0)
-    rest = [
-        collected[5] + 1,
-        collected[6] + ~finite,
-        torch.minimum(collected[7], torch.where(valid & finite, g, torch.inf).amin()),
-        torch.maximum(collected[8], torch.where(valid & finite, g, -torch.inf).amax()),
-    ]
-    return torch.cat([collected[:5] + sums, torch.stack(rest)])
+    smallest = torch.minimum(collected[5], torch.where(valid & finite, g, torch.inf).amin())
+    largest = torch.maximum(collected[6], torch.where(valid & finite, g, -torch.inf).amax())
+    return torch.cat([collected[:5] + sums, torch.stack([smallest, largest])])
+
+
+@torch.no_grad()
+def is_finite(terms: DiSKTerms) -> Tensor:
+    """Whether a batch's loss and usage are, a bool scalar."""
+    return (terms.loss.sum() + terms.usage.sum()).isfinite()

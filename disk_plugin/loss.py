@@ -30,10 +30,8 @@ class DiSKLoss(nn.Module):
 
     Autocast is off inside and half-precision inputs are upcast to float32. NaN in an input, or inf in the teacher's
     logits, propagates to the loss, except at positions that are ignored, which do not contribute to any gradient.
-
-    Under a transform of ``torch.func`` values and gradients are as ever; statistics are counted only where the
-    transform is given the buffers (``functional_call``). In a moving average (``AveragedModel(disk)``) leave
-    ``use_buffers`` False, as multiplier, budget and statistics are no weights, and evaluate it in evaluation mode.
+    Under ``torch.func`` statistics are counted only where the transform is given the buffers (``functional_call``). In
+    ``AveragedModel(disk)`` leave ``use_buffers`` False, as multiplier and statistics are no weights, and call eval().
 
     Args:
         guide: a module (teacher_logits[, teacher_features]) -> guide logits (N,) or (N, d1, ...).
@@ -75,6 +73,7 @@ class DiSKLoss(nn.Module):
     multiplier: Tensor
     budget: Tensor
     epoch_statistics: Tensor
+    epoch_batches: Tensor  # all, and those with a NaN or inf loss
     fitted_student_temperature: Tensor
     student_temperature_moments: Tensor
 
@@ -124,6 +123,7 @@ class DiSKLoss(nn.Module):
         for name, value in self._initial.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
         self.register_buffer("epoch_statistics", no_statistics())
+        self.register_buffer("epoch_batches", torch.zeros(2, dtype=torch.float64), persistent=False)
         self.reduce_mean: Callable[[Tensor], Tensor] | None = None
         # a number is a setting, not state: no checkpoint overrides it
         self._fixed_student_temperature = student_temperature
@@ -220,6 +220,7 @@ class DiSKLoss(nn.Module):
     def reset_statistics(self) -> None:
         """Forget the batches seen so far."""
         self.epoch_statistics.copy_(no_statistics())
+        self.epoch_batches.zero_()
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(loss)``."""

@@ -117,14 +117,14 @@ class DualScheduler:
 
     def step(self) -> None:
         """End an epoch: judge the guide, move on, write the next multiplier and budget in place."""
-        seen = self.loss.statistics()
-        self._warn("not finite", _watch.not_finite(seen, self.epoch))
+        seen, (batches, bad) = self.loss.statistics(), self.loss.epoch_batches.tolist()
+        self._warn("not finite", _watch.not_finite(batches, bad, self.epoch))
         middle = (self.multiplier_min + self.multiplier_max) / 2
         pulled_down = 1.1 * self.loss.multiplier.item() >= middle  # a period of two epochs comes to the middle
         if any(True for _ in self.loss.guide.parameters()):  # what cannot learn cannot die
             self._warn("dead", _watch.dead_guide(seen, self.epoch, pulled_down=pulled_down))
         if self.rule != "cosine" and not seen.positions:
-            came = f"{seen.not_finite:.0f}, all with a NaN or inf loss" if seen.not_finite else "none"
+            came = f"{bad:.0f}, all with a NaN or inf loss" if bad else "none"
             raise RuntimeError(f"step() with rule={self.rule!r} needs a training batch since the last step, got {came}")
         violation = seen.usage - self._budget(self.epoch)
         self.epoch += 1

@@ -22,8 +22,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from disk_plugin import functional, presets
 
-pytestmark = pytest.mark.filterwarnings("ignore:in the .* steps of its schedule")  # runs of two or three epochs
-
 RESULTS = Path(cifar100.__file__).parent / "results"
 
 

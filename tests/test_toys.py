@@ -16,8 +16,6 @@ from toys.starts import LEARNING_RATE, MOMENTUM, PASSES, WEIGHT_DECAY, Problem, 
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead, functional
 
-pytestmark = pytest.mark.filterwarnings("ignore:in the .* steps of its schedule")  # runs of few iterations
-
 TOYS = (intervals.TOY, gaussians.TOY)
 SETTINGS = {
     "ce_weight": 0.1,
