@@ -876,6 +876,46 @@ def test_places_outside_the_cache_are_refused(tmp_path, index, view, error, mess
         write(tmp_path)(index, view)
 
 
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_numpys_integers_are_places_too(tmp_path, integer):
+    cache = write(tmp_path)
+    logits, features = cache(integer(3), integer(2))
+    assert torch.equal(logits, cache(3, 2)[0])
+    assert torch.equal(features, cache(torch.tensor([1, 3]), integer(2))[1][1])
+    with pytest.raises(ValueError, match=r"view must be in \[0, 3\), got 3"):
+        cache(integer(0), integer(3))
+
+
+@pytest.mark.parametrize("value", [np.True_, np.float64(1), np.array([1, 2])])
+def test_numpys_other_values_are_no_places(tmp_path, value):
+    cache = write(tmp_path)
+    with pytest.raises(TypeError, match=f"index must be an int or an int64 Tensor, got {type(value).__name__}"):
+        cache(value, 0)
+
+
+def test_a_place_that_int64_does_not_hold_is_out_of_range(tmp_path):
+    with pytest.raises(ValueError, match=rf"index must be in \[0, 10\), got {2**70}"):
+        write(tmp_path)(2**70, 0)
+
+
+def test_numpys_numbers_write_and_verify_the_same_cache(tmp_path):
+    views = SeededViews(Images(Transform()), np.int8(VIEWS), seed=np.int64(0))
+    cache = write(tmp_path / "numpy", views=views, batch_size=np.int64(BATCH), num_workers=np.int64(1))
+    assert contents(cache.folder) == contents(write(tmp_path / "plain").folder)
+    settings = {"tolerance": np.float32(0.01), "batch_size": np.int32(BATCH), "num_workers": np.int64(0)}
+    teachers, found = [make_teacher(), make_teacher()], []
+    found.append(cache.verify(teachers[0], views, share=np.float64(0.5), seed=np.int64(3), **settings))
+    found.append(cache.verify(teachers[1], views, share=0.5, seed=3))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert teachers[0][0].seen == teachers[1][0].seen == ROWS / 2
+
+
+def test_a_share_in_float16_is_not_rounded_further(tmp_path):
+    share, teacher = np.float16(1502 / 4096), make_teacher()  # of 30: 11.001, in float16 11
+    write(tmp_path).verify(teacher, seeded_views(), share=share)
+    assert teacher[0].seen == 12
+
+
 # ---- verify ----------------------------------------------------------------------------------------------------------
 
 
@@ -923,6 +963,9 @@ def test_verify_finds_other_weights_another_seed_and_nan(tmp_path):
         ({"share": 0.0}, ValueError, "share must be > 0"),
         ({"share": 1.5}, ValueError, "share must be <= 1"),
         ({"tolerance": -1.0}, ValueError, "tolerance must be >= 0"),
+        ({"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
+        ({"seed": 0.5}, TypeError, "seed must be an int, got float"),
+        ({"seed": True}, TypeError, "seed must be an int, got bool"),
         ({"views": SeededViews(Images(), 4)}, RuntimeError, "10 samples in 3 views, got 10 in 4"),
         ({"teacher": nn.Linear(12, 7)}, (RuntimeError, ValueError), "5"),
         ({"tolerance": 0.0, "share": 1.0}, RuntimeError, "must equal the teacher within 0.0"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.data import DataLoader, Dataset
 
+from .. import _checks
 from .._modes import without_autocast
 from ..taps import FeatureTap, logits_of, with_features
 from . import checksums
@@ -123,6 +124,7 @@ def batches(
     views: SeededViews | PlainView, rows: Sequence[int], batch_size: int, num_workers: int
 ) -> DataLoader[tuple[Tensor, int]]:
     """Load the images of rows, in that order, as batches (images, rows); row = view * samples + index."""
+    _checks.integer("batch_size", batch_size, at_least=1)
     return DataLoader(
         _Rows(views),
         int(batch_size),  # numpy's pass our checks, not torch's

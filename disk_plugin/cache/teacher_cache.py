@@ -192,18 +192,21 @@ class TeacherCache:
         Raises:
             RuntimeError: rows are damaged; a difference is larger (the message names the largest and its place); other
                 numbers of samples or views.
-            ValueError: ``share`` or ``tolerance`` out of range.
+            ValueError: ``share``, ``tolerance`` or ``batch_size`` out of range.
+            TypeError: values of another type.
         """
         _checks.number("share", share, above=0, at_most=1)
         _checks.number("tolerance", tolerance, at_least=0)
+        _checks.integer("seed", seed)
         source = as_views(views)
         if (len(source), source.views) != (self.samples, self.views):
             expected = f"{self.samples} samples in {self.views} views"
             raise RuntimeError(f"{self.folder} must be verified with {expected}, got {len(source)} in {source.views}")
         outputs = TeacherOutputs(teacher, self.mode, self.layer, device)
-        self._checks.compare_all()
-        rows = random.Random(int(seed)).sample(range(self._meta.rows), math.ceil(share * self._meta.rows))
+        # numpy's float16 would round the product, or overflow
+        rows = random.Random(int(seed)).sample(range(self._meta.rows), math.ceil(float(share) * self._meta.rows))
         loader = batches(source, sorted(rows), batch_size, num_workers)
+        self._checks.compare_all()
         with in_mode(teacher, training=False):
             largest, where = largest_difference(self, outputs, loader, self.samples)
         if largest > tolerance:
