@@ -269,6 +269,61 @@ def test_probability_targets_are_not_recorded_as_their_argmax():
     assert dense.table()["target"].tolist() == target.flatten().tolist()
 
 
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+@HALVES
+@pytest.mark.parametrize("mixed", [False, True], ids=["alone", "mixed"])
+def test_half_terms_are_recorded_with_other_values(dtype, mixed):
+    """Batches in half precision, or those in turns with float32: the same columns, each value as it came."""
+    record, expected = SampleRecord(), []
+    for each in range(4):
+        own = torch.float32 if mixed and each % 2 else dtype
+        terms = random_terms(5)
+        terms = terms._replace(**{name: getattr(terms, name).to(own) for name in QUANTITIES})
+        soft = torch.rand(5, 3).to(own)
+        record.add(torch.arange(5), each, terms, target=soft, extra=(300 * terms.ce).to(own))
+        expected.append((terms, soft.argmax(1), (300 * terms.ce).to(own)))
+    table = record.table()
+    assert table.dtypes.astype(str).to_dict() == DTYPES | {"extra": "float32"}
+    for name in QUANTITIES:
+        column = torch.cat([getattr(terms, name).double() for terms, _, _ in expected])
+        assert table[name].astype("float64").tolist() == column.tolist()
+    assert table["target"].tolist() == torch.cat([target for _, target, _ in expected]).tolist()
+    assert table["extra"].tolist() == torch.cat([extra.float() for _, _, extra in expected]).tolist()
+
+
+@HALVES
+def test_a_bfloat16_beyond_float16_is_lost_and_an_infinity_hidden(dtype):
+    largest = torch.finfo(dtype).max
+    record = SampleRecord()
+    record.add(INDEX, 0, made(ce=(largest, torch.inf, 1e-5), dtype=dtype), extra=torch.tensor([largest, -largest, 0.0]))
+    table = record.table()
+    assert table["ce"].tolist() == [largest, np.inf, torch.tensor(1e-5, dtype=dtype).item()]
+    assert table["extra"].tolist() == [largest, -largest, 0]
+
+
+@HALVES
+@pytest.mark.parametrize("mixed", [False, True], ids=["alone", "mixed"])
+def test_guided_features_in_half_are_recorded_unlike_the_same_values_in_float32(dtype, mixed):
+    disk, target = DiSKLoss(GuideHead(4, 3)), torch.randint(4, (12,))
+    inputs = [torch.randn(12, 4), torch.randn(12, 4), target, torch.randn(12, 3), torch.rand(12)]
+    narrow = [value.to(dtype) if value.is_floating_point() else value for value in inputs]
+    wide = [value.float() if value.is_floating_point() else value for value in narrow]
+    if mixed:  # what autocast leaves: student's logits half, the teacher's whole, and the other way round
+        narrow[1], narrow[4] = wide[1], wide[4]
+    states = []
+    for values in (narrow, wide):
+        with torch.autocast("cpu", dtype):
+            terms = guided_feature_terms(disk, *values, reduction="none")
+        record = SampleRecord()
+        record.add(torch.arange(12), 0, terms, target=target, feature=values[4])
+        states.append(record.state_dict())
+    torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-6)
+    assert states[0]["feature"].dtype == torch.float32
+    assert len(states[0]["guide"].unique()) > 1
+
+
 # ---- state -----------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +385,31 @@ def test_another_state_passed(change, message):
     with refuses(RuntimeError, expected, "length, got {'index': (3,)", message):
         record.load_state_dict(state)
     assert_frame_equal(record.table(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_state_in_another_precision_breaks_the_record_or_its_table(dtype):
+    record, again = SampleRecord(), SampleRecord()
+    record.add(INDEX, 0, made(), target=TARGET, extra=torch.ones(3), flag=TARGET > 1)
+    narrow = {name: each.to(dtype) if each.is_floating_point() else each for name, each in record.state_dict().items()}
+    again.load_state_dict(narrow)
+    assert_frame_equal(again.table(), record.table(), check_exact=True)  # the values of made() are dyadic
+    for each in (record, again):
+        each.add(INDEX, 1, made(), target=TARGET, extra=torch.ones(3), flag=TARGET > 1)
+    assert_frame_equal(again.table(), record.table(), check_exact=True)
+
+
+@pytest.mark.parametrize("name", ["index", "epoch", "target", "correct"])
+def test_whole_numbers_that_were_rounded_to_half_passed(name):
+    record, other = SampleRecord(), SampleRecord()
+    record.add(INDEX + 2049, 0, made(), target=TARGET)  # 2051 is no float16
+    state = record.state_dict()
+    state[name] = state[name].half()
+    other.add(INDEX, 5, made())
+    before = other.table()
+    with refuses(RuntimeError, f"expected {name} as torch.", "got torch.float16, which may have rounded it"):
+        other.load_state_dict(state)
+    assert_frame_equal(other.table(), before)
 
 
 # ---- refused batches -------------------------------------------------------------------------------------------------
@@ -721,6 +801,56 @@ def test_an_image_is_shown_with_other_brightness():
     assert shown(gallery(gallery_table(), torch.full((4, 5, 5), 9.0), count=1))[1][0].tolist() == [[0.0] * 5] * 5
     pillow = [PIL.Image.fromarray(image.movedim(0, -1).numpy()) for image in raw]
     assert np.array_equal(shown(gallery(gallery_table(), pillow, count=1))[1][0], raw[1].movedim(0, -1))
+
+
+@HALVES
+@pytest.mark.parametrize("shape", [(4, 5, 5), (4, 3, 5, 5)])
+def test_half_images_are_shown_with_other_values(dtype, shape):
+    images = torch.rand(shape).to(dtype)
+    for given in (images, Pairs(images), list(images)):
+        (pixels,) = shown(gallery(gallery_table(), given, count=1))[1]
+        expected = images[1].float().movedim(0, -1) if len(shape) == 4 else images[1].float()
+        assert np.array_equal(pixels, expected.numpy())
+    wide = images * 4 - 2
+    (pixels,) = shown(gallery(gallery_table(), wide, count=1))[1]
+    expected = wide[1].float()
+    expected = (expected - expected.min()) / (expected.max() - expected.min())
+    assert np.allclose(pixels, expected.movedim(0, -1) if len(shape) == 4 else expected)
+
+
+def narrow(table):
+    return table.astype(dict.fromkeys(["guide", "discount", "ce"], "float16"))
+
+
+def test_a_table_in_float16_is_drawn_or_scored_otherwise():
+    """Values that float16 holds, of which sums do not fit."""
+    table = table_of(
+        index=[0, 1, 2] * 2,
+        epoch=[3, 3, 3, 5, 5, 5],
+        target=[0, 1, 1] * 2,
+        guide=[0.25, 0.5, 0.75, 0.0, 0.5, 1.0],
+        discount=[0.5, 0.5, 0.125, 1.0, 1.0, 0.25],
+        ce=[60000.0, 50016.0, 40000.0, 30000.0, 60000.0, 8.0],
+        correct=[True, True, False, True, True, False],
+    )
+    for draw in (plot_over_epochs, plot_against_ce, plot_per_class):
+        figures = [draw(each) for each in (table, narrow(table))]
+        lines = [[drawn(line) for axes in figure.axes for line in axes.lines] for figure in figures]
+        bars = [[bar.get_height() for axes in figure.axes for bar in axes.patches] for figure in figures]
+        assert lines[0] == lines[1]
+        assert bars[0] == bars[1]
+        assert lines[0] or bars[0]
+    assert line_of(plot_over_epochs(narrow(table)).axes[0], "all, mean") == ([3, 5], [0.5, 0.5])
+    flipped = torch.tensor([False, True, False])
+    assert detection_auroc(narrow(table), flipped) == detection_auroc(table, flipped)
+    images = torch.rand(3, 4, 4)
+    assert shown(gallery(narrow(table), images))[0] == shown(gallery(table, images))[0]
+
+
+def test_a_file_in_float16_is_read_in_another_type(tmp_path):
+    table = table_of(guide=[0.5, 0.25])
+    narrow(table).to_parquet(tmp_path / "narrow.parquet")
+    assert_frame_equal(read(tmp_path / "narrow.parquet"), table)
 
 
 @pytest.mark.parametrize(

@@ -111,14 +111,18 @@ class SampleRecord:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from the rows of ``state_dict()``, which are copied; rows recorded so far are dropped.
 
+        Floating-point columns may come in another precision; they are kept as float32.
+
         Raises:
-            RuntimeError: ``state`` does not hold the columns as tensors (rows,) of one length.
+            RuntimeError: ``state`` does not hold the columns as tensors (rows,) of one length, or whole numbers as
+                floating-point ones, which may have been rounded.
         """
         if state and not _is_whole(state):
             came = {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in state.items()}
             raise RuntimeError(f"expected a state with {tables.COLUMNS}, tensors (rows,) of one length, got {came}")
+        part = {name: _restored(name, value) for name, value in state.items()}
         self._batches, self._epoch = [], None
-        self._parts = [{name: value.detach().to("cpu", copy=True) for name, value in state.items()}] if state else []
+        self._parts = [part] if part else []
 
     def table(self) -> "DataFrame":
         """Return a row per sample and epoch, in the order of recording.
@@ -192,11 +196,23 @@ def _column(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype
     if tuple(value.shape) not in {shape, shape[:1]}:
         expected = " or ".join(str(each) for each in dict.fromkeys((shape[:1], shape)))
         raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
-    if dtype is None:
-        own = torch.bool if value.dtype == torch.bool else torch.int64
-        dtype = torch.float32 if value.is_floating_point() else own
     value = value.detach().reshape(*value.shape, *[1] * (len(shape) - value.ndim))
-    return value.expand(shape).flatten().to(dtype, copy=True)
+    return value.expand(shape).flatten().to(dtype or _kept_as(value), copy=True)
+
+
+def _kept_as(value: Tensor) -> torch.dtype:
+    """Return the type in which an extra is kept."""
+    if value.is_floating_point():
+        return torch.float32
+    return torch.bool if value.dtype == torch.bool else torch.int64
+
+
+def _restored(name: str, value: Tensor) -> Tensor:
+    """Return a column of a state as it was recorded, on the CPU."""
+    dtype = DTYPES.get(name, _kept_as(value))
+    if value.is_floating_point() and not dtype.is_floating_point:
+        raise RuntimeError(f"expected {name} as {dtype}, got {value.dtype}, which may have rounded it")
+    return value.detach().to("cpu", dtype, copy=True)
 
 
 def _indices(name: str, value: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def rows_of(table: "DataFrame", epoch: int | None, *more: str) -> "DataFrame":
     """Return the rows of an epoch, or all for None, of a table that is checked to hold rows and the columns."""
     if not isinstance(table, extra("pandas").DataFrame):
         raise TypeError(f"table must be a pandas.DataFrame, got {type(table).__name__}")
-    _with_columns(table, *more)
+    table = _with_columns(table, *more)
     if table.empty:
         raise ValueError("table must hold at least one row, got none")
     if epoch is None:
@@ -97,9 +97,10 @@ def _suffix(path: Any) -> str:
 
 
 def _with_columns(table: "DataFrame", *more: str) -> "DataFrame":
-    """Refuse a table without the columns that are always recorded, or without ``more``."""
+    """Refuse a table without the columns that are always recorded, or ``more``; float16 becomes float32."""
     expected = [*COLUMNS, *more]
     if not set(expected) <= set(table.columns):
         hint = ": record.add(..., target=target) records the target" if "target" in more else ""
         raise ValueError(f"table must have the columns {expected}, got {list(table.columns)}{hint}")
-    return table
+    narrow = table.select_dtypes("float16").columns  # of which pandas makes no quantiles
+    return table.astype(dict.fromkeys(narrow, "float32")) if len(narrow) else table
