@@ -445,6 +445,104 @@ def test_a_teacher_that_scales_its_logits_is_cached_by_its_logits(tmp_path, mode
     torch.testing.assert_close(cache(2, 1)[0], expected, rtol=2e-3, atol=1e-3)
 
 
+class Giving(nn.Module):
+    """Its logits, a Linear's, and the features that it reads, in types of their own; the first sample has these."""
+
+    def __init__(self, features, dtype, logits_dtype):
+        super().__init__()
+        self.head, self.dtype, self.logits_dtype = nn.Linear(WIDTH, CLASSES).to(dtype), dtype, logits_dtype
+        self.register_buffer("first", torch.tensor(features))
+
+    def forward(self, x):
+        features = x[:, :WIDTH] / 16
+        own = (x[:, 8:] == 1).all(1, keepdim=True)
+        return self.head(torch.where(own, self.first, features).to(self.dtype)).to(self.logits_dtype)
+
+
+def giving(features, dtype, logits_dtype=None):
+    views = SeededViews(Images(), 1)
+    views.dataset.images[6, 8:] = 1
+    return Giving(features, dtype, logits_dtype or dtype), views
+
+
+@pytest.mark.parametrize("mode", ["logits", "logits+features", "features"])
+@pytest.mark.parametrize("dtypes", [(torch.float16,), (torch.bfloat16,), (torch.bfloat16, torch.float32)], ids=str)
+def test_half_outputs_alone_and_mixed_are_stored_as_they_are(tmp_path, mode, dtypes):
+    values = [0.0, 1.0, -2.5, 2**-14, 60000.0 // 512 * 512, -65280.0, 2**-20, 3.0]  # bfloat16's too
+    teacher, views = giving(values, *dtypes)
+    with torch.no_grad():
+        teacher.head.weight.copy_(torch.eye(CLASSES, WIDTH))
+        teacher.head.bias.zero_()
+    cache = write(tmp_path, teacher, views, mode=mode)
+    logits, features = cache(6, 0)
+    assert logits.dtype == torch.float32
+    assert logits.tolist() == values[:CLASSES]
+    if features is not None:
+        assert features.dtype == torch.float32
+        assert features.tolist() == values
+    index = torch.arange(SAMPLES)
+    images = torch.stack([views.item(each, 0)[0] for each in range(SAMPLES)])
+    with torch.no_grad():
+        online = teacher(images).double()
+    # below 2**-14 float16 has fewer digits than bfloat16: an absolute rounding of 2**-25
+    torch.testing.assert_close(cache(index, 0)[0].double(), online, rtol=0, atol=2**-25)
+    assert cache.verify(teacher, views, share=1.0) < 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("value", [65536.0, -1e30, float("inf"), float("nan")])
+def test_a_bfloat16_that_float16_does_not_hold_is_refused_with_its_place(tmp_path, mode, value):
+    teacher, views = giving([0.0, 1.0, value, 0.0, 1.0, 1.0, 1.0, 1.0], torch.bfloat16)
+    came = re.escape(str(torch.tensor(value).bfloat16().item()))
+    name, came = ("logit 0", ".*") if mode.startswith("logits") else ("feature 2", came)
+    message = rf"finite in float16 \(up to 65504\), got {came} at index 6, view 0, {name}: bound it in the teacher"
+    with torch.no_grad():
+        teacher.head.weight.fill_(1)
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path, teacher, views, mode=mode)
+    with pytest.raises(RuntimeError, match="must hold all 10 sample-views"):
+        TeacherCache(tmp_path)
+
+
+def test_a_masked_class_is_refused_by_the_logit(tmp_path):
+    class Masked(Giving):
+        def forward(self, x):
+            return super().forward(x).index_fill(1, torch.tensor([3]), -torch.inf)
+
+    teacher, views = Masked([0.0] * WIDTH, torch.float16, torch.float16), giving([0.0] * WIDTH, torch.float16)[1]
+    for mode in ("logits", "logits+features"):
+        with pytest.raises(ValueError, match=r"got -inf at index 0, view 0, logit 3: .* mask what is read instead"):
+            write(tmp_path / mode, teacher, views, mode=mode, layer="head")
+
+
+def test_logits_that_overflow_in_float16_are_not_called_another_layers(tmp_path):
+    teacher, views = giving([60000.0] * WIDTH, torch.float16)
+    with torch.no_grad():
+        teacher.head.weight.fill_(1)
+    with pytest.raises(
+        ValueError, match=r"logits must be finite, got inf in torch.float16 from finite features: write in"
+    ):
+        write(tmp_path, teacher, views)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_images_are_cached_and_known_again(tmp_path, dtype):
+    class HalfImages(Images):
+        def __getitem__(self, index):
+            image, target = super().__getitem__(index)
+            return image.to(dtype), target
+
+    teacher, views = make_teacher().to(dtype).eval(), SeededViews(HalfImages(Transform()), VIEWS)
+    cache = write(tmp_path, teacher, views)
+    expected = online(teacher, views, 7, 2)
+    assert expected[1].dtype == dtype
+    torch.testing.assert_close(cache(7, 2)[1], expected[1].float(), rtol=0, atol=2**-25)
+    torch.testing.assert_close(cache(7, 2)[0], expected[0].float(), rtol=2e-2, atol=2e-2)
+    TeacherCache(tmp_path, teacher=teacher, dataset=views)
+    with pytest.raises(RuntimeError, match="images: expected"):
+        TeacherCache(tmp_path, dataset=seeded_views())
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_a_teacher_in_half_precision_is_no_scaled_teacher(tmp_path, half):
     index, view = everything()

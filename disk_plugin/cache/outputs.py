@@ -134,8 +134,8 @@ def batches(
     )
 
 
-def to_half(rows: Tensor, places: Tensor, samples: int) -> Tensor:
-    """Round to float16, or say what does not fit, and where.
+def to_half(rows: Tensor, places: Tensor, meta: Meta) -> Tensor:
+    """Round to float16, or say what does not fit, and where; bfloat16 reaches further and is never cut.
 
     Raises:
         ValueError: a value is not finite in float16.
@@ -144,10 +144,12 @@ def to_half(rows: Tensor, places: Tensor, samples: int) -> Tensor:
     misfits = (~rounded.isfinite()).nonzero()
     if len(misfits):
         row, column = misfits[0].tolist()
-        view, index = divmod(int(places[row]), samples)
+        view, index = divmod(int(places[row]), meta.samples)
+        logits = meta.width - meta.feature_dim
+        name = f"logit {column}" if column < logits else f"feature {column - logits}"
         raise ValueError(
             f"the teacher's outputs must be finite in float16 (up to 65504), got {rows[row, column].item()} at index "
-            f"{index}, view {view}"
+            f"{index}, view {view}, {name}: bound it in the teacher, or mask what is read instead of what is written"
         )
     return rounded
 
@@ -168,6 +170,11 @@ def _check_head(head: nn.Linear, logits: Tensor, features: Tensor) -> None:
     weight, bias, rounded = head.weight.float(), None if head.bias is None else head.bias.float(), features.half()
     if not rounded.isfinite().all():
         return  # to_half will say where
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"the teacher's logits must be finite, got {logits[~logits.isfinite()][0].item()} in {logits.dtype} from "
+            "finite features: write in float32 or bfloat16, without float16 autocast"
+        )
     device = logits.device.type
     own = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else logits.dtype
     with without_autocast(logits):

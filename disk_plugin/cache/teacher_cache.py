@@ -124,7 +124,8 @@ class TeacherCache:
         """Run the teacher over every view of every sample, or go on where an interrupted run stopped.
 
         Each batch is on the disk before the next begins. The same arguments resume; what is whole is only opened. In
-        evaluation mode without gradients; precision (autocast) is the caller's. One process writes at a time.
+        evaluation mode without gradients; precision (autocast) is the caller's, and whatever it is, float16 is stored:
+        float16 and bfloat16 outputs as they are, from 6e-5 on. One process writes at a time.
 
         Args:
             folder: made if need be.
@@ -155,7 +156,7 @@ class TeacherCache:
             with storage.open_writer(folder, meta, outputs.head_bytes()) as writer:
                 remaining = range(writer.meta.written, meta.rows)
                 for images, rows in progress_bar(batches(source, remaining, batch_size, num_workers), progress):
-                    writer.append(to_half(outputs.rows(images), rows, meta.samples))
+                    writer.append(to_half(outputs.rows(images), rows, meta))
         return cls(folder)
 
     @torch.no_grad()
