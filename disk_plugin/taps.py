@@ -1,5 +1,6 @@
 """Turn any classifier into x -> (logits, features), by a forward pre-hook on the layer that makes the logits."""
 
+import numbers
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -120,9 +121,9 @@ def with_features(model: nn.Module, layer: str | None = None) -> FeatureTap:
         raise ValueError(f"layer must name a module of the model, such as one of {names}, got {name!r}")
     tapped = modules[name]
     width = getattr(tapped, "in_features", getattr(tapped, "in_channels", None))
-    if not isinstance(width, int):
+    if not isinstance(width, numbers.Integral):  # numpy's too
         raise TypeError(f"layer {name!r} must have in_features or in_channels, got {type(tapped).__name__}")
-    tap = FeatureTap(model, name, width, check_output=layer is None)
+    tap = FeatureTap(model, name, int(width), check_output=layer is None)
     tap.training = model.training  # not train(): that would reach the submodules, whose modes are the caller's
     return tap
 

@@ -1244,10 +1244,3 @@ def test_docstring_names_the_arguments_of_the_signature(function):
     block = re.search(r"\nArgs:\n(.*?)\n\n", inspect.getdoc(function), re.DOTALL).group(1)
     expected = [name for name in inspect.signature(function).parameters if name != "self"]
     assert re.findall(r"^ {4}(\w+):", block, re.MULTILINE) == expected
-
-
-def test_numpys_integers_are_batch_sizes_and_seeds(tmp_path):
-    cache = TeacherCache.write(
-        tmp_path, make_teacher(), seeded_views(), batch_size=np.int64(2), num_workers=np.int64(0), progress=False
-    )
-    assert cache.verify(make_teacher(), seeded_views(), share=0.5, seed=np.int64(1), batch_size=np.int32(2)) < 2e-3

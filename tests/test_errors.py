@@ -18,6 +18,7 @@ from disk_plugin import DiSKLoss, DualScheduler, GuideHead, functional
 from disk_plugin.cache import SeededViews
 from disk_plugin.diagnostics import SampleRecord
 from disk_plugin.replay import GuideReplay
+from disk_plugin.taps import with_features
 from disk_plugin.variants import VARIANTS
 
 N, C, D = 4, 5, 3
@@ -687,6 +688,7 @@ def test_numpys_numbers_pass_wherever_pythons_do():
     assert len(record.state_dict()["index"]) == 3
     views = SeededViews(TensorDataset(student), np.int64(2), seed=np.int64(7))
     assert json.dumps([views.views, views.seed]) == "[2, 7]"
+    assert json.dumps(with_features(nn.Sequential(nn.Linear(np.int64(4), 5))).feature_dim) == "4"
 
 
 @pytest.mark.parametrize("value", [1.0, np.float64(1), True, "1"])
