@@ -335,6 +335,7 @@ def test_changed_settings_that_are_allowed_take_effect_and_lasting_ones_are_refu
         ("DISK.ALTERNATING.OPTIMIZER", "Adam"),
         ("SOLVER.TRAINER", "base"),
         ("DISK.GUIDE.NORM", "batch"),
+        ("DISK.ALTERNATING.REPLAY_CAPACITY", "3"),  # the record in the checkpoint is of the other size
     ):
         message = refused(host, *words, *changed, key, value, "--resume", "--allow-changed-settings")
         assert f"{key} cannot change within a run" in message

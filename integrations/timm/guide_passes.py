@@ -149,7 +149,9 @@ class GuidePasses:
 @contextmanager
 def _random_numbers_put_back() -> Iterator[None]:
     python, array = random.getstate(), np.random.get_state()  # noqa: NPY002 (the host draws from it)
-    with torch.random.fork_rng(devices=[]):
+    # on a GPU timm's loader erases random parts of the images there
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
         yield
     random.setstate(python)
     np.random.set_state(array)  # noqa: NPY002
