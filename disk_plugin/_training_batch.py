@@ -1,6 +1,6 @@
 """What a training batch changes in a loss: statistics, a fitted temperature, the one g of a ``UniformGuide``."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from . import _checks
 from ._state import write
 from .epoch_statistics import count_batch, is_finite
 from .functional import DiSKTerms, student_temperature_step
-from .functional.slope import discount_slope
+from .level import DiscountLevel, GuideLevel
 
 if TYPE_CHECKING:
     from .loss import DiSKLoss
@@ -36,41 +36,32 @@ def step_student_temperature(disk: "DiSKLoss", student_logits: Tensor, teacher_l
         )
 
 
-def observe(
-    disk: "DiSKLoss",
-    terms: DiSKTerms,
-    guide_logits: Tensor,
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-) -> None:
-    """Count the batch and show it to a guide that follows the discount."""
+def observe(disk: "DiSKLoss", terms: DiSKTerms, guide_logits: Tensor, own_logits: Tensor, target: Tensor) -> None:
+    """Count the batch and show it to what follows the discount: the loss's own level, or a ``UniformGuide``.
+
+    ``guide_logits`` are those in force, ``own_logits`` what the guide itself gave.
+    """
     # where torch.func does not allow it nothing is written: values and gradients need no statistics
     statistics = count_batch(disk.epoch_statistics, terms, target, guide_logits, disk.ignore_index)
     write(disk.epoch_statistics, statistics)
     finite = is_finite(terms)
     write(disk.epoch_batches, disk.epoch_batches + torch.stack([torch.ones_like(finite), ~finite]))
-    if getattr(disk.guide, "follows_discount", False):
-        _step_guide(disk, terms.mean(), student_logits, teacher_logits, target)
+    level = disk.level or disk.guide
+    if isinstance(level, DiscountLevel) and level.discount is not None:
+        _step_level(disk, level, terms.mean(), own_logits, target)
 
 
 @torch.no_grad()
-def _step_guide(
-    disk: "DiSKLoss", terms: DiSKTerms, student_logits: Tensor, teacher_logits: Tensor, target: Tensor
-) -> None:
-    """Show a ``UniformGuide`` what the batch gave, the whole one where ``reduce_mean`` looks further."""
-    guide: Any = disk.guide
-    slope = discount_slope(
-        student_logits,
-        teacher_logits,
-        target,
-        guide.log_guide,
-        temperature=disk.temperature,
-        student_temperature=disk.student_temperature,
-        top_k=disk.top_k,
-        variant=disk.variant,
-        ignore_index=disk.ignore_index,
-    )
-    seen = torch.stack([terms.discount, slope, terms.agreement, torch.ones_like(slope)]) * terms.counted
+def _step_level(disk: "DiSKLoss", level: DiscountLevel, terms: DiSKTerms, own_logits: Tensor, target: Tensor) -> None:
+    """Show the level what the batch gave, the whole one where ``reduce_mean`` looks further."""
+    one = torch.ones_like(terms.discount)
+    shown = own_logits.detach().to(one.dtype)
+    if not target.is_floating_point():
+        shown = torch.where(target != disk.ignore_index, shown, 0.0)
+    centre = shown.sum() / terms.counted
+    seen = torch.stack([terms.discount, terms.discount_slope, terms.agreement, centre, one]) * terms.counted
     seen = seen if disk.reduce_mean is None else disk.reduce_mean(seen)
-    guide.step(*(seen[:3] / seen[3]))  # NaN, which moves nothing, where no position counted
+    discount, slope, agreement, centre = (seen[:4] / seen[4]).unbind()
+    level.step(discount, slope, agreement)  # NaN, which moves nothing, where no position counted
+    if isinstance(level, GuideLevel):
+        level.follow(centre)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
+from ._form import resolve_form
 from ._modes import without_autocast
-from ._state import keeping_float64
+from ._state import moving
 from ._training_batch import observe, step_student_temperature
 from .epoch_statistics import EpochStatistics, no_statistics, upgraded
 from .functional import DiSKTerms, disk_terms
@@ -22,11 +23,18 @@ class DiSKLoss(nn.Module):
     .. math:: \alpha\,L_{CE}(s) + (1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+
 
     is Kag et al. (ICLR 2023), eq. (5). One backward gives the student the gradient of CE and scaffold with the guide
-    held fixed, and the guide that of scaffold and budget with the student held fixed; Algorithm 1's alternation
-    backpropagates ``terms(...).guide_loss`` and ``terms(...).student_loss`` in turn. :class:`DualScheduler` drives
-    ``multiplier`` and ``budget``, which are buffers (and so override the constructor's when a checkpoint is loaded).
+    held fixed, and the guide its own with the student held fixed; Algorithm 1's alternation backpropagates
+    ``terms(...).guide_loss`` and ``terms(...).student_loss`` in turn. What bounds g has two forms:
+
+    - by default the mean **discount**, the share of the teacher's pull that is taken off (ours): the guide ranks the
+      samples, the loss sets the level of g after each batch (:class:`disk_plugin.level.DiscountLevel`), and
+      :class:`DualScheduler` tells it how far training has come. There is no hinge; ``multiplier`` is 0.
+    - the paper's **budget** in nats: with ``multiplier`` or ``budget`` given, or ``discount=None``. Both are buffers,
+      which the scheduler drives (and which override the constructor's when a checkpoint is loaded).
+
     Where the authors' code differs from the paper, ``variant`` says whose rule is followed; the default is the paper's,
     with all classes scaffolded (``top_k=None``, the paper: 20), as the tail outside the top-K would keep its full pull.
+    A :class:`disk_plugin.uniform.UniformGuide` bounds its g itself.
 
     Autocast is off inside and half-precision inputs are upcast to float32. NaN in an input, or inf in the teacher's
     logits, propagates to the loss, except at positions that are ignored, which do not contribute to any gradient.
@@ -36,13 +44,14 @@ class DiSKLoss(nn.Module):
     Args:
         guide: a module (teacher_logits[, teacher_features]) -> guide logits (N,) or (N, d1, ...).
         ce_weight: weight of the cross-entropy, >= 0 (paper: alpha).
-        distill_weight: weight of the scaffolded divergence, >= 0 (paper: 1 - alpha).
+        distill_weight: weight of the scaffolded divergence, >= 0; None for 1 - ce_weight, at least 0 (the paper's).
         temperature: divides the teacher's logits, dimensionless, > 0 (paper: tau).
         student_temperature: divides the student's logits, > 0; None for ``temperature``; ``"fit"`` for the paper's
             argmin of the KL divergence, followed by one Newton step per training batch and kept in a buffer.
         top_k: number of the teacher's largest classes that receive g, >= 1; None for all (paper: K).
-        multiplier: weight of the budget's hinge, >= 0 (paper: lambda).
-        budget: nats per sample, >= 0 (paper: delta, the error rate of the CE-trained student:
+        discount: target of the mean discount in [0, 1), or ``"auto"``, which follows the student; None for the budget.
+        multiplier: weight of the budget's hinge, >= 0; None for 50 (paper: lambda).
+        budget: nats per sample, >= 0; None for .3 (paper: delta, the error rate of the CE-trained student:
             :func:`disk_plugin.schedule.estimate_budget`).
         variant: ``"paper"``, ``"official_cifar"``, ``"official_imagenet"`` or a ``Variant``.
         guide_gradient_scale: c > 0: the guide's logit receives c / (4 (tau tau_s + multiplier)) times the derivative
@@ -81,13 +90,14 @@ class DiSKLoss(nn.Module):
         self,
         guide: nn.Module,
         *,
-        ce_weight: float = 0.1,
-        distill_weight: float = 0.9,
-        temperature: float = 4.0,
+        ce_weight: float = 0.0,
+        distill_weight: float | None = None,
+        temperature: float = 2.0,
         student_temperature: float | Literal["fit"] | None = None,
         top_k: int | None = None,
-        multiplier: float = 50.0,
-        budget: float = 0.3,
+        discount: float | Literal["auto"] | None = "auto",
+        multiplier: float | None = None,
+        budget: float | None = None,
         variant: str | Variant = "paper",
         guide_gradient_scale: float | None = 0.3,
         ignore_index: int = -100,
@@ -98,32 +108,34 @@ class DiSKLoss(nn.Module):
         if isinstance(student_temperature, str):
             _checks.choice("student_temperature", student_temperature, ("fit",))
         fitted = student_temperature == "fit"
+        form = resolve_form(guide, discount, multiplier, budget)
+        distill_weight = max(1 - ce_weight, 0.0) if distill_weight is None else distill_weight
         self.variant = _checks.hyper_parameters(
             ce_weight=ce_weight,
             distill_weight=distill_weight,
             temperature=temperature,
             student_temperature=None if fitted else student_temperature,
             top_k=top_k,
-            multiplier=multiplier,
-            budget=budget,
+            multiplier=form.multiplier,
+            budget=form.budget,
             variant=variant,
             guide_gradient_scale=guide_gradient_scale,
             ignore_index=ignore_index,
         )
-        self.guide = guide
+        self.guide, self.level, self.keeps_multiplier = guide, form.level, form.keeps_multiplier
         self.ce_weight, self.distill_weight = _checks.as_float(ce_weight), _checks.as_float(distill_weight)
         self.temperature = _checks.as_float(temperature)
         self.top_k, self.ignore_index = top_k, int(ignore_index)
         self.guide_gradient_scale = None if guide_gradient_scale is None else _checks.as_float(guide_gradient_scale)
         self.fit_student_temperature = fitted
         # float64, so that a schedule's 0.3 stays 0.3 in a float64 objective
-        self._initial: dict[str, Any] = {"multiplier": float(multiplier), "budget": float(budget)}
+        self._initial: dict[str, Any] = {"multiplier": form.multiplier, "budget": form.budget}
         if fitted:
             self._initial |= {"fitted_student_temperature": self.temperature, "student_temperature_moments": [0.0, 0.0]}
+        self._initial |= {"epoch_statistics": no_statistics(), "epoch_batches": [0.0, 0.0]}
         for name, value in self._initial.items():
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
-        self.register_buffer("epoch_statistics", no_statistics())
-        self.register_buffer("epoch_batches", torch.zeros(2, dtype=torch.float64), persistent=False)
+            start = torch.as_tensor(value, dtype=torch.float64).clone()
+            self.register_buffer(name, start, persistent=name != "epoch_batches")
         self.reduce_mean: Callable[[Tensor], Tensor] | None = None
         # a number is a setting, not state: no checkpoint overrides it
         self._fixed_student_temperature = student_temperature
@@ -161,6 +173,7 @@ class DiSKLoss(nn.Module):
         if guide_logits is None:
             guide_logits = self.guide_logits(teacher_logits, teacher_features, target=target)
         with without_autocast(student_logits):
+            own_logits, guide_logits = guide_logits, self.level.place(guide_logits) if self.level else guide_logits
             if self.training and self.fit_student_temperature:
                 step_student_temperature(self, student_logits, teacher_logits, target)
             terms = disk_terms(
@@ -177,13 +190,14 @@ class DiSKLoss(nn.Module):
                 budget=self.budget,
                 variant=self.variant,
                 guide_gradient_scale=self.guide_gradient_scale,
+                hold_discount=self.level is not None,
                 ignore_index=self.ignore_index,
                 sample_weight=sample_weight,
                 reduce_mean=self.reduce_mean if self.training else None,
                 reduction=reduction,
             )
             if self.training:
-                observe(self, terms, guide_logits, student_logits, teacher_logits, target)
+                observe(self, terms, guide_logits, own_logits, target)
         return terms
 
     def guide_logits(
@@ -224,12 +238,12 @@ class DiSKLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(loss)``."""
-        tau_s = self._fixed_student_temperature
-        return (
-            f"ce_weight={self.ce_weight}, distill_weight={self.distill_weight}, temperature={self.temperature}, "
-            f"student_temperature={tau_s!r}, top_k={self.top_k}, guide_gradient_scale={self.guide_gradient_scale}, "
-            f"ignore_index={self.ignore_index}, {self.variant}"
-        )
+        names = ["ce_weight", "distill_weight", "temperature", "top_k", "guide_gradient_scale", "ignore_index"]
+        shown = {name: getattr(self, name) for name in names}
+        shown["student_temperature"] = self._fixed_student_temperature
+        if self.level is None and not self.multiplier.is_meta:
+            shown |= {"multiplier": self.multiplier.item(), "budget": self.budget.item()}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + f", {self.variant}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load; statistics of an older checkpoint are brought to today's layout."""
@@ -240,11 +254,6 @@ class DiSKLoss(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DiSKLoss":
         """Move the module; its scalars stay float64 (counts!), and are the constructor's off the meta device."""
-        was_meta = self.multiplier.is_meta
-        with keeping_float64(self, fn):
+        with moving(self, fn, self._initial):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if was_meta and not self.multiplier.is_meta:
-            for name, value in self._initial.items():
-                getattr(self, name).copy_(torch.tensor(value, dtype=torch.float64))
-            self.reset_statistics()
         return self

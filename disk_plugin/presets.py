@@ -14,6 +14,7 @@ Preset = dict[str, dict[str, Any]]
 PAPER: Preset = {
     "guide": {"hidden_dims": (64, 128), "norm": "batch"},  # A.4
     "loss": {
+        "discount": None,  # the paper bounds g by a budget
         "variant": "paper",
         "ce_weight": 0.1,  # A.5 scans {0, .1, .5, .9, 1}; which was taken where is not printed
         "distill_weight": 0.9,  # 1 - ce_weight, eq. (5)
@@ -40,6 +41,7 @@ PAPER: Preset = {
 OFFICIAL_CIFAR: Preset = {
     "guide": {"hidden_dims": (64, 128), "norm": "batch"},  # A.4; the script has 3 convolutions before its MLP
     "loss": {
+        "discount": None,
         "variant": "official_cifar",
         "ce_weight": 0.1,  # script
         "distill_weight": 0.9,  # script
@@ -73,6 +75,7 @@ OFFICIAL_CIFAR: Preset = {
 OFFICIAL_IMAGENET: Preset = {
     "guide": {"use_logits": False, "hidden_dims": (64, 128), "norm": "batch"},  # script: features alone, 4 layers there
     "loss": {
+        "discount": None,
         "variant": "official_imagenet",
         "ce_weight": 0.5,  # script
         "distill_weight": 0.5,  # script

@@ -1,4 +1,4 @@
-"""The multiplier and the budget over training, the watch over the guide's health, and where a budget comes from."""
+"""The discount's target or the budget and its multiplier over training, the watch over the guide's health."""
 
 import math
 import warnings
@@ -7,21 +7,30 @@ from typing import Any, Literal
 import torch
 
 from . import _checks, _watch
+from ._form import multiplier_bounds, pair, take_budget
 from .estimate import estimate_budget
+from .level import DiscountLevel
 from .loss import DiSKLoss
 
 __all__ = ["DualScheduler", "estimate_budget"]
 
 
 class DualScheduler:
-    r"""Drive a :class:`DiSKLoss`'s ``multiplier`` and ``budget`` as ``LRScheduler`` drives an optimizer.
+    r"""Drive what bounds g in a :class:`DiSKLoss` as ``LRScheduler`` drives an optimizer: ``step()`` once per epoch.
+
+    A loss that follows a **discount** (the default) learns how far training has come, which its ``"auto"`` target and a
+    ``UniformGuide``'s ramp want to know; nothing but ``epochs`` is to be set.
+
+    The paper's **budget** has a multiplier that rises in periods, within the bounds asked for here; a ``multiplier``
+    given to the loss stays as it is where none are asked for:
 
     .. math:: \lambda(r) = \lambda_{min} + (\lambda_{max} - \lambda_{min})\,(1 - \cos(\pi\,(r \bmod A)/A))/2
 
     is line 8 of Algorithm 1, Kag et al. (ICLR 2023). Construction writes epoch 0's values; ``step()``, once per epoch
     beside the learning rate's, writes those of the next. An incomplete last period is merged into the one before it,
     and the last period runs on to its end, so that the last ``step()`` leaves exactly ``multiplier[1]``; the last epoch
-    trained sees the cosine one epoch earlier. The loss's own ``multiplier`` is overwritten, its ``budget`` is kept.
+    trained sees the cosine one epoch earlier. The loss's own ``budget`` is kept. Any of ``multiplier``, ``period``,
+    ``budget``, ``budget_period`` or another ``rule`` asks for the budget, which a loss in its default form then takes.
 
     ``step()`` warns, once each, if half of the epoch's batches had a NaN or inf loss, and if the guide is dead: g > .99
     on every sample; or alike on all, its standard deviation below .002, while all g exceed .9 or more than .95 of the
@@ -31,7 +40,8 @@ class DualScheduler:
     Args:
         loss: the loss to drive.
         epochs: how many times ``step()`` will be called: whole epochs, or outer iterations of Algorithm 1.
-        multiplier: (smallest, largest) multiplier, 0 <= smallest <= largest (paper: .1 and 50).
+        multiplier: (smallest, largest) multiplier, 0 <= smallest <= largest; None for the one that the loss was given,
+            or else the paper's (.1, 50).
         period: epochs from one restart to the next, >= 1; None for ceil(epochs / 4), as in Algorithm 1 (R = 4 A).
         budget: nats per sample: None for the loss's own, a constant, or (upper, lower) for a cosine from upper to
             lower within each ``budget_period``, as the authors' CIFAR script has it.
@@ -50,7 +60,7 @@ class DualScheduler:
     With several processes every process must see the same statistics for ``"adaptive"`` and ``"ascent"``.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: values out of range, a budget's settings beside a loss that was given a number as its discount.
         TypeError: ``loss`` is not a ``DiSKLoss``, or values of another type.
         RuntimeError: ``dual(epoch)`` under ``"ascent"``, where the multiplier depends on the run; ``step()`` under
             ``"adaptive"`` or ``"ascent"`` without a training batch since the last one.
@@ -67,7 +77,7 @@ class DualScheduler:
         loss: DiSKLoss,
         *,
         epochs: int,
-        multiplier: tuple[float, float] = (0.1, 50.0),
+        multiplier: tuple[float, float] | None = None,
         period: int | None = None,
         budget: float | tuple[float, float] | None = None,
         budget_period: int | None = None,
@@ -79,7 +89,11 @@ class DualScheduler:
         if not isinstance(loss, DiSKLoss):
             raise TypeError(f"loss must be a DiSKLoss (not a wrapper around it), got {type(loss).__name__}")
         _checks.integer("epochs", epochs, at_least=1)
-        self.multiplier_min, self.multiplier_max = _pair("multiplier", multiplier)
+        asked = {"multiplier": multiplier, "period": period, "budget": budget, "budget_period": budget_period}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if asked or rule != "cosine":
+            take_budget(loss, [*asked] or ["rule"])
+        self.multiplier_min, self.multiplier_max = multiplier_bounds(loss, multiplier)
         if self.multiplier_min > self.multiplier_max:
             raise ValueError(f"multiplier must be (smallest, largest), got {multiplier}")
         for name, value in {"period": period, "budget_period": budget_period}.items():
@@ -87,7 +101,7 @@ class DualScheduler:
                 _checks.integer(name, value, at_least=1)
         self._budget_from_loss = budget is None
         budget = loss.budget.item() if budget is None else budget
-        self.budget_high, self.budget_low = _pair(
+        self.budget_high, self.budget_low = pair(
             "budget", budget if isinstance(budget, tuple | list) else (budget,) * 2
         )
         if self.budget_high < self.budget_low:
@@ -121,7 +135,7 @@ class DualScheduler:
         self._warn("not finite", _watch.not_finite(batches, bad, self.epoch))
         middle = (self.multiplier_min + self.multiplier_max) / 2
         pulled_down = 1.1 * self.loss.multiplier.item() >= middle  # a period of two epochs comes to the middle
-        if any(True for _ in self.loss.guide.parameters()):  # what cannot learn cannot die
+        if self.loss.level is None and any(True for _ in self.loss.guide.parameters()):  # what cannot learn cannot die
             self._warn("dead", _watch.dead_guide(seen, self.epoch, pulled_down=pulled_down))
         if self.rule != "cosine" and not seen.positions:
             came = f"{bad:.0f}, all with a NaN or inf loss" if bad else "none"
@@ -168,9 +182,9 @@ class DualScheduler:
         ascent = self.rule == "ascent"
         self.loss.multiplier.fill_(self._ascent_multiplier if ascent else self._cosine_multiplier(self.epoch))
         self.loss.budget.fill_(self._budget(self.epoch))
-        guide: Any = self.loss.guide
-        if hasattr(guide, "set_progress"):  # a UniformGuide
-            guide.set_progress(self.epoch / self.epochs)
+        level = self.loss.level or self.loss.guide
+        if isinstance(level, DiscountLevel):
+            level.set_progress(self.epoch / self.epochs)
 
     def _last_start(self) -> int:
         """First epoch of the last period, which takes the incomplete one in."""
@@ -206,12 +220,3 @@ class DualScheduler:
         if message is not None and kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, stacklevel=3)
-
-
-def _pair(name: str, values: Any) -> tuple[float, float]:
-    """Two numbers >= 0."""
-    if not isinstance(values, tuple | list) or len(values) != 2:
-        raise ValueError(f"{name} must be two numbers, got {values!r}")
-    for value in values:
-        _checks.number(name, value, at_least=0)
-    return float(values[0]), float(values[1])

@@ -27,6 +27,7 @@ class Rows(NamedTuple):
     ce: Tensor  # -log softmax(student)_label for each of the L labels, nats, (N, L)
     kl: Tensor  # sum_y t_y log(t_y / (s_y + 1[y in K] g)), (N,)
     removed: Tensor  # sum_k t_k g / (s_k + g) over K: the share of t taken off, and -d kl / d log g, (N,)
+    slope: Tensor  # d removed / d log g = sum_k t_k s_k g / (s_k + g)^2 over K, (N,)
     target_mass: Tensor  # sum_y t_y, (N,)
     prediction: Tensor  # the student's argmax, (N,)
 
@@ -167,7 +168,8 @@ def _block(
     log_s = F.log_softmax(student / student_temperature, 1)
     scaffolded, share, kept = with_guide(log_s, log_guide.unsqueeze(1), mask)
     kl = (log_t - scaffolded).mul_(target).sum(1)
-    removed = (share * target).sum(1)
+    taken = share.mul_(target)
+    removed, slope = taken.sum(1), (taken * kept).sum(1)
     largest, prediction = student.max(1, keepdim=True)
     probability = F.softmax(student, 1)
     # the largest probability is 1 / sum exp(s - max)
@@ -179,7 +181,7 @@ def _block(
         gradient = _exp(log_s) * left.sum(1, keepdim=True)
         gradient = gradient.sub_(left).mul_(kl_weight / student_temperature).add_(probability, alpha=ce_weight)
         gradient = gradient.scatter_add(1, label[:, :1], torch.full_like(ce[:, :1], -ce_weight))
-    return objective, ce, kl, removed, target.sum(1), prediction.squeeze(1), gradient
+    return objective, ce, kl, removed, slope, target.sum(1), prediction.squeeze(1), gradient
 
 
 def _exp(value: Tensor) -> Tensor:

@@ -43,9 +43,10 @@ class _Classes(NamedTuple):
     log_ratio: Tensor  # log2 t / (s + g)
     taken: Tensor  # t g / (s + g)
     left: Tensor  # w = t s / (s + g); not t - taken, which cancels where g is far above s
+    slope: Tensor  # t s g / (s + g)^2
 
 
-_VALUES = 6  # of blocks.Rows, among what the forward returns
+_VALUES = 7  # of blocks.Rows, among what the forward returns
 
 
 def fused_rows(
@@ -102,7 +103,7 @@ class _FusedRows(torch.autograd.Function):
         ce = plain_norm.log() - (student.gather(1, label) - student_peak)
         removed, left = each.taken.sum(1), each.left.sum(1, keepdim=True)
         objective = scalars.ce_weight * ce[:, 0] + scalars.kl_weight * kl
-        values = objective, ce, kl, removed, each.target.sum(1), student.argmax(1)
+        values = objective, ce, kl, removed, each.slope.sum(1), each.target.sum(1), student.argmax(1)
         soft_weight = scalars.kl_weight * scalars.student_rate / BITS * left / student_norm
         return *values, soft_weight, scalars.ce_weight / plain_norm, *norms
 
@@ -164,4 +165,5 @@ def _classes(
         log_ratio=log_t - (torch.maximum(log_s, log_g) + (1 + ratio).log2()),
         taken=torch.where(guide_is_larger, to_larger, to_smaller),
         left=torch.where(guide_is_larger, to_smaller, to_larger),
+        slope=to_smaller / (1 + ratio),
     )

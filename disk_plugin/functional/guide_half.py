@@ -16,6 +16,7 @@ from .scaffold import mask_or_none
 # Guide logits between which the scaled gradient is at work, g = .0009 to .953. The ends differ because g counts against
 # the student's probabilities: .95 is as good as 1, while s_k << .01 (many classes) still tells g = .01 from .001.
 REACH = (-7.0, 3.0)
+LEAST_SLOPE = 1e-4  # of the mean discount by log g: below it the batch does not tell the price of a discount
 SPRING = 0.1  # per unit of logit beyond REACH, at most 1 in all; the scaled slope of (5) is of order 1 too
 
 
@@ -94,6 +95,7 @@ def guide_loss(
     top_k: int | None,
     variant: Variant,
     guide_gradient_scale: float | None,
+    hold_discount: bool = False,
     reduce_mean: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return ``disk_terms(...).guide_loss`` of a batch of positions from its constants and guide logits (M,)."""
@@ -102,8 +104,9 @@ def guide_loss(
     total = valid.sum().clamp(min=1).to(offset.dtype)
     where = Positions(valid.long(), valid, constants.weight, total)  # no label is read
     log_g = logsigmoid(guide_logits.detach()).unsqueeze(1)
-    scaffolded, share, _ = with_guide(constants.log_student, log_g)
-    kl, removed = offset - (constants.target * scaffolded).sum(1), (constants.target * share).sum(1)
+    scaffolded, share, kept = with_guide(constants.log_student, log_g)
+    kl, taken = offset - (constants.target * scaffolded).sum(1), constants.target * share
+    removed = taken.sum(1)
     half = guide_half(
         guide_logits,
         removed,
@@ -116,6 +119,7 @@ def guide_loss(
         budget=budget,
         variant=variant,
         guide_gradient_scale=guide_gradient_scale,
+        discount_slope=(taken * kept).sum(1) if hold_discount else None,
         reduce_mean=reduce_mean,
         reduction="mean",
     )
@@ -136,11 +140,13 @@ def guide_half(
     budget: float | Tensor,
     variant: Variant,
     guide_gradient_scale: float | None,
+    discount_slope: Tensor | None,
     reduce_mean: Callable[[Tensor], Tensor] | None,
     reduction: Reduction,
 ) -> GuideHalf:
     """Evaluate what (5) asks of the guide; ``factor`` is tau tau_s, ``classes`` K, ``removed`` as in ``Rows``.
 
+    ``discount_slope`` is the ``slope`` of ``Rows`` where the mean discount is held, None where the budget's hinge acts.
     Values carry no graph of the guide, whose gradient is in closed form; that of the student passes through
     ``budget_ce``.
     """
@@ -157,7 +163,9 @@ def guide_half(
         penalty = where.reduce(where.weighted(variant.guide_penalty * torch.log1p(classes * g)), reduction)
         by_g = by_g + variant.guide_penalty * classes / (1 + classes * g)
     slope = distill_weight * _distill_slope(factor, removed, logits) + by_g * g * (1 - g)
-    if guide_gradient_scale is not None:
+    if discount_slope is not None:
+        slope = _held_slope(removed, discount_slope, logits, where, reduce_mean)
+    elif guide_gradient_scale is not None:
         slope = guide_gradient_scale * _well_scaled(slope, logits, 1 / (factor + lam))
     return GuideHalf(
         guide=g,
@@ -175,6 +183,28 @@ def _distill_slope(factor: float | Tensor, removed: Tensor, guide_logits: Tensor
     1 - g: the scaffold is evaluated and differentiated once, for the student, and the guide's half costs (N,) more.
     """
     return -factor * removed * (-guide_logits).sigmoid()
+
+
+def _held_slope(
+    removed: Tensor,
+    discount_slope: Tensor,
+    guide_logits: Tensor,
+    where: Positions,
+    reduce_mean: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    r"""Return the slope of L_dist / (tau tau_s) by the guide's logit, along which the mean discount does not change.
+
+    -D + mu V, with D and V the slopes of -L_dist and of the discount, and mu = mean D / mean V the price of a discount:
+    raising g pays where it takes off more of the divergence than its share of the discount costs. Their sum over the
+    batch is 0: how large g is in the mean is decided by whoever holds the discount. At most 1, so that no sample
+    carries a batch.
+    """
+    left = (-guide_logits).sigmoid()  # d log g / d logit
+    gain, cost = removed * left, discount_slope * left
+    means = torch.stack([where.reduce(where.weighted(value), "mean") for value in (gain, cost)])
+    if reduce_mean is not None:
+        means = reduce_mean(means)
+    return (means[0] / means[1].clamp(min=LEAST_SLOPE) * cost - gain).clamp(-1, 1)
 
 
 def _well_scaled(slope: Tensor, guide_logits: Tensor, scale: float | Tensor) -> Tensor:

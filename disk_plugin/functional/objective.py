@@ -23,7 +23,7 @@ from ._positions import (
 )
 from .budget import clamped, over_denominator
 from .guide_half import guide_half
-from .scaffold import discount_of, mask_or_none, scaffold, temperatures
+from .scaffold import discount_of, discount_slope_of, mask_or_none, scaffold, temperatures
 
 
 class DiSKTerms(NamedTuple):
@@ -44,6 +44,7 @@ class DiSKTerms(NamedTuple):
     correct: Tensor  # 1 where the student's argmax is the label
     agreement: Tensor  # 1 where the student's argmax is the teacher's
     teacher_correct: Tensor  # 1 where the teacher's argmax is the label
+    discount_slope: Tensor  # derivative of the discount by log g
     counted: Tensor  # 1 where the position counts, 0 under ignore_index; with "mean" how many count
 
     def mean(self) -> "DiSKTerms":
@@ -72,6 +73,7 @@ def disk_terms(
     budget: float | Tensor = 0.3,
     variant: str | Variant = "paper",
     guide_gradient_scale: float | None = 0.3,
+    hold_discount: bool = False,
     ignore_index: int = -100,
     sample_weight: Tensor | None = None,
     reduce_mean: Callable[[Tensor], Tensor] | None = None,
@@ -105,6 +107,8 @@ def disk_terms(
         guide_gradient_scale: c > 0: the guide's logit receives c / (4 (tau tau_s + multiplier)) times the derivative
             by g, and beyond g = .0009 and .953 a pull back, which keeps the guide alive under the student's optimizer;
             no value changes, and no sample's optimum between them. None: the plain derivative by the logit (the paper).
+        hold_discount: the guide minimises L_dist at a given mean discount, which the caller holds (ours, not the
+            paper's), instead of under the budget: its logit receives the slope along which that mean does not change.
         ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
         sample_weight: weight per sample or position; means still divide by the count of positions not ignored.
         reduce_mean: maps a detached scalar of this batch to its mean over the batches that together are the whole: the
@@ -178,13 +182,14 @@ def disk_terms(
         budget=budget,
         variant=record,
         guide_gradient_scale=guide_gradient_scale,
+        discount_slope=parts.slope if hold_discount else None,
         reduce_mean=reduce_mean,
         reduction=reduction,
     )
     weighted = [ce * where.weight, distill * where.weight, half.spent.detach()]
     matches = (parts.prediction == where.label, parts.prediction == teacher_label, teacher_label == where.label)
-    plain = [half.guide, discount_of(parts), *(match.to(s.dtype) for match in matches)]
-    ce, distill, usage, guide, discount, correct, agreement, teacher_correct = where.reduce_each(
+    plain = [half.guide, discount_of(parts), *(match.to(s.dtype) for match in matches), discount_slope_of(parts)]
+    ce, distill, usage, guide, discount, correct, agreement, teacher_correct, discount_slope = where.reduce_each(
         [*weighted, *plain], reduction
     )
     counted = where.valid if reduction == "none" else where.valid.sum()
@@ -200,6 +205,7 @@ def disk_terms(
         correct=correct,
         agreement=agreement,
         teacher_correct=teacher_correct,
+        discount_slope=discount_slope,
         counted=counted.to(s.dtype),
     )
 

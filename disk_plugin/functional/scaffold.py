@@ -194,4 +194,13 @@ def _parts(
 
 def discount_of(parts: Rows) -> Tensor:
     """Divide what is removed by the target's mass; a target that underflowed to nothing has nothing to take off."""
-    return parts.removed / parts.target_mass.clamp(min=torch.finfo(parts.removed.dtype).tiny)
+    return _of_target(parts.removed, parts)
+
+
+def discount_slope_of(parts: Rows) -> Tensor:
+    """Return d discount / d log g."""
+    return _of_target(parts.slope, parts)
+
+
+def _of_target(part: Tensor, parts: Rows) -> Tensor:
+    return part / parts.target_mass.clamp(min=torch.finfo(part.dtype).tiny)

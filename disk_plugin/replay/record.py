@@ -63,15 +63,18 @@ def loss_of(disk: DiSKLoss, rows: dict[str, Tensor]) -> Tensor:
         logits = values["offset"].new_zeros(()).expand(len(values["offset"]), cast(GuideHead, disk.guide).num_classes)
     constants = GuideConstants(valid=torch.ones_like(values["wrong"]), **values)
     with without_autocast(logits):
+        own = disk.guide_logits(logits, features)
+        placed = disk.level.place(own) if disk.level else own
         return guide_loss(
             constants,
-            disk.guide_logits(logits, features),
+            placed,
             distill_weight=disk.distill_weight,
             multiplier=disk.multiplier,
             budget=disk.budget,
             top_k=disk.top_k,
             variant=disk.variant,
             guide_gradient_scale=disk.guide_gradient_scale,
+            hold_discount=disk.level is not None,
             reduce_mean=disk.reduce_mean,
         )
 

@@ -1,0 +1,90 @@
+"""What bounds g in a loss: a target of the mean discount, or the paper's budget in nats with its multiplier."""
+
+import warnings
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from torch import nn
+
+from . import _checks
+from .level import DiscountLevel, GuideLevel
+
+if TYPE_CHECKING:
+    from .loss import DiSKLoss
+
+MULTIPLIER, BUDGET = 50.0, 0.3  # of the budget's form; A.5's largest multiplier
+PAPER_BOUNDS = (0.1, 50.0)  # of the multiplier over a schedule, A.5
+
+
+class Form(NamedTuple):
+    """The arguments that say it, read together."""
+
+    level: GuideLevel | None  # of the discount's form
+    multiplier: float
+    budget: float
+    keeps_multiplier: bool  # it was asked for, or there is nothing to weigh: no scheduler changes it unasked
+
+
+def resolve_form(guide: nn.Module, discount: float | Literal["auto"] | None, multiplier: Any, budget: Any) -> Form:
+    """Read ``DiSKLoss``'s arguments; what is not said follows from what is.
+
+    Raises:
+        ValueError: a number for the discount beside a budget or a guide that bounds itself; values out of range.
+    """
+    if not isinstance(discount, str) and discount is not None:
+        _checks.number("discount", discount, at_least=0, at_most=0.99)
+        for name, value in {"multiplier": multiplier, "budget": budget}.items():
+            if value is not None:
+                raise ValueError(f"discount={discount} and {name}={value} both bound g: expected one of them")
+        if isinstance(guide, DiscountLevel):
+            raise ValueError(
+                f"discount must be left out beside a {type(guide).__name__}, which has its own; got {discount}"
+            )
+    elif discount is not None:
+        _checks.choice("discount", discount, ("auto",))
+    by_itself = isinstance(guide, DiscountLevel)
+    asked = multiplier is not None or budget is not None
+    level = None if by_itself or asked or discount is None else GuideLevel(discount)
+    default = 0.0 if by_itself or level else MULTIPLIER
+    values = {
+        "multiplier": default if multiplier is None else multiplier,
+        "budget": BUDGET if budget is None else budget,
+    }
+    for name, value in values.items():
+        _checks.number(name, value, at_least=0)
+    keeps = multiplier is not None or default == 0.0
+    return Form(level, float(values["multiplier"]), float(values["budget"]), keeps)
+
+
+def take_budget(loss: "DiSKLoss", asked: list[str]) -> None:
+    """Let the budget bound g: what is asked for says so."""
+    if loss.level is None:
+        return
+    if loss.level.discount != "auto":
+        raise ValueError(
+            f"the loss was given discount={loss.level.discount}, which has no {' and '.join(asked)}: build it with "
+            f"budget=... or discount=None, or leave these out"
+        )
+    loss.level, loss.keeps_multiplier = None, False
+
+
+def multiplier_bounds(loss: "DiSKLoss", multiplier: Any) -> tuple[float, float]:
+    """The schedule's own, or what the loss was given."""
+    own = loss.multiplier.item()
+    if multiplier is None:
+        return (own, own) if loss.keeps_multiplier else PAPER_BOUNDS
+    bounds = pair("multiplier", multiplier)
+    if loss.keeps_multiplier and bounds != (own, own):
+        warnings.warn(
+            f"the loss was given multiplier={own:g}, which the schedule's bounds {bounds} overwrite: give one of them",
+            stacklevel=4,
+        )
+    return bounds
+
+
+def pair(name: str, values: Any) -> tuple[float, float]:
+    """Two numbers >= 0."""
+    if not isinstance(values, tuple | list) or len(values) != 2:
+        raise ValueError(f"{name} must be two numbers, got {values!r}")
+    for value in values:
+        _checks.number(name, value, at_least=0)
+    return float(values[0]), float(values[1])

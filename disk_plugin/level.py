@@ -1,0 +1,159 @@
+"""How large g is: one number that training batches move until the mean discount meets its target."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks
+from ._state import moving, write
+
+SHARE, OVER = 1.0, 0.3  # of the automatic target: chosen by examples/gain.py, see examples/README.md
+MOST = 0.5  # the automatic target's bound: where it would be beyond, the student has hardly begun to follow
+_SMALLEST, _LONGEST_STEP = -16.0, 0.5  # of log g; a Newton step from far off overshoots
+_NONE_YET = -1.0  # agreement before the first batch
+_INITIAL = {
+    "log_guide": math.log(0.01),
+    "agreement": _NONE_YET,
+    "last_agreement": _NONE_YET,
+    "progress": 0.0,
+    "gate": 1.0,
+}
+_PATIENCE = 4.0  # the target waits while an epoch removes a quarter of the disagreement
+_MOMENTUM = 0.3  # of the running agreement; a slow one lags behind a student from scratch
+_FLAT = 1e-4  # slopes below it tell nothing: the step is as long as it may be
+_RANGE = 0.5  # a guide's ranking multiplies the odds of g by e^-.5 to e^.5: a wider one censors
+_HIGHEST = -1e-3  # of log g, below which a ranking can be seen
+
+
+class DiscountLevel(nn.Module):
+    r"""One number, log g, that follows a target of the mean discount d: the share of the teacher's pull taken off.
+
+    After each training batch it makes one Newton step,
+
+    .. math:: \Delta \log g = (d^* - d) \Big/ \tfrac1N \sum_i \sum_y \frac{t_y s_y g}{(s_y + g)^2}, \qquad
+              |\Delta \log g| \le 1/2
+
+    A number is the target d* itself. ``"auto"`` takes off as much as the student fails to follow, once it has had time
+    to try: ``share * (1 - agreement)``, at most 1/2, with the running share of training samples on which the student's
+    argmax is the teacher's. It rises from 0 over the first ``over`` of training, and waits while an epoch still removes
+    a quarter or more of the disagreement (times ``1 - 4 * (agreement - last) / (1 - last)``, at least 0).
+
+    Args:
+        discount: target in [0, 1), or ``"auto"``.
+        share: factor of the automatic target, in (0, 1].
+        over: share of training over which the automatic target is ramped, in (0, 1].
+
+    Raises:
+        ValueError: values out of range.
+        TypeError: values of another type.
+    """
+
+    log_guide: Tensor
+    agreement: Tensor
+    last_agreement: Tensor  # at the end of the epoch before
+    progress: Tensor
+    gate: Tensor
+
+    def __init__(self, discount: float | Literal["auto"] | None, *, share: float = SHARE, over: float = OVER) -> None:
+        super().__init__()
+        if isinstance(discount, str):
+            _checks.choice("discount", discount, ("auto",))
+        elif discount is not None:
+            _checks.number("discount", discount, at_least=0, at_most=0.99)
+            discount = float(discount)
+        _checks.number("share", share, above=0, at_most=1)
+        _checks.number("over", over, above=0, at_most=1)
+        self.discount, self.share, self.over = discount, float(share), float(over)
+        self._initial = dict(_INITIAL)
+        for name, number in self._initial.items():
+            self.register_buffer(name, torch.tensor(number, dtype=torch.float64))
+
+    @torch.no_grad()
+    def set_progress(self, progress: float) -> None:
+        """Say which share of training is done, in [0, 1], once per epoch: ``DualScheduler`` does."""
+        _checks.number("progress", progress, at_least=0)
+        last, moved = self.last_agreement, self.agreement != self.last_agreement  # else it is said again, on a resume
+        gain = (self.agreement - last) / (1 - last).clamp(min=_FLAT)
+        self.gate.copy_(torch.where(moved, (1 - _PATIENCE * gain).clamp(0.0, 1.0), self.gate))
+        self.last_agreement.copy_(self.agreement)
+        self.progress.fill_(min(progress, 1.0))
+
+    @torch.no_grad()
+    def step(self, discount: Tensor, slope: Tensor, agreement: Tensor) -> None:
+        """Move g after a training batch, in place: ``DiSKLoss`` does. A batch that is not finite moves nothing.
+
+        Args:
+            discount: mean share of the teacher's pull that was taken off, a scalar.
+            slope: its derivative by log g, a scalar.
+            agreement: share of the batch on which the student's argmax is the teacher's, a scalar.
+
+        Raises:
+            RuntimeError: under a transform of ``torch.func`` without the buffers.
+        """
+        discount, slope, agreement = (value.to(self.log_guide.dtype) for value in (discount, slope, agreement))
+        finite = (discount + slope + agreement).isfinite()
+        last = torch.where(self.last_agreement < 0, agreement, self.last_agreement)
+        agreement = torch.where(self.agreement < 0, agreement, torch.lerp(self.agreement, agreement, _MOMENTUM))
+        missing = self._target(agreement) - discount
+        slope = torch.where(slope > 0, slope, discount * (1 - discount))  # its upper bound, where no sample told it
+        step = (missing / slope.clamp(min=_FLAT)).clamp(-_LONGEST_STEP, _LONGEST_STEP)
+        log_guide = (self.log_guide + step).clamp(_SMALLEST, 0.0)
+        self._write(finite, log_guide=log_guide, agreement=agreement, last_agreement=last)
+
+    def _write(self, finite: Tensor, **moved: Tensor) -> None:
+        for name, value in moved.items():
+            buffer = getattr(self, name)
+            if not write(buffer, torch.where(finite, value, buffer)):
+                raise RuntimeError(
+                    "a discount that is aimed at moves a buffer in training mode, which this transform of torch.func "
+                    "does not allow: call disk.eval(), which uses g as it is, or pass the buffers to "
+                    "torch.func.functional_call"
+                )
+
+    def _ramp(self) -> Tensor:
+        return (self.progress / self.over).clamp(max=1.0)
+
+    def _target(self, agreement: Tensor) -> Tensor | float:
+        """The discount that is aimed at now."""
+        if self.discount == "auto":
+            return (self.share * (1 - agreement)).clamp(max=MOST) * self._ramp() * self.gate
+        return float(self.discount or 0.0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DiscountLevel":
+        """Move the module; its scalars stay float64, and start anew off the meta device."""
+        with moving(self, fn, self._initial):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        """Show the settings in ``print(loss)``."""
+        automatic = f", share={self.share}, over={self.over}" if self.discount == "auto" else ""
+        return f"discount={self.discount!r}{automatic}"
+
+
+class GuideLevel(DiscountLevel):
+    """The level of a guide that ranks: its logits, centred and bounded, go above and below the level."""
+
+    centre: Tensor
+
+    def __init__(self, discount: float | Literal["auto"]) -> None:
+        super().__init__(discount)
+        self._initial["centre"] = math.nan  # of no batch yet
+        self.register_buffer("centre", torch.tensor(math.nan, dtype=torch.float64))
+
+    def place(self, guide_logits: Tensor) -> Tensor:
+        """Return log g / (1 - g) per position, (N, d1, ...), of the guide's own logits."""
+        guide_logits = guide_logits.to(torch.promote_types(guide_logits.dtype, torch.float32))
+        log_g = self.log_guide.clamp(max=_HIGHEST)
+        logit = (log_g - torch.log(-torch.expm1(log_g))).to(guide_logits.dtype)
+        centre = torch.where(self.centre.isnan(), 0.0, self.centre).to(guide_logits.dtype)
+        return logit + _RANGE * torch.tanh((guide_logits - centre) / _RANGE)
+
+    @torch.no_grad()
+    def follow(self, mean_logit: Tensor) -> None:
+        """Move the centre towards the mean of the guide's own logits over a training batch, a scalar."""
+        mean_logit = mean_logit.to(self.centre.dtype)
+        moved = torch.where(self.centre.isnan(), mean_logit, torch.lerp(self.centre, mean_logit, _MOMENTUM))
+        self._write(mean_logit.isfinite(), centre=moved)
