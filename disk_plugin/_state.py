@@ -40,7 +40,7 @@ def moving(module: nn.Module, move: Callable[[Tensor], Tensor], initial: Mapping
             buffer = module._buffers[name]
             if buffer is not None:
                 with torch.no_grad():
-                    buffer.copy_(torch.as_tensor(value, dtype=torch.float64))
+                    buffer.copy_(torch.tensor(value, dtype=torch.float64))
 
 
 @contextmanager

@@ -62,6 +62,6 @@ def _step_level(disk: "DiSKLoss", level: DiscountLevel, terms: DiSKTerms, own_lo
     seen = torch.stack([terms.discount, terms.discount_slope, terms.agreement, centre, one]) * terms.counted
     seen = seen if disk.reduce_mean is None else disk.reduce_mean(seen)
     discount, slope, agreement, centre = (seen[:4] / seen[4]).unbind()
-    level.step(discount, slope, agreement)  # NaN, which moves nothing, where no position counted
     if isinstance(level, GuideLevel):
         level.follow(centre)
+    level.step(discount, slope, agreement)  # NaN, which moves nothing, where no position counted

@@ -8,7 +8,7 @@ from torch import Tensor
 from .functional import DiSKTerms
 
 # The collected tensor: sums over positions of usage, 1, g, g squared and discount, then the smallest and the largest g.
-_EMPTY = (0.0,) * 5 + (torch.inf, -torch.inf)
+NOTHING_SEEN = (0.0,) * 5 + (torch.inf, -torch.inf)
 _BEFORE = 4  # its length until 0.1: usage, positions, smallest, largest
 
 
@@ -34,7 +34,7 @@ class EpochStatistics(NamedTuple):
 
 def no_statistics() -> Tensor:
     """Return the collected tensor before the first batch."""
-    return torch.tensor(_EMPTY, dtype=torch.float64)
+    return torch.tensor(NOTHING_SEEN, dtype=torch.float64)
 
 
 def upgraded(collected: Tensor) -> Tensor:

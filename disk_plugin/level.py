@@ -102,6 +102,11 @@ class DiscountLevel(nn.Module):
         log_guide = (self.log_guide + step).clamp(_SMALLEST, 0.0)
         self._write(finite, log_guide=log_guide, agreement=agreement, last_agreement=last)
 
+    @property
+    def target(self) -> Tensor:
+        """The mean discount that is aimed at now, a scalar."""
+        return self.log_guide.new_tensor(0.0) + self._target(self.agreement.clamp(min=0.0))
+
     def _write(self, finite: Tensor, **moved: Tensor) -> None:
         for name, value in moved.items():
             buffer = getattr(self, name)
@@ -140,20 +145,19 @@ class GuideLevel(DiscountLevel):
 
     def __init__(self, discount: float | Literal["auto"]) -> None:
         super().__init__(discount)
-        self._initial["centre"] = math.nan  # of no batch yet
-        self.register_buffer("centre", torch.tensor(math.nan, dtype=torch.float64))
+        self._initial["centre"] = 0.0
+        self.register_buffer("centre", torch.tensor(0.0, dtype=torch.float64))
 
     def place(self, guide_logits: Tensor) -> Tensor:
         """Return log g / (1 - g) per position, (N, d1, ...), of the guide's own logits."""
         guide_logits = guide_logits.to(torch.promote_types(guide_logits.dtype, torch.float32))
         log_g = self.log_guide.clamp(max=_HIGHEST)
         logit = (log_g - torch.log(-torch.expm1(log_g))).to(guide_logits.dtype)
-        centre = torch.where(self.centre.isnan(), 0.0, self.centre).to(guide_logits.dtype)
-        return logit + _RANGE * torch.tanh((guide_logits - centre) / _RANGE)
+        return logit + _RANGE * torch.tanh((guide_logits - self.centre.to(guide_logits.dtype)) / _RANGE)
 
     @torch.no_grad()
     def follow(self, mean_logit: Tensor) -> None:
-        """Move the centre towards the mean of the guide's own logits over a training batch, a scalar."""
+        """Move the centre to the mean of the guide's own logits over a training batch, a scalar; before :meth:`step`."""
         mean_logit = mean_logit.to(self.centre.dtype)
-        moved = torch.where(self.centre.isnan(), mean_logit, torch.lerp(self.centre, mean_logit, _MOMENTUM))
+        moved = torch.where(self.agreement < 0, mean_logit, torch.lerp(self.centre, mean_logit, _MOMENTUM))
         self._write(mean_logit.isfinite(), centre=moved)

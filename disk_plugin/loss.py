@@ -11,7 +11,7 @@ from ._form import resolve_form
 from ._modes import without_autocast
 from ._state import moving
 from ._training_batch import observe, step_student_temperature
-from .epoch_statistics import EpochStatistics, no_statistics, upgraded
+from .epoch_statistics import NOTHING_SEEN, EpochStatistics, no_statistics, upgraded
 from .functional import DiSKTerms, disk_terms
 from .functional._positions import guide_input
 from .variants import Variant
@@ -132,10 +132,9 @@ class DiSKLoss(nn.Module):
         self._initial: dict[str, Any] = {"multiplier": form.multiplier, "budget": form.budget}
         if fitted:
             self._initial |= {"fitted_student_temperature": self.temperature, "student_temperature_moments": [0.0, 0.0]}
-        self._initial |= {"epoch_statistics": no_statistics(), "epoch_batches": [0.0, 0.0]}
+        self._initial |= {"epoch_statistics": NOTHING_SEEN, "epoch_batches": (0.0, 0.0)}
         for name, value in self._initial.items():
-            start = torch.as_tensor(value, dtype=torch.float64).clone()
-            self.register_buffer(name, start, persistent=name != "epoch_batches")
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64), persistent=name != "epoch_batches")
         self.reduce_mean: Callable[[Tensor], Tensor] | None = None
         # a number is a setting, not state: no checkpoint overrides it
         self._fixed_student_temperature = student_temperature

@@ -26,7 +26,18 @@ VARIANTS = {
     "official_cifar": {"official": True, "clamp": 5.0, "extra": 0.9},
     "official_imagenet": {"official": True, "clamp": 2.0, "extra": 0.0},
 }
-VALUES = ("ce", "distill", "usage", "guide", "discount", "correct", "agreement", "teacher_correct", "counted")
+VALUES = (
+    "ce",
+    "distill",
+    "usage",
+    "guide",
+    "discount",
+    "correct",
+    "agreement",
+    "teacher_correct",
+    "discount_slope",
+    "counted",
+)
 WEIGHTED = ("ce", "distill", "usage", "extra")
 
 
@@ -139,11 +150,11 @@ def log_target(teacher, classes, official, temperature):
 
 
 def scaffold(log_t, log_s, log_g, classes):
-    """Returns (sum_y t log(t / (s + 1[y in classes] g)), d) of one position.
+    """Returns (sum_y t log(t / (s + 1[y in classes] g)), d, d d / d log g) of one position.
 
     The discount is d = 1 - sum w / sum t with w = t s / (s + 1_K g), computed as sum_K t g / (s + g) / sum t.
     """
-    distance, taken = [], [-math.inf]
+    distance, taken, slope = [], [-math.inf], [-math.inf]
     for k, value in enumerate(log_t):
         if value == -math.inf:
             continue
@@ -151,7 +162,9 @@ def scaffold(log_t, log_s, log_g, classes):
         distance.append(math.exp(value) * (value - log_mix))
         if k in classes:
             taken.append(value + log_g - log_mix)
-    return math.fsum(distance), math.exp(log_sum_exp(taken) - log_sum_exp(log_t))
+            slope.append(value + log_g + log_s[k] - 2 * log_mix)
+    mass = log_sum_exp(log_t)
+    return math.fsum(distance), math.exp(log_sum_exp(taken) - mass), math.exp(log_sum_exp(slope) - mass)
 
 
 def position(student, teacher, entry, guide_logit, rules, *, temperature, student_temperature, top_k):
@@ -162,7 +175,7 @@ def position(student, teacher, entry, guide_logit, rules, *, temperature, studen
     g = math.exp(log_g)
     classes = guided_classes(teacher, label, official, top_k)
     log_t = log_target(teacher, classes, official, temperature)
-    distance, discount = scaffold(log_t, log_softmax(student, student_temperature), log_g, classes)
+    distance, discount, slope = scaffold(log_t, log_softmax(student, student_temperature), log_g, classes)
     budget_ce = -log_p[argmax(teacher) if official else label]
     size = len(teacher) if top_k is None else min(top_k, len(teacher))
     return {
@@ -175,6 +188,7 @@ def position(student, teacher, entry, guide_logit, rules, *, temperature, studen
         "correct": float(predicted == label),
         "agreement": float(predicted == argmax(teacher)),
         "teacher_correct": float(argmax(teacher) == label),
+        "discount_slope": slope,
         "counted": 1.0,
     }
 
@@ -377,12 +391,14 @@ def budget_at(epoch, high, low, period, decay):
 # Sample 1: s = (1/2, 1/4, 1/4), t = (1/2, 1/4, 1/4), label 0, top-1 of t is class 0 where s + g = 1.
 #     CE = log 2, g CE = (1/2) log 2
 #     L_dist = (1/2) log((1/2) / 1) + 0 + 0 = -(1/2) log 2
-#     w = (1/4, 1/4, 1/4), d = 1 - 3/4 = 1/4; the student is right and agrees with the teacher
+#     w = (1/4, 1/4, 1/4), d = 1 - 3/4 = 1/4, its slope by log g (1/2)(1/2)(1/2) / 1 = 1/8
+#     the student is right and agrees with the teacher
 # Sample 2: s = (1/4, 1/4, 1/2), t = (1/4, 1/2, 1/4), label 1, top-1 of t is class 1 where s + g = 3/4.
 #     CE = log 4 = 2 log 2, g CE = log 2
 #     L_dist = 0 + (1/2) log((1/2) / (3/4)) + (1/4) log((1/4) / (1/2)) = (1/2) log(2/3) - (1/4) log 2
 #            = (1/4) log 2 - (1/2) log 3
-#     w = (1/4, 1/6, 1/4), d = 1 - 2/3 = 1/3; the student is wrong and disagrees with the teacher
+#     w = (1/4, 1/6, 1/4), d = 1 - 2/3 = 1/3, its slope (1/2)(1/4)(1/2) / (9/16) = 1/9
+#     the student is wrong and disagrees with the teacher
 # Means: CE = (3/2) log 2, L_dist = -(1/8) log 2 - (1/4) log 3 = -(1/8) log 18, usage = (3/4) log 2 > 1/4
 # Loss: (1/4)(3/2) log 2 - (3/4)(1/8) log 18 + 2 ((3/4) log 2 - 1/4) = (15/8) log 2 - (3/32) log 18 - 1/2
 
@@ -423,6 +439,7 @@ def _hand_expected():
         "correct": 1 / 2,
         "agreement": 1 / 2,
         "teacher_correct": 1.0,
+        "discount_slope": 17 / 144,
         "counted": 2.0,
         "per_sample": {
             "ce": [log2, 2 * log2],
@@ -433,6 +450,7 @@ def _hand_expected():
             "correct": [1.0, 0.0],
             "agreement": [1.0, 0.0],
             "teacher_correct": [1.0, 1.0],
+            "discount_slope": [1 / 8, 1 / 9],
             "counted": [1.0, 1.0],
         },
     }

@@ -39,7 +39,8 @@ def batch(n=6, c=5, d=3):
 
 
 def make_loss(**settings):
-    return DiSKLoss(GuideHead(5, 3), **settings)
+    """The paper's form, a budget in nats; the default's tests are in test_level.py."""
+    return DiSKLoss(GuideHead(5, 3), **{"discount": None, "temperature": 4.0, **settings})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -72,10 +73,20 @@ def test_module_equals_function(variant, reduction):
     )
 
 
-def test_module_and_function_share_defaults():
+def test_module_and_function_share_the_defaults_that_are_not_chosen_by_experiment():
     module, function = (inspect.signature(x).parameters for x in (DiSKLoss, functional.disk_terms))
-    for name in module.keys() & function.keys():
+    chosen = {"ce_weight", "distill_weight", "temperature", "multiplier", "budget"}  # the function's are the paper's
+    for name in module.keys() & function.keys() - chosen:
         assert module[name].default == function[name].default, name
+    disk = DiSKLoss(GuideHead(5), discount=None)
+    assert (disk.multiplier.item(), disk.budget.item()) == (function["multiplier"].default, function["budget"].default)
+
+
+def test_the_divergence_weighs_what_the_cross_entropy_leaves():
+    assert make_loss().distill_weight == 1.0
+    assert make_loss(ce_weight=0.3).distill_weight == 0.7
+    assert make_loss(ce_weight=1.5).distill_weight == 0.0
+    assert make_loss(ce_weight=0.3, distill_weight=0.9).distill_weight == 0.9
 
 
 @pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__name__)
@@ -199,7 +210,7 @@ def test_fitting_happens_in_training_mode_only():
 def test_fitted_temperature_follows_the_exact_fit_over_an_epoch():
     teacher = 3 * torch.randn(3000, 5)
     student = 0.5 * teacher + torch.randn(3000, 5)
-    disk = DiSKLoss(GuideHead(5), student_temperature="fit")
+    disk = DiSKLoss(GuideHead(5), student_temperature="fit", temperature=4.0)
     for index in torch.randperm(3000).split(100):
         disk(student[index], teacher[index], torch.randint(5, (100,)))
     exact = functional.fit_student_temperature(student, teacher)

@@ -13,7 +13,8 @@ from disk_plugin import DiSKLoss, DualScheduler, GuideHead
 
 
 def make_loss(**settings):
-    return DiSKLoss(GuideHead(5), **settings)
+    """The paper's form, a budget in nats; how the scheduler drives the default is in test_level.py."""
+    return DiSKLoss(GuideHead(5), **{"discount": None, **settings})
 
 
 def train_batch(disk, bias=None):
@@ -111,7 +112,7 @@ class Fixed(nn.Module):
 def test_a_guide_alike_on_all_samples_that_takes_nearly_all_off_is_dead(classes, logit):
     # with few classes g = .98, as the spring holds it; with many a g of .27 takes nearly all off
     logits = torch.full((8,), logit) + 0.005 * torch.randn(8)
-    disk = DiSKLoss(Fixed(logits))
+    disk = DiSKLoss(Fixed(logits), discount=None, temperature=4.0)
     dual = DualScheduler(disk, epochs=8)
     disk(torch.randn(8, classes), torch.randn(8, classes), torch.randint(classes, (8,)))
     seen = disk.statistics()
@@ -126,7 +127,7 @@ def test_a_guide_alike_on_all_samples_that_takes_nearly_all_off_is_dead(classes,
 
 @pytest.mark.parametrize("logit", [-3.0, -6.0])
 def test_one_g_for_all_that_takes_part_of_the_pull_off_is_no_dead_guide(logit):
-    disk = DiSKLoss(Fixed(torch.full((8,), logit)), temperature=1.0)
+    disk = DiSKLoss(Fixed(torch.full((8,), logit)), discount=None, temperature=1.0)
     dual = DualScheduler(disk, epochs=8)
     student = torch.randn(8, 100) - 5 * torch.nn.functional.one_hot(torch.arange(8), 100)
     disk(student, torch.randn(8, 100), torch.randint(100, (8,)))

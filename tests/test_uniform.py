@@ -16,11 +16,12 @@ from disk_plugin.uniform import UniformGuide
 from disk_plugin.variants import VARIANTS
 
 N, C = 32, 6
+PLAIN = {"temperature": 2.0, "ce_weight": 0.0, "distill_weight": 1.0}  # the loss's defaults, said to a function
 
 
 def make_loss(*value, temperature=2.0, guide=None, **how):
     guide = UniformGuide(*value, **how) if guide is None else guide
-    return DiSKLoss(guide, temperature=temperature, multiplier=0.0).double()
+    return DiSKLoss(guide, temperature=temperature).double()
 
 
 def batch(positions=(), classes=C, n=N, seed=0):
@@ -44,7 +45,7 @@ def test_the_loss_is_that_of_the_same_g_everywhere(value, positions):
     student, teacher, target = batch(positions)
     disk = make_loss(value)
     logits = torch.full((N, *positions), value, dtype=torch.float64).logit()
-    expected = functional.disk_terms(student, teacher, target, logits, temperature=2.0, multiplier=0.0)
+    expected = functional.disk_terms(student, teacher, target, logits, multiplier=0.0, **PLAIN)
     found = disk.terms(student.requires_grad_(), teacher, target)
     for name in ("loss", "distill", "usage", "guide", "discount"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), msg=name)
@@ -55,13 +56,14 @@ def test_the_loss_is_that_of_the_same_g_everywhere(value, positions):
 def test_no_g_is_plain_distillation():
     student, teacher, target = batch()
     torch.testing.assert_close(
-        make_loss(0)(student, teacher, target), functional.kd_loss(student, teacher, target, temperature=2.0)
+        make_loss(0)(student, teacher, target),
+        functional.kd_loss(student, teacher, target, **PLAIN),
     )
 
 
 def test_two_values_are_ramped_over_their_share_of_training():
     disk = make_loss((1.0, 0.0), over=0.5)
-    dual = DualScheduler(disk, epochs=10, multiplier=(0.0, 0.0))
+    dual = DualScheduler(disk, epochs=10)
     seen = []
     for _ in range(11):
         seen.append(g_of(disk))
@@ -90,7 +92,7 @@ def test_the_step_is_newtons_by_the_slope_of_the_discount(variant, positions):
     label[1] = -100
     student[1] = math.nan
     guide = UniformGuide(discount=0.5)
-    disk = DiSKLoss(guide, temperature=2.0, top_k=3, variant=variant, multiplier=0.0).double()
+    disk = DiSKLoss(guide, temperature=2.0, top_k=3, variant=variant).double()
     guide.log_guide.fill_(-2.5)
 
     def discount(log_g):
@@ -117,22 +119,22 @@ def test_steps_are_bounded_and_g_stays_in_its_range():
     for _ in range(80):
         loss = disk(*batch())
     assert disk.guide.log_guide.item() == -16.0
-    torch.testing.assert_close(loss, functional.kd_loss(*batch(), temperature=2.0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss, functional.kd_loss(*batch(), **PLAIN), rtol=1e-4, atol=1e-4)
 
 
 def test_the_automatic_target_is_what_the_student_fails_to_follow_ramped_in():
     student, teacher, label = batch()
     agreement = (student.argmax(1) == teacher.argmax(1)).double().mean().item()
     disk = make_loss(discount="auto", share=0.6, over=0.5)
-    dual = DualScheduler(disk, epochs=8, multiplier=(0.0, 0.0))
+    dual = DualScheduler(disk, epochs=8)
     ends = []
     for _ in range(6):
         for _ in range(40):
             terms = disk.terms(student, teacher, label)
         ends.append(terms.discount.item())
         dual.step()
-    wanted = 0.6 * (1 - agreement)
-    assert 0.2 < wanted < 0.6
+    wanted = min(0.6 * (1 - agreement), 0.5)
+    assert wanted > 0.2
     assert ends == pytest.approx([0, wanted / 4, wanted / 2, 3 * wanted / 4, wanted, wanted], abs=1e-4)
 
 
@@ -143,7 +145,7 @@ def test_the_agreement_is_a_running_mean_that_starts_with_the_first_batch():
         student, teacher, label = batch(seed=seed)
         disk(student, teacher, label)
         seen.append((student.argmax(1) == teacher.argmax(1)).double().mean().item())
-    expected = 0.9 * (0.9 * seen[0] + 0.1 * seen[1]) + 0.1 * seen[2]
+    expected = 0.7 * (0.7 * seen[0] + 0.3 * seen[1]) + 0.3 * seen[2]
     assert disk.guide.agreement.item() == pytest.approx(expected)
 
 
@@ -197,7 +199,7 @@ def test_a_resumed_run_goes_on_bit_for_bit():
 
     def fresh():
         disk = make_loss(discount="auto")
-        return disk, DualScheduler(disk, epochs=8, multiplier=(0.0, 0.0))
+        return disk, DualScheduler(disk, epochs=8)
 
     whole, half, resumed = fresh(), fresh(), fresh()
     run(*whole, range(8))
@@ -280,7 +282,7 @@ def test_under_torch_func_it_is_refused_in_training_mode_with_the_cure():
 
 def test_a_guide_without_parameters_is_never_called_dead():
     disk = make_loss(1.0)
-    dual = DualScheduler(disk, epochs=8, multiplier=(0.0, 0.0))
+    dual = DualScheduler(disk, epochs=8)
     disk(*batch())
     dual.step()
 

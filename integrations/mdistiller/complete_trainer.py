@@ -102,6 +102,8 @@ class CompleteTrainer(host.BaseTrainer):
             disk = self.distiller.module.disk
             values = {"ce": means.pop("ce"), **accuracy, **means}
             values |= {"multiplier": disk.multiplier.item(), "budget": disk.budget.item()}
+            if disk.level is not None:
+                values["discount_target"] = disk.level.target.item()
         else:
             values = accuracy
         # a mean over no sample is nothing to log; a loss that is NaN is

@@ -25,7 +25,7 @@ def add_defaults() -> None:
     if "DISK" in CFG:
         return
     recipe = PAPER["recipe"]
-    # the scheduler owns the multiplier: two equal ends make it constant
+    # the scheduler owns the multiplier of a budget: two equal ends make it constant
     CFG.DISK = _section(DiSKLoss, without=("multiplier",))
     CFG.DISK.GUIDE = _section(GuideHead)
     CFG.DISK.GUIDE.USE_FEATURES = True  # the teacher's pooled features, beside its logits
@@ -56,7 +56,10 @@ def build_loss(cfg: CfgNode, num_classes: int, feature_dim: int) -> DiSKLoss:
     """Turn ``cfg.DISK`` into a loss and its guide."""
     guide = _arguments(cfg.DISK.GUIDE)
     feature_dim = feature_dim if guide.pop("use_features") else 0
-    return DiSKLoss(GuideHead(num_classes, feature_dim, **guide), **_arguments(cfg.DISK))
+    loss = _arguments(cfg.DISK)
+    if isinstance(loss["discount"], str) and loss["discount"] != "auto":
+        loss["discount"] = float(loss["discount"])  # a word in the configuration, which has one type per key
+    return DiSKLoss(GuideHead(num_classes, feature_dim, **guide), **loss)
 
 
 def build_dual(cfg: CfgNode, loss: DiSKLoss, epochs_per_iteration: int) -> DualScheduler:
@@ -64,8 +67,8 @@ def build_dual(cfg: CfgNode, loss: DiSKLoss, epochs_per_iteration: int) -> DualS
     dual = _arguments(cfg.DISK.DUAL)
     if dual["epochs"] is None:
         dual["epochs"] = math.ceil(cfg.SOLVER.EPOCHS / epochs_per_iteration)
-    if dual["budget"] is None:
-        dual["budget"] = cfg.DISK.BUDGET  # given, so that a checkpoint's does not override a changed one
+    if dual["budget"] is None and loss.level is None:
+        dual["budget"] = loss.budget.item()  # given, so that a checkpoint's does not override a changed one
     with low_multiplier_unwarned():  # the launcher prints the note
         return DualScheduler(loss, **dual)
 

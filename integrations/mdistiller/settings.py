@@ -36,7 +36,10 @@ def merge(path: Path, options: list[str], *, distiller: str | None, seed: int | 
         cfg.merge_from_other_cfg(CfgNode(_with_floats(_read(path), cfg)))
         of_the_file = cfg.DISTILLER.clone()
         for key, value in zip(options[::2], options[1::2], strict=True):
-            whole = value.lstrip("+-").isdigit() and isinstance(_node(cfg, key.split("."))[0], float)
+            default = _node(cfg, key.split("."))[0]
+            if default == "auto" and _is_number(value):
+                value = f"'{value}'"  # yacs refuses a number for a word
+            whole = value.lstrip("+-").isdigit() and isinstance(default, float)
             cfg.merge_from_list([key, f"{value}.0" if whole else value])
     except (KeyError, AssertionError, yaml.YAMLError) as error:
         raise ValueError(f"{error.args[0] if error.args else error}{_known_keys(cfg, str(error))}") from error
@@ -46,6 +49,10 @@ def merge(path: Path, options: list[str], *, distiller: str | None, seed: int | 
         raise ValueError(_expected(cfg, str(error))) from error
     if distiller is not None:
         cfg.DISTILLER.TYPE = distiller
+    bounds = cfg.DISK.DUAL.MULTIPLIER
+    if bounds is not None and not isinstance(bounds, list | tuple):
+        hint = f": '[{bounds}, {bounds}]' keeps it constant" if isinstance(bounds, int | float) else ""
+        raise ValueError(f"DISK.DUAL.MULTIPLIER must be two numbers such as [0.1, 50.0], got {bounds}{hint}")
     if seed is not None:
         cfg.SOLVER.SEED = seed
     if cfg.SOLVER.SEED is not None and not isinstance(cfg.SOLVER.SEED, int):
@@ -143,16 +150,27 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _with_floats(content: dict[str, Any], defaults: CfgNode) -> dict[str, Any]:
-    """Turn whole numbers into floats where the default is one: yacs refuses 1 for 1.0."""
+    """Turn whole numbers into floats where the default is one, and numbers into words: yacs refuses 1 for 1.0."""
     converted = {}
     for key, value in content.items():
         default = defaults.get(key)
         if isinstance(value, dict) and isinstance(default, CfgNode):
             value = _with_floats(value, default)
-        elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            if isinstance(default, float):
+                value = float(value)
+            elif default == "auto":
+                value = str(value)
         converted[key] = value
     return converted
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _node(cfg: CfgNode, names: list[str]) -> tuple[Any, list[str]]:
@@ -184,8 +202,6 @@ def _expected(cfg: CfgNode, message: str) -> str:
         hint = f""": '"{got}"' makes it one"""
     elif isinstance(default, list | tuple) and re.fullmatch(r"[-+.\de]+", got):
         hint = f": '[{got}]' makes it one"
-        if key == "DISK.DUAL.MULTIPLIER":
-            kind, hint = "two numbers", f": '[{got}, {got}]' keeps it constant"
     return f"{key} must be {kind}{f' such as {default!r}' if default != '' else ''}, got {got}{hint}"
 
 

@@ -54,6 +54,10 @@ def _temperature(text: str) -> Any:
     return text if text == "fit" else _or_none(float)(text)
 
 
+def _discount(text: str) -> Any:
+    return text if text == "auto" else _or_none(float)(text)
+
+
 _INT, _FLOAT = _or_none(int), _or_none(float)
 
 
@@ -73,9 +77,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag("mode", "joint: one step for guide and student; alternating: Algorithm 1", "joint", choices=MODES)
     top_k = "scaffold the teacher's K largest classes; none for all"
     flag("top-k", top_k, of(DiSKLoss, "top_k"), type=_INT, metavar="K")
-    budget = "nats per sample; two numbers for a schedule from upper to lower"
+    discount = "share of the teacher's pull to take off in the mean: auto, a number, or none for --disk-budget"
+    flag("discount", discount, of(DiSKLoss, "discount"), type=_discount, metavar="D")
+    budget = "nats per sample, instead of the discount; two numbers for a schedule from upper to lower"
     flag("budget", budget, of(DiSKLoss, "budget"), type=float, nargs="+", metavar="NATS")
-    multiplier = "smallest and largest multiplier; twice the same keeps it constant"
+    multiplier = "smallest and largest multiplier of the budget; twice the same keeps it constant"
     flag("multiplier", multiplier, of(DualScheduler, "multiplier"), type=float, nargs=2, metavar=("MIN", "MAX"))
     period = "epochs between restarts of the multiplier; none for a quarter of --disk-epochs"
     flag("period", period, of(DualScheduler, "period"), type=_INT, metavar="N")
@@ -161,7 +167,7 @@ def _check_types(args: argparse.Namespace) -> None:
             raise TypeError(f"disk_{name} must be true or false, got {type(value).__name__} {value!r}")
     for name in ("guide_hidden_dims", "multiplier"):
         value = getattr(args, f"disk_{name}")
-        if not isinstance(value, list):
+        if not isinstance(value, list) and (value is not None or name == "guide_hidden_dims"):
             raise TypeError(f"disk_{name} must be a list, got {type(value).__name__} {value!r}")
 
 
@@ -225,13 +231,13 @@ def task_arguments(args: argparse.Namespace, *, epochs: int) -> dict[str, Any]:
 
 
 def _loss(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("top_k", "student_temperature", "variant", "guide_gradient_scale")
+    names = ("discount", "top_k", "student_temperature", "variant", "guide_gradient_scale")
     return {**{name: getattr(args, f"disk_{name}") for name in names}, "budget": _budget(args.disk_budget)[0]}
 
 
-def _budget(given: float | list[float]) -> list[float]:
-    """One number, or upper and lower; a ``-c`` file may hold either form."""
-    numbers = given if isinstance(given, list) else [given]
+def _budget(given: float | list[float] | None) -> list[Any]:
+    """One number or none, or upper and lower; a ``-c`` file may hold any of them."""
+    numbers: list[Any] = given if isinstance(given, list) else [given]
     if not 1 <= len(numbers) <= 2:
         raise ValueError(f"disk_budget must be one number, or upper and lower, got {given}")
     return numbers

@@ -148,6 +148,8 @@ class GuidedTask(StudentTask):
     def end_epoch(self) -> dict[str, float]:
         """Step the schedule; return the epoch's multiplier, budget and means over the samples of all processes."""
         means = {"multiplier": float(self.disk.multiplier), "budget": float(self.disk.budget)}
+        if self.disk.level is not None:
+            means["discount_target"] = float(self.disk.level.target)
         self.report.sum_over_processes()
         means |= self.report.logged()
         classes, trained = unwrap_model(self.student).num_classes, self.schedule.epoch > 0

@@ -1,4 +1,4 @@
-"""When the multiplier and the budget step, in epochs of the host."""
+"""When the discount's target, or multiplier and budget, step, in epochs of the host."""
 
 import math
 from collections.abc import Mapping
@@ -25,8 +25,9 @@ class Schedule:
         self.epoch, self.epochs_per_iteration = 0, epochs_per_iteration
         self.dual: DualScheduler | None = None
         if epochs is not None:
-            # a budget that is given here is not overridden by a checkpoint's
-            dual = {"budget": float(disk.budget), **(dual or {})}
+            dual = dict(dual or {})
+            if disk.level is None and dual.get("budget") is None:
+                dual["budget"] = float(disk.budget)  # given here it is not overridden by a checkpoint's
             with low_multiplier_unwarned():  # the launcher logs the note
                 self.dual = DualScheduler(disk, epochs=math.ceil(epochs / epochs_per_iteration), **dual)
 

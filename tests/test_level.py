@@ -1,0 +1,415 @@
+"""The default form: the guide ranks, the loss sets the level of g so that the mean discount meets its target."""
+
+import copy
+import io
+import math
+import warnings
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing as mp
+from torch import nn
+
+from disk_plugin import DiSKLoss, DualScheduler, GuideHead, functional, presets
+from disk_plugin.accumulation import AccumulatedBatch
+from disk_plugin.distributed import attach
+from disk_plugin.level import DiscountLevel, GuideLevel
+from disk_plugin.replay import GuideReplay
+from disk_plugin.uniform import UniformGuide
+from disk_plugin.variants import VARIANTS
+
+N, C, D = 32, 6, 3
+
+
+def make_loss(discount="auto", **settings):
+    torch.manual_seed(3)
+    return DiSKLoss(GuideHead(C, D, hidden_dims=(8,)), discount=discount, **settings).double()
+
+
+def batch(positions=(), n=N, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher, features = (
+        2 * torch.randn(n, width, *positions, generator=generator, dtype=torch.float64) for width in (C, C, D)
+    )
+    return student, teacher, torch.randint(C, (n, *positions), generator=generator), features
+
+
+def guide_gradient(disk, *inputs, **how):
+    return torch.autograd.grad(disk.terms(*inputs, **how).guide_loss, [*disk.parameters()])
+
+
+# ---- what the guide is asked for ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_the_guide_feels_the_divergence_at_a_given_mean_discount(variant, top_k):
+    """By autograd, from the definitions: the gradient of the divergence plus a multiple of that of the discount."""
+    student, teacher, target, _ = batch()
+    logits = torch.randn(N, dtype=torch.float64).sub(2).requires_grad_()
+    settings = {"temperature": 2.0, "student_temperature": 3.0, "top_k": top_k, "variant": variant}
+    terms = functional.disk_terms(student, teacher, target, logits, multiplier=0.0, hold_discount=True, **settings)
+    found = torch.autograd.grad(terms.guide_loss, logits)[0]
+
+    rules = VARIANTS[variant]
+    mask = torch.ones_like(teacher, dtype=torch.bool)
+    if top_k:
+        mask = torch.zeros_like(mask).scatter(1, teacher.topk(top_k, 1).indices, True)
+        mask = mask.scatter(1, target[:, None], True) if rules.scaffold_label else mask
+    soft = teacher / 2
+    if rules.teacher_target == "scaffolded" and top_k:
+        soft = torch.where(mask, soft, teacher.amin(1, keepdim=True))
+    t = soft.softmax(1) * (mask if rules.teacher_target == "scaffolded" else 1)
+    s = (student / 3).softmax(1)
+    g = logits.sigmoid()[:, None] * mask
+    to_divergence = torch.autograd.grad(-(t * (s + g).log()).sum(1).mean(), logits)[0]
+    g = logits.sigmoid()[:, None] * mask
+    to_taken = torch.autograd.grad((t * g / (s + g)).sum(1).mean(), logits)[0]
+    price = -to_divergence.sum() / to_taken.sum()
+    torch.testing.assert_close(found, to_divergence + price * to_taken)
+    assert found.sum().abs() < 1e-12 < found.abs().max()
+
+
+def test_the_student_and_the_value_feel_nothing_of_it():
+    student, teacher, target, features = batch()
+    disk = make_loss(0.4, temperature=3.0)
+    placed = disk.level.place(disk.guide_logits(teacher, features))
+    expected = functional.disk_terms(
+        student.requires_grad_(),
+        teacher,
+        target,
+        placed,
+        ce_weight=0.0,
+        distill_weight=1.0,
+        temperature=3.0,
+        multiplier=0.0,
+        hold_discount=True,
+    )
+    found = disk.terms(student, teacher, target, features)
+    for name, value in found._asdict().items():
+        torch.testing.assert_close(value, getattr(expected, name), msg=name)
+    each = [torch.autograd.grad(loss, student)[0] for loss in (found.loss, expected.student_loss)]
+    torch.testing.assert_close(*each)
+    assert found.loss == found.student_loss
+
+
+def test_ignored_positions_and_weights_count_as_in_a_batch_without_them():
+    student, teacher, target, features = batch((3,), n=8)
+    target[2, 1] = target[5] = -100
+    weight = torch.rand(8, 3, dtype=torch.float64) + 0.5
+    kept = target != -100
+
+    def flat(value):
+        return value.movedim(1, -1)[kept] if value.ndim == 3 else value[kept]
+
+    wide, narrow = make_loss(0.4), make_loss(0.4)
+    student[5], teacher[5] = math.nan, math.inf
+    dense = guide_gradient(wide, student, teacher, target, features, sample_weight=weight)
+    plain = guide_gradient(narrow, *map(flat, (student, teacher, target, features)), sample_weight=flat(weight))
+    torch.testing.assert_close(dense, plain)
+    torch.testing.assert_close(wide.level.state_dict(), narrow.level.state_dict())
+
+
+@pytest.mark.parametrize("discount", [0.1, 0.4, 0.7])
+def test_the_discount_is_met_while_the_guide_learns_to_rank(discount):
+    disk = make_loss(discount)
+    optimizer = torch.optim.SGD(disk.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(200):
+        terms = disk.terms(*batch(n=256), reduction="none")
+        optimizer.zero_grad()
+        terms.mean().loss.backward()
+        optimizer.step()
+    assert terms.discount.mean().item() == pytest.approx(discount, abs=0.01)
+    odds = terms.guide / (1 - terms.guide)
+    assert odds.max() / odds.min() <= math.exp(1.0) * (1 + 1e-9)  # e^-.5 to e^.5 around the level
+    assert odds.max() / odds.min() > 1.3
+    uniform = DiSKLoss(UniformGuide(discount=discount)).double()
+    for _ in range(100):
+        even = uniform.terms(*batch(n=256)[:3])
+    # what the guide is asked for: less divergence at the same discount
+    assert terms.distill.mean() < even.distill - 1e-3
+
+
+class Offset(nn.Module):
+    """A guide whose logits are far from 0."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, teacher_logits, teacher_features=None):
+        return self.logits
+
+
+def test_a_guide_far_off_its_centre_still_ranks():
+    student, teacher, target, _ = batch()
+    disk = DiSKLoss(Offset(7.0 + 0.1 * torch.randn(N)), discount=0.4)
+    for _ in range(3):
+        disk(student, teacher, target)
+    terms = disk.terms(student, teacher, target, reduction="none")
+    assert terms.guide.std() > 0.02 * terms.guide.mean()
+    assert guide_gradient(disk, student, teacher, target)[0].abs().min() > 0
+
+
+# ---- the automatic target -------------------------------------------------------------------------------------------
+
+
+def level_after(agreements, epochs, **how):
+    """A level that saw one batch of each agreement per epoch; returns its target after each."""
+    level, targets = DiscountLevel("auto", **how), []
+    for epoch, agreement in enumerate(agreements):
+        level.step(*(torch.tensor(value, dtype=torch.float64) for value in (0.1, 0.1, agreement)))
+        level.set_progress((epoch + 1) / epochs)
+        targets.append(level.target.item())
+    return level, targets
+
+
+def test_the_target_is_what_the_student_fails_to_follow_ramped_in_and_bounded():
+    _, targets = level_after([0.7] * 10, 10, share=0.8, over=0.5)
+    assert targets == pytest.approx([0.8 * 0.3 * min(2 * (e + 1) / 10, 1) for e in range(10)])
+    _, targets = level_after([0.0] * 4, 4)
+    assert targets[-1] == 0.5
+
+
+def test_the_target_waits_while_the_student_still_learns_to_follow():
+    # agreement .4 at first; the running mean moves .3 of the way to .8: .52, a fifth of the disagreement gone
+    _, targets = level_after([0.4, 0.8], 2)
+    assert targets[1] == pytest.approx((1 - 0.52) * (1 - 4 * 0.2))
+    _, targets = level_after([0.4, 1.0], 2)  # .58: three tenths
+    assert targets[1] == 0.0
+
+
+def test_progress_that_is_said_again_changes_nothing():
+    level, _ = level_after([0.4, 0.7], 4)
+    before = copy.deepcopy(level.state_dict())
+    level.set_progress(0.5)
+    torch.testing.assert_close(level.state_dict(), before, rtol=0, atol=0)
+
+
+def test_before_the_first_epoch_ends_it_is_plain_distillation():
+    disk = make_loss(temperature=2.0)
+    DualScheduler(disk, epochs=5)
+    for _ in range(60):
+        disk(*batch())
+    student, teacher, target, features = batch()
+    plain = functional.kd_loss(student, teacher, target, temperature=2.0, ce_weight=0.0, distill_weight=1.0)
+    torch.testing.assert_close(disk(student, teacher, target, features), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_the_scheduler_tells_how_far_training_has_come():
+    disk = make_loss()
+    dual = DualScheduler(disk, epochs=4)
+    seen = [disk.level.progress.item()]
+    for _ in range(4):
+        disk(*batch())
+        dual.step()
+        seen.append(disk.level.progress.item())
+    assert seen == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert dual(3) == (0.0, 0.3)
+    assert dual.note is None
+
+
+# ---- which form a loss takes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"multiplier": 50.0}, {"budget": 0.1}, {"discount": None}, presets.PAPER["loss"]])
+def test_a_budget_or_a_multiplier_asks_for_the_papers_form(settings):
+    disk = DiSKLoss(GuideHead(C), **settings)
+    assert disk.level is None
+    assert not any("level" in name for name in disk.state_dict())
+    assert disk.multiplier.item() == 50.0
+
+
+@pytest.mark.parametrize(
+    "how", [{"multiplier": (0.1, 50.0)}, {"period": 2}, {"budget": 0.2}, {"budget_period": 3}, {"rule": "ascent"}]
+)
+def test_so_does_what_the_scheduler_is_given(how):
+    disk = DiSKLoss(GuideHead(C))
+    assert isinstance(disk.level, GuideLevel)
+    dual = DualScheduler(disk, epochs=8, **how)
+    assert disk.level is None
+    assert (dual.multiplier_min, dual.multiplier_max) == (0.1, 50.0)
+
+
+def test_a_multiplier_given_to_the_loss_stays_unless_bounds_are_asked_for():
+    disk = DiSKLoss(GuideHead(C), multiplier=1000.0, budget=0.02)
+    dual = DualScheduler(disk, epochs=8)
+    for _ in range(3):
+        dual.step()
+    assert disk.multiplier.item() == 1000.0
+    with pytest.warns(UserWarning, match=r"given multiplier=1000, which the schedule's bounds \(0.1, 50.0\) overwrite"):
+        DualScheduler(disk, epochs=8, multiplier=(0.1, 50.0))
+    disk = DiSKLoss(GuideHead(C), budget=0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert DualScheduler(disk, epochs=8).multiplier_max == 50.0
+        DualScheduler(disk, epochs=8, multiplier=(1.0, 5.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: make_loss(0.4, budget=0.1), ValueError, "discount=0.4 and budget=0.1 both bound g"),
+        (lambda: make_loss(0.4, multiplier=5.0), ValueError, "discount=0.4 and multiplier=5.0 both bound g"),
+        (lambda: make_loss(1.0), ValueError, "discount must be <= 0.99, got 1.0"),
+        (lambda: make_loss(-0.1), ValueError, "discount must be >= 0"),
+        (lambda: make_loss("much"), ValueError, r"discount must be one of \['auto'\], got 'much'"),
+        (lambda: make_loss(True), TypeError, "discount must be a number, got bool"),
+        (lambda: make_loss(multiplier=-1.0), ValueError, "multiplier must be >= 0"),
+        (lambda: DiSKLoss(UniformGuide(0.1), discount=0.4), ValueError, "left out beside a UniformGuide"),
+        (
+            lambda: DualScheduler(make_loss(0.4), epochs=4, period=2),
+            ValueError,
+            "the loss was given discount=0.4, which has no period",
+        ),
+    ],
+)
+def test_what_contradicts_itself_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+# ---- parts, processes, replay, state --------------------------------------------------------------------------------
+
+
+def test_micro_batches_give_the_whole_batchs_gradient_and_move_the_level_once():
+    disk, twin = make_loss(0.4), make_loss(0.4)
+    inputs = batch()
+    expected = guide_gradient(twin, *inputs)
+    whole = AccumulatedBatch(disk)
+    for part in (slice(10), slice(10, N)):
+        student, teacher, target, features = (value[part] for value in inputs)
+        whole.add(student.requires_grad_(), teacher, target, features).backward()
+    found = torch.autograd.grad(whole.terms().guide_loss, [*disk.parameters()])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(disk.level.state_dict(), twin.level.state_dict())
+
+
+def test_on_a_record_the_guide_trains_as_on_the_batch():
+    disk = make_loss(0.4, top_k=3)
+    replay = GuideReplay(disk, torch.optim.SGD(disk.guide.parameters(), lr=0.1), dtype=torch.float64)
+    disk.level.log_guide.fill_(-2.0)
+    student, teacher, target, features = batch()
+    replay.record(student, teacher, target, features)
+    disk.eval()
+    terms = disk.terms(student, teacher, target, features)
+    expected = terms.guide_loss, torch.autograd.grad(terms.guide_loss, [*disk.parameters()])
+    loss = replay.guide_loss(torch.arange(N))
+    torch.testing.assert_close((loss, torch.autograd.grad(loss, [*disk.parameters()])), expected)
+    disk.train()
+    before = copy.deepcopy(disk.level.state_dict())
+    replay.train_guide(passes=2)
+    torch.testing.assert_close(disk.level.state_dict(), before, rtol=0, atol=0)  # the student's batches move it
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    disk = make_loss()
+    disk.level.set_progress(0.5)
+    attach(disk)
+    for seed in range(3):
+        disk.zero_grad()
+        disk(*(value[rank::2] for value in batch(seed=seed))).backward()
+    state = {"level": disk.level.state_dict(), "gradients": [parameter.grad for parameter in disk.parameters()]}
+    torch.save(state, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_one_level_and_one_gradient_those_of_the_whole_batch(tmp_path):
+    mp.spawn(process, (str(tmp_path),), nprocs=2)
+    both = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    single = make_loss()
+    single.level.set_progress(0.5)
+    for seed in range(3):
+        single.zero_grad()
+        single(*batch(seed=seed)).backward()
+    expected = {"level": dict(single.level.state_dict()), "gradients": [p.grad for p in single.parameters()]}
+    for found in both:
+        torch.testing.assert_close({**found, "level": dict(found["level"])}, expected)
+    torch.testing.assert_close(both[0]["level"], both[1]["level"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dual_first", [False, True])
+def test_a_resumed_run_goes_on_bit_for_bit(dual_first):
+    def fresh():
+        disk = make_loss()
+        return disk, DualScheduler(disk, epochs=8), torch.optim.SGD(disk.parameters(), lr=0.1, momentum=0.9)
+
+    def run(parts, epochs):
+        disk, dual, optimizer = parts
+        for epoch in epochs:
+            for step in range(3):
+                optimizer.zero_grad()
+                disk(*batch(seed=10 * epoch + step)).backward()
+                optimizer.step()
+            dual.step()
+
+    whole, half, resumed = fresh(), fresh(), fresh()
+    run(whole, range(8))
+    run(half, range(4))
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in half], file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    for index in (1, 0, 2) if dual_first else (0, 1, 2):
+        resumed[index].load_state_dict(states[index])
+    run(resumed, range(4, 8))
+    torch.testing.assert_close(resumed[0].state_dict(), whole[0].state_dict(), rtol=0, atol=0)
+    assert whole[0].level.log_guide != half[0].level.log_guide
+
+
+def test_it_compiles_without_graph_breaks():
+    torch.compiler.reset()
+    disk = make_loss(0.4)
+    twin = copy.deepcopy(disk)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        torch.testing.assert_close(compiled(*batch(seed=seed)), disk(*batch(seed=seed)))
+    torch.testing.assert_close(dict(twin.level.state_dict()), dict(disk.level.state_dict()))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_batch_that_is_not_finite_moves_no_level(value):
+    disk = make_loss(0.4)
+    disk(*batch())
+    before = copy.deepcopy(disk.level.state_dict())
+    student, teacher, target, features = batch()
+    teacher[0, 0] = value
+    disk(student, teacher, target, features)
+    moved = {name: value for name, value in disk.level.state_dict().items() if name != "centre"}
+    torch.testing.assert_close(moved, {name: before[name] for name in moved}, rtol=0, atol=0)
+    assert disk.level.centre.isfinite()
+
+
+def test_evaluation_moves_nothing():
+    disk = make_loss(0.4)
+    disk(*batch())
+    before = copy.deepcopy(disk.level.state_dict())
+    disk.eval()
+    disk(*batch(seed=1))
+    torch.testing.assert_close(disk.level.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_level_keeps_its_digits_through_a_cast_and_starts_anew_off_the_meta_device():
+    disk = make_loss().to(torch.bfloat16)
+    assert disk.level.log_guide.item() == math.log(0.01)
+    with torch.device("meta"):
+        bare = DiSKLoss(GuideHead(C))
+        assert "GuideLevel" in repr(bare)
+    bare.to_empty(device="cpu")
+    fresh = DiSKLoss(GuideHead(C))
+    for name in ("multiplier", "budget", "epoch_statistics"):
+        torch.testing.assert_close(getattr(bare, name), getattr(fresh, name), rtol=0, atol=0)
+    found, expected = (dict(loss.level.state_dict()) for loss in (bare, fresh))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_under_torch_func_it_is_refused_in_training_mode_with_the_cure():
+    student, teacher, target, features = batch()
+    disk = make_loss()
+    with pytest.raises(RuntimeError, match=r"moves a buffer in training mode.*call disk.eval\(\)"):
+        torch.func.grad(lambda student: disk(student, teacher, target, features))(student)
+    disk.eval()
+    torch.func.grad(lambda student: disk(student, teacher, target, features))(student)
