@@ -20,7 +20,7 @@ _INITIAL = {
     "progress": 0.0,
     "gate": 1.0,
 }
-_PATIENCE = 4.0  # the target waits while an epoch removes a quarter of the disagreement
+PATIENCE = 4.0  # the target waits while an epoch removes a quarter of the disagreement
 _MOMENTUM = 0.3  # of the running agreement; a slow one lags behind a student from scratch
 _FLAT = 1e-4  # slopes below it tell nothing: the step is as long as it may be
 _RANGE = 0.5  # a guide's ranking multiplies the odds of g by e^-.5 to e^.5: a wider one censors
@@ -66,6 +66,7 @@ class DiscountLevel(nn.Module):
         _checks.number("share", share, above=0, at_most=1)
         _checks.number("over", over, above=0, at_most=1)
         self.discount, self.share, self.over = discount, float(share), float(over)
+        self.patience = PATIENCE
         self._initial = dict(_INITIAL)
         for name, number in self._initial.items():
             self.register_buffer(name, torch.tensor(number, dtype=torch.float64))
@@ -76,7 +77,7 @@ class DiscountLevel(nn.Module):
         _checks.number("progress", progress, at_least=0)
         last, moved = self.last_agreement, self.agreement != self.last_agreement  # else it is said again, on a resume
         gain = (self.agreement - last) / (1 - last).clamp(min=_FLAT)
-        self.gate.copy_(torch.where(moved, (1 - _PATIENCE * gain).clamp(0.0, 1.0), self.gate))
+        self.gate.copy_(torch.where(moved, (1 - self.patience * gain).clamp(0.0, 1.0), self.gate))
         self.last_agreement.copy_(self.agreement)
         self.progress.fill_(min(progress, 1.0))
 
@@ -157,7 +158,7 @@ class GuideLevel(DiscountLevel):
 
     @torch.no_grad()
     def follow(self, mean_logit: Tensor) -> None:
-        """Move the centre to the mean of the guide's own logits over a training batch, a scalar; before :meth:`step`."""
+        """Move the centre to the mean of the guide's own logits over a batch, a scalar; before :meth:`step`."""
         mean_logit = mean_logit.to(self.centre.dtype)
         moved = torch.where(self.agreement < 0, mean_logit, torch.lerp(self.centre, mean_logit, _MOMENTUM))
         self._write(mean_logit.isfinite(), centre=moved)

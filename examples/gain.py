@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from small_problems import candidates, pixels, report
 from small_problems.candidates import Cell
+from small_problems.problems import Problem
 from small_problems.training import Scores, new_student, train_disk, train_kd, warm_student
+from torch import nn
 from tqdm import tqdm
 
 SEARCH_SEEDS, REPORT_SEEDS = 100, 0  # the first of each
@@ -58,29 +60,22 @@ def chosen_cells(args: argparse.Namespace) -> dict[str, Cell]:
 
 
 def run_cell(job: tuple[str, Cell, dict[str, Any], range, Path]) -> str:
-    """Train everything of one cell; keep and return its name."""
+    """Train what is not kept yet of one cell; keep it and return its name."""
     name, cell, forms, seeds, folder = job
     path = folder / f"{report.slug(name)}.json"
-    if path.exists() and json.loads(path.read_text())["seeds"] == [*seeds]:
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("seeds") != [*seeds]:
+        kept = {}
+    missing = {form: settings for form, settings in forms.items() if form not in kept.get("rows", {})}
+    if not missing:
         return name
     torch.set_num_threads(1)
     problem = cell.make()
     starts = [warm_student(problem, seed, cell.warm) if cell.warm else new_student(problem, seed) for seed in seeds]
     pairs = [*zip(starts, seeds, strict=True)]
-    kd = [train_kd(problem, start, candidates.KD_TRIALS, seed, cell.passes) for start, seed in pairs]
-    means = [sum(each[row].validation for each in kd) for row in range(len(candidates.KD_TRIALS))]
-    best = max(range(len(means)), key=means.__getitem__)
-    temperature = candidates.KD_TRIALS[best]["temperature"]
-    found: dict[str, Any] = {
-        "cell": name,
-        "problem": problem.name,
-        "seeds": [*seeds],
-        "teacher_test": problem.teacher_test,
-        "kd_settings": candidates.KD_TRIALS[best],
-        "kd_validation_means": [mean / len(seeds) for mean in means],
-        "rows": {"KD": _columns([each[best] for each in kd])},
-    }
-    for form, settings in forms.items():
+    found = kept or _best_kd(name, cell, problem, pairs)
+    temperature = found["kd_settings"]["temperature"]
+    for form, settings in missing.items():
         found["rows"][form] = _columns(
             [
                 train_disk(problem, start, {"temperature": temperature, **settings}, seed, cell.passes)
@@ -90,6 +85,22 @@ def run_cell(job: tuple[str, Cell, dict[str, Any], range, Path]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     return name
+
+
+def _best_kd(name: str, cell: Cell, problem: Problem, pairs: list[tuple[nn.Sequential, int]]) -> dict[str, Any]:
+    """Train every trial of KD from every start; return the best by validation accuracy."""
+    kd = [train_kd(problem, start, candidates.KD_TRIALS, seed, cell.passes) for start, seed in pairs]
+    means = [sum(each[row].validation for each in kd) / len(pairs) for row in range(len(candidates.KD_TRIALS))]
+    best = max(range(len(means)), key=means.__getitem__)
+    return {
+        "cell": name,
+        "problem": problem.name,
+        "seeds": [seed for _, seed in pairs],
+        "teacher_test": problem.teacher_test,
+        "kd_settings": candidates.KD_TRIALS[best],
+        "kd_validation_means": means,
+        "rows": {"KD": _columns([each[best] for each in kd])},
+    }
 
 
 def _columns(scores: list[Scores]) -> dict[str, list[float]]:

@@ -51,6 +51,17 @@ FORMS: dict[str, Settings] = {
         "dual": {"multiplier": (1.0, 1000.0), "rule": "ascent", "ascent_rate": 100.0},
     },
 }
+# added after the first round, under the same rule: there "share 1 over 0.3" gained most, and was behind by hardly more
+# than its noise in two cells, where a longer patience (a target that waits while the student still learns) may help
+FORMS |= {
+    f"guide, discount auto, share {share:g} over {over:g}, patience {patience:g}": {
+        "discount": "auto",
+        "share": share,
+        "over": over,
+        "patience": patience,
+    }
+    for share, over, patience in ((1.0, 0.3, 6.0), (1.0, 0.2, 6.0), (1.0, 0.2, 8.0), (1.0, 0.4, 4.0), (0.8, 0.2, 6.0))
+}
 # of the report: README's loop as it stands, and its controls
 REPORTED: dict[str, Settings] = {
     "DiSK, default": {},

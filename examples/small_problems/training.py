@@ -48,18 +48,17 @@ def train_disk(problem: Problem, start: nn.Sequential, settings: dict[str, Any],
     """Train a student by README's loop.
 
     ``settings`` are those of ``DiSKLoss``, but for ``uniform``: the arguments of a ``UniformGuide`` instead of a guide;
-    ``share`` and ``over`` of the automatic target; ``dual``: arguments of ``DualScheduler``.
+    ``share``, ``over`` and ``patience`` of the automatic target; ``dual``: arguments of ``DualScheduler``.
     """
     student, settings = copy.deepcopy(start), dict(settings)
     uniform, dual_settings = settings.pop("uniform", None), settings.pop("dual", {})
-    target = {name: settings.pop(name) for name in ("share", "over") if name in settings}
+    target = {name: settings.pop(name) for name in ("share", "over", "patience") if name in settings}
     torch.manual_seed(seed)
     classes, features = problem.widths[-1], problem.teacher_features.shape[1]
-    guide = GuideHead(classes, features) if uniform is None else UniformGuide(**uniform, **target)
+    guide = GuideHead(classes, features) if uniform is None else UniformGuide(**uniform)
     disk = DiSKLoss(guide, **settings)
     for name, value in target.items():
-        if disk.level is not None:
-            setattr(disk.level, name, value)
+        setattr(disk.level or guide, name, value)
     dual = DualScheduler(disk, epochs=passes, **dual_settings)
     x, y = problem.train
 
