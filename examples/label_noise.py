@@ -112,7 +112,7 @@ def fit(args: argparse.Namespace, train: data.Split, held_out: data.Split) -> tu
     settings = {"default schedule": {}, "searched": search["chosen"]["disk"]["settings"]}
     run = {"feature_dim": SHAPES[TEACHER][0][-1], "epochs": args.epochs, "seed": 0}
     # the same budget for both: the search's, where the settings give none
-    methods = {name: RecordedDiSK(**{"budget": search["budget"], **own}, **run) for name, own in settings.items()}
+    methods = {name: RecordedDiSK.made(own, budget=search["budget"], **run) for name, own in settings.items()}
     others = {"ce": CE(), "kd": KD(**search["chosen"]["kd"]["settings"])}
     return teacher_run, run_of(STUDENT, {**methods, **others}, teacher), settings
 

@@ -6,6 +6,8 @@ copies' along dimension 0, so that :func:`joined` and :func:`parted` turn one in
 such as SGD treat the copies exactly as they would apart.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -67,12 +69,13 @@ class ResNet(nn.Module):
         name: a key of ``SHAPES``.
         num_classes: C.
         copies: M networks side by side; for M > 1 the weights are to be loaded, see :func:`joined`.
+        features: width of a linear layer before the last, which bounds the rank of the logits; None for none.
 
     Shape:
         images (N, 3, H, W), the same for every copy; returns logits (N, M * C).
     """
 
-    def __init__(self, name: str, num_classes: int = 100, copies: int = 1) -> None:
+    def __init__(self, name: str, num_classes: int = 100, copies: int = 1, features: int | None = None) -> None:
         super().__init__()
         if name not in SHAPES:
             raise ValueError(f"name must be one of {sorted(SHAPES)}, got {name!r}")
@@ -87,14 +90,15 @@ class ResNet(nn.Module):
                 stages.append(BasicBlock(width, copies * filters, stride, copies))
                 width = copies * filters
         self.blocks = nn.Sequential(*stages)
-        self.classifier = (
-            nn.Linear(width, num_classes) if copies == 1 else JoinedLinear(widths[-1], num_classes, copies)
-        )
+        readout = [widths[-1], num_classes] if features is None else [widths[-1], features, num_classes]
+        layers = [nn.Linear(*each) if copies == 1 else JoinedLinear(*each, copies) for each in pairwise(readout)]
+        self.bottleneck = nn.Sequential(*layers[:-1])
+        self.classifier = layers[-1]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of all copies."""
         out = self.blocks(F.relu(self.bn1(self.conv1(images))))
-        return self.classifier(out.mean((2, 3)))
+        return self.classifier(self.bottleneck(out.mean((2, 3))))
 
 
 def joined(states: list[State]) -> State:
