@@ -1,13 +1,15 @@
 """CIFAR-100 at equal cost: CE, KD and DiSK students of a ResNet10 teacher, from data to table.
 
 Trains the teacher and the CE warm starts, searches the settings of KD and of DiSK with the same number of trials on
-5,000 held-out training images (``--search``; frozen in results/*_search.json), then trains every method side by
-side on all 50,000 images from the same start and batches, with the same learning rate and number of passes. The last
-epoch counts. Interrupted, the same command goes on with the last whole epoch.
+5,000 held-out training images (``--search``; frozen in results/*_search.json), then trains every row of the report on
+all 50,000 images from the same start and batches, with the same learning rate and number of passes. The last epoch
+counts. Each row and seed has a folder of its own: interrupted, the same command goes on with the last whole epoch, and
+``--collect`` makes the table of whatever has finished. ``--converged`` stands for the long protocol: 60 epochs of CE,
+then 60 of each row of ``trials.CONVERGED``.
 
 Usage: python examples/cifar100.py --data data/cifar100.npz [--student NAME] [--teacher NAME] [--epochs N] [--seeds N]
-       [--methods NAME ...] [--search | --screen | --repeat | --regimes | --time] [--device cuda] [--out DIR]
-       [--dry-run]
+       [--converged] [--methods NAME ...] [--only SEED ...] [--collect]
+       [--search | --screen | --repeat | --regimes | --conditions | --time] [--device cuda] [--out DIR] [--dry-run]
 """
 
 import argparse
@@ -18,7 +20,9 @@ from typing import Any
 
 import torch
 from small_images import data, trials
+from small_images.conditions import conditions, conditions_table
 from small_images.experiment import Experiment
+from small_images.final import Final
 from small_images.methods import METHODS
 from small_images.report import (
     compared_table,
@@ -42,11 +46,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="cifar100.npz, or the folder that holds cifar-100-python/")
     parser.add_argument("--student", choices=sorted(SHAPES), default="resnet10-xxs")
     parser.add_argument("--teacher", choices=sorted(SHAPES), default="resnet10-l")
-    parser.add_argument(
-        "--methods", nargs="+", choices=sorted(METHODS), default=["ce", "kd", "disk", "disk-alternating"]
-    )
+    names = sorted({*METHODS, *trials.rows(1.0)})
+    parser.add_argument("--methods", nargs="+", choices=names, default=["ce", "kd", "searched", "disk-alternating"])
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, help="2 for --conditions, else 3")
+    parser.add_argument("--converged", action="store_true", help="the long protocol's epochs and rows")
+    parser.add_argument("--collect", action="store_true", help="train nothing: the table of what has finished")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of disk and uniform: the best for KD")
     parser.add_argument(
         "--third",
         action=argparse.BooleanOptionalAction,
@@ -57,6 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--screen", action="store_true", help="look at further settings of DiSK on the same images")
     parser.add_argument("--repeat", action="store_true", help="train what came close to the best from two more starts")
     parser.add_argument("--regimes", action="store_true", help="few images, wrong labels, no warm start")
+    parser.add_argument("--conditions", action="store_true", help="16 px: where does a scaffold win on a CNN?")
     parser.add_argument("--time", action="store_true", help="time an epoch of each method alone")
     parser.add_argument("--teacher-epochs", type=int, default=24)
     parser.add_argument("--warm-epochs", type=int, default=15, help="of the CE warm start")
@@ -64,13 +71,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--views", type=int, help="distinct augmented copies of each image (30 on a CPU, else endless)")
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--batch-size", type=int, default=200)
-    parser.add_argument("--side-by-side", type=int, default=8, help="trials of the search that train as one network")
-    parser.add_argument("--only", type=int, nargs="+", help="groups of the search or seeds of the report; no table")
+    parser.add_argument("--side-by-side", type=int, help="trials of the search (8) or rows (1) that train as one")
+    parser.add_argument(
+        "--only", type=int, nargs="+", help="groups of the search, seeds of the report or conditions, from 0; no table"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("g++") is not None)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar100"))
     parser.add_argument("--dry-run", action="store_true", help="random images, two epochs of everything")
+    if parser.parse_known_args()[0].converged:
+        parser.set_defaults(warm_epochs=60, epochs=60, methods=trials.CONVERGED, third=False)
     args = parser.parse_args()
+    args.seeds = args.seeds or (2 if args.conditions else 3)
     args.held_out = data.HELD_OUT
     args.views = args.views or (30 if args.device == "cpu" else ENDLESS)
     if args.dry_run:
@@ -120,8 +132,16 @@ def main() -> None:
         name, found, shown = "regimes", regimes(experiment, search, args.only), regimes_table
     elif args.time:
         name, found, shown = "seconds", experiment.seconds(search), seconds_table
+    elif args.conditions:
+        name, shown = "conditions", conditions_table
+        path = args.out / f"{pair}_conditions.json"
+        found = conditions(experiment, args.only, lambda so_far: path.write_text(json.dumps(so_far, indent=1) + "\n"))
     else:
-        name, found, shown = f"{args.epochs}", experiment.report(search, args.only), table
+        final = Final(experiment, search)
+        if not args.collect:
+            final.train(list(range(args.seeds)) if args.only is None else args.only)
+        name, shown = "converged" if args.converged else f"{args.epochs}", table
+        found = final.collect() if args.only is None else None
     if found is None or (args.only is not None and args.screen):
         return  # a share of the work; the call without --only collects
     write(found, shown(found), args.out / f"{pair}_{name}.json")

@@ -12,6 +12,7 @@ from torchvision.transforms import AutoAugmentPolicy, v2
 
 MEAN, STD = (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)  # of the training images
 HELD_OUT = 5000
+_PART_SEED = 123_456_789  # orders no epoch: positions are sorted
 _FLIP_SEED = 987_654_321  # orders no epoch: the flipped samples would come first in it
 _SAME_POLICY = 10  # images that share one draw of AutoAugment
 _PADDING, _HOLE = 4, 16  # RandomCrop's padding and Cutout's square, pixels
@@ -71,6 +72,11 @@ def search_split(size: int, held_out: int = HELD_OUT) -> tuple[Tensor, Tensor]:
     """Return the positions of the training split that the search trains on, and those that it judges by."""
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def part_of(index: Tensor, count: int) -> Tensor:
+    """Return the positions of a random part, the same in each call; a longer one holds the shorter."""
+    return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(_PART_SEED))[:count]]
 
 
 def flip(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:

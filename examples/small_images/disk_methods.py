@@ -238,14 +238,7 @@ class DiscountBudgetDiSK(DiSK):
         """One backward for student and guide; the guide's half has the value 0."""
         disk, tau, tau_s = self.disk, self.disk.temperature, self.disk.student_temperature
         guide_logits = disk.guide_logits(batch.teacher_logits, batch.teacher_features)
-        terms = disk.terms(
-            student_logits,
-            batch.teacher_logits,
-            batch.labels,
-            guide_logits=guide_logits.detach(),
-            reduction="none",
-        )
-        self.report.add(terms)
+        terms = self.terms(student_logits, batch, guide_logits.detach())
         student, g = student_logits.detach(), guide_logits.sigmoid().unsqueeze(1)
         s, t = (student / tau_s).softmax(1), (batch.teacher_logits / tau).softmax(1)
         discount = 1 - (t * s / (s + g)).sum(1).mean()

@@ -1,4 +1,4 @@
-"""The stages of the CIFAR-100 example: teacher, warm starts, search, report, each kept in its folder."""
+"""The stages of the CIFAR-100 example: teacher, warm starts, search, each kept in its folder."""
 
 import argparse
 import time
@@ -9,13 +9,14 @@ from torch import Tensor
 
 from . import data, trials
 from .methods import CE, METHODS, Method, make_method
-from .report import differences, machine, summary
+from .report import machine
 from .resnet import SHAPES, ResNet, State
 from .training import Recipe, Run
 from .views import Views, digest, outputs_of
 
 SEARCH_SEED = 100  # never one of the report's
 TEACHER_SEED = 0
+TOGETHER = 8  # trials of the search that train as one network
 
 
 class Experiment:
@@ -29,14 +30,14 @@ class Experiment:
         self.all = torch.arange(len(self.train.labels))
         self.searched, held_out = data.search_split(len(self.train.labels), args.held_out)
         self.held_out = self.train.part(held_out)
-        self.teacher, self.teacher_accuracy = self._teacher()
+        self.teacher, self.teacher_accuracy = self.teacher_of(args.teacher)
         self.views = self.views_of(self.train)
 
-    def views_of(self, train: data.Split) -> Views:
-        """Augmented views of some images with the teacher's outputs."""
-        views = Views(train, self.args.views, self.teacher, None)
+    def views_of(self, train: data.Split, teacher: ResNet | None = None) -> Views:
+        """Augmented views of some images with the outputs of a teacher, by default the call's."""
+        views = Views(train, self.args.views, teacher or self.teacher, None)
         if self.args.device != "cuda":  # there the teacher's forward is cheaper than a disk
-            views.folder = self.out / f"outputs-{digest(self.teacher.state_dict())}-{views.content}"
+            views.folder = self.out / f"outputs-{digest(views.teacher.state_dict())}-{views.content}"
         return views
 
     def recipe(self, model: str, epochs: int, seed: int) -> Recipe:
@@ -46,24 +47,35 @@ class Experiment:
             model, epochs, seed, lr=args.lr, batch_size=args.batch_size, device=args.device, compiled=args.compile
         )
 
-    def _teacher(self) -> tuple[ResNet, dict[str, float]]:
-        """Train the teacher on what the search trains on, so that the held-out images are new to it as well."""
+    def teacher_of(self, name: str) -> tuple[ResNet, dict[str, float]]:
+        """Train a teacher on what the search trains on, so that the held-out images are new to it as well.
+
+        Raises:
+            RuntimeError: under ``--collect``, if it is not trained yet.
+        """
         args = self.args
-        recipe = self.recipe(args.teacher, args.teacher_epochs, TEACHER_SEED)._replace(compiled=args.device == "cuda")
+        recipe = self.recipe(name, args.teacher_epochs, TEACHER_SEED)._replace(compiled=args.device == "cuda")
         views = Views(self.train, args.views, None, None)
-        folder = self.out / f"teacher-{args.teacher}-{args.teacher_epochs}"
-        run = Run(recipe, {"ce": CE()}, None, views, self.searched, self.held_out, folder).fit()
-        model = ResNet(args.teacher).to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        folder = self.out / f"teacher-{name}-{args.teacher_epochs}"
+        run = Run(recipe, {"ce": CE()}, None, views, self.searched, self.held_out, folder)
+        if args.collect and run.epoch < recipe.epochs:
+            raise RuntimeError(f"--collect expects a trained teacher in {folder}, got {run.epoch} of its epochs")
+        run.fit()
+        model = ResNet(name).to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         model.load_state_dict(run.states()["ce"])
         return model, {"held_out": run.accuracies(self.held_out)[0], "test": run.accuracies(self.test)[0]}
 
-    def warm_start(self, seed: int, index: Tensor, judge: data.Split) -> tuple[State, float]:
-        """Train a student with cross-entropy: the common start of all methods, and its accuracy."""
+    def warm_run(self, seed: int, index: Tensor, judge: data.Split) -> Run:
+        """Return the training of a seed's CE student, as far as it has come."""
         args = self.args
         folder = self.out / f"warm-{args.student}-{args.warm_epochs}-{len(index)}-seed{seed}"
         views = Views(self.train, args.views, None, None)
         recipe = self.recipe(args.student, args.warm_epochs, seed)
-        run = Run(recipe, {"ce": CE()}, None, views, index, judge, folder).fit()
+        return Run(recipe, {"ce": CE()}, None, views, index, judge, folder)
+
+    def warm_start(self, seed: int, index: Tensor, judge: data.Split) -> tuple[State, float]:
+        """Train a student with cross-entropy: the common start of all methods, and its accuracy."""
+        run = self.warm_run(seed, index, judge).fit()
         return run.states()["ce"], run.logs["ce"][-1]["accuracy"]
 
     def methods(self, chosen: dict[str, tuple[str, dict[str, Any]]], epochs: int, seed: int, budget: float):
@@ -88,7 +100,8 @@ class Experiment:
         args = self.args
         start, accuracy = self.warm_start(seed, self.searched, self.held_out)
         names, rows = list(chosen), {}
-        groups = [names[i : i + args.side_by_side] for i in range(0, len(names), args.side_by_side)]
+        together = args.side_by_side or TOGETHER
+        groups = [names[i : i + together] for i in range(0, len(names), together)]
         for number, group in enumerate(groups):
             if only is None or number in only:
                 own = {each: chosen[each] for each in group}
@@ -124,53 +137,13 @@ class Experiment:
         return {**found, "budget": 1 - found["warm_start"] / 100, "trials": number, "chosen": best}
 
     def chosen(self, search: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
-        """Return each method with its frozen settings; the variants of DiSK share theirs."""
-        found = {name: METHODS[name].searched_as for name in self.args.methods}
-        return {name: (name, search["chosen"][whose]["settings"] if whose else {}) for name, whose in found.items()}
-
-    def report(self, search: dict[str, Any], only: list[int] | None) -> dict[str, Any] | None:
-        """Train every method from every seed on all images; return accuracies on the test split."""
-        args = self.args
-        chosen = self.chosen(search)
-        logs: dict[str, list[Any]] = {name: [] for name in chosen}
-        warm = []
-        for seed in range(args.seeds) if only is None else only:
-            start, accuracy = self.warm_start(seed, self.all, self.test)
-            warm.append(accuracy)
-            run = self._run(chosen, args.epochs, seed, start, search["budget"])
-            for name in chosen:
-                logs[name].append(run.logs[name])
-            if args.third:
-                third = self._run(
-                    {"kd": ("kd", search["chosen"]["kd"]["settings"])}, args.epochs // 3, seed, start, 0.0
-                )
-                logs.setdefault("kd, 1/3 of the passes", []).append(third.logs["kd"])
-        if only is not None:
-            return None
-        protocol = {
-            key: getattr(args, key) for key in ("student", "teacher", "epochs", "warm_epochs", "seeds", "views", "lr")
-        }
-        return {
-            "protocol": {
-                **protocol,
-                "machine": machine(args.device),
-                "settings": search["chosen"],
-                "budget": search["budget"],
-            },
-            "teacher": self.teacher_accuracy["test"],
-            "warm_start": warm,
-            "methods": {name: summary(runs, self.passes(name)) for name, runs in logs.items()},
-            "differences": differences(logs),
-            "logs": logs,
-        }
-
-    def _run(self, chosen, epochs: int, seed: int, start: State, budget: float) -> Run:
-        args = self.args
-        folder = self.out / f"final-{args.student}-{epochs}-seed{seed}-{'-'.join(chosen)}"
-        recipe = self.recipe(args.student, epochs, seed)
-        return Run(
-            recipe, self.methods(chosen, epochs, seed, budget), start, self.views, self.all, self.test, folder
-        ).fit()
+        """Return each row's method with its settings: those of ``trials.rows``, or what the search froze."""
+        rows = trials.rows(self.args.temperature)
+        for name in self.args.methods:
+            if name not in rows:
+                whose = METHODS[name].searched_as
+                rows[name] = (name, search["chosen"][whose]["settings"] if whose else {})
+        return {name: rows[name] for name in self.args.methods}
 
     def seconds(self, search: dict[str, Any]) -> dict[str, Any]:
         """Time an epoch of each method alone, the teacher's outputs at hand, and the teacher's forward apart."""
@@ -179,7 +152,7 @@ class Experiment:
         for epoch in range(4):
             self.views(SEARCH_SEED, epoch)
         for name, chosen in self.chosen(search).items():
-            epochs = 1 + METHODS[name].step_every
+            epochs = 1 + METHODS[chosen[0]].step_every
             recipe = self.recipe(self.args.student, epochs, SEARCH_SEED)
             methods = self.methods({name: chosen}, epochs, SEARCH_SEED, search["budget"])
             run = Run(recipe, methods, start, self.views, self.searched, self.held_out, None)
@@ -195,9 +168,3 @@ class Experiment:
             outputs_of(self.teacher, images)[0].cpu()  # waits for the device
             taken["teacher's forward"] = (time.perf_counter() - begin) * len(self.searched) / len(images)
         return {"seconds_per_epoch": taken, "images": len(self.searched), "machine": machine(self.args.device)}
-
-    def passes(self, name: str) -> dict[str, float]:
-        """Passes over the data: of the student, and forwards of it beside those."""
-        student = self.args.epochs // 3 if "1/3" in name else self.args.epochs
-        extra = 0 if name not in METHODS else METHODS[name].extra_passes * student
-        return {"student": student, "extra_forwards": extra}

@@ -14,11 +14,15 @@ from scipy import stats
 _KINDS = ("right", "wrong")
 
 
-def summary(runs: list[list[dict[str, float]]], passes: dict[str, float]) -> dict[str, Any]:
+Runs = dict[int, list[dict[str, float]]]  # seed -> log of the epochs
+
+
+def summary(runs: Runs, passes: dict[str, float]) -> dict[str, Any]:
     """Last-epoch accuracies over the seeds; the best epoch on test apart, as it selects on test data."""
-    last = torch.tensor([run[-1]["accuracy"] for run in runs], dtype=torch.float64)
-    best = torch.tensor([max(epoch["accuracy"] for epoch in run) for run in runs], dtype=torch.float64)
+    last = torch.tensor([run[-1]["accuracy"] for run in runs.values()], dtype=torch.float64)
+    best = torch.tensor([max(epoch["accuracy"] for epoch in run) for run in runs.values()], dtype=torch.float64)
     return {
+        "seeds": list(runs),
         "last_epoch": last.tolist(),
         "mean": last.mean().item(),
         "std": last.std().item() if len(last) > 1 else None,
@@ -27,20 +31,37 @@ def summary(runs: list[list[dict[str, float]]], passes: dict[str, float]) -> dic
     }
 
 
-def differences(logs: dict[str, list[Any]]) -> dict[str, Any]:
-    """Paired differences to KD at equal passes, seed by seed, with a 95 % t-interval."""
-    last = {
-        name: torch.tensor([run[-1]["accuracy"] for run in runs], dtype=torch.float64) for name, runs in logs.items()
-    }
-    found = {}
-    for name in last:
-        if "kd" not in last or name == "kd" or len(last[name]) < 2:
+def better_kd(logs: dict[str, Runs]) -> str | None:
+    """Return which of KD's rows is the best in the mean over the seeds that all of them have."""
+    common = set.intersection(*map(set, logs.values())) if logs else set()
+    if not common:
+        return max(logs, key=lambda name: len(logs[name]), default=None)
+    return max(logs, key=lambda name: statistics.fmean(logs[name][seed][-1]["accuracy"] for seed in common))
+
+
+def differences(logs: dict[str, Runs], reference: str | None) -> dict[str, Any]:
+    """Paired differences to a row, over the seeds that both have, with a 95 % t-interval from two seeds on."""
+    found: dict[str, Any] = {}
+    for name, runs in logs.items():
+        common = [seed for seed in runs if seed in logs.get(reference, {})]
+        if name == reference or not common:
             continue
-        gap = last[name] - last["kd"]
-        half = stats.t.ppf(0.975, len(gap) - 1) * gap.std().item() / len(gap) ** 0.5
-        mean = gap.mean().item()
-        found[f"{name} - kd"] = {"mean": mean, "interval_95": [mean - half, mean + half], "values": gap.tolist()}
+        gap = [runs[seed][-1]["accuracy"] - logs[reference][seed][-1]["accuracy"] for seed in common]
+        mean, interval = statistics.fmean(gap), None
+        if len(gap) > 1:
+            half = stats.t.ppf(0.975, len(gap) - 1) * statistics.stdev(gap) / len(gap) ** 0.5
+            interval = [mean - half, mean + half]
+        found[f"{name} - {reference}"] = {"mean": mean, "interval_95": interval, "values": gap, "seeds": common}
     return found
+
+
+def shown_difference(gap: dict[str, Any] | None) -> str:
+    """Return a paired difference as a cell."""
+    if not gap:
+        return ""
+    if gap["interval_95"] is None:
+        return f"{gap['mean']:+.2f} (one seed)"
+    return f"{gap['mean']:+.2f} ({gap['interval_95'][0]:+.2f} to {gap['interval_95'][1]:+.2f})"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -50,17 +71,25 @@ def table(results: dict[str, Any]) -> str:
         "| student passes | extra forwards | best epoch on test (selects on test) |",
         "|---|---|---|---|---|---|---|",
     ]
+    kd, seeds = results.get("kd", "kd"), results["protocol"]["seeds"]
     for name, row in results["methods"].items():
         values = " / ".join(f"{value:.2f}" for value in row["last_epoch"])
         std = f" ± {row['std']:.2f}" if row["std"] is not None else ""
-        gap = results["differences"].get(f"{name} - kd")
-        shown = f"{gap['mean']:+.2f} ({gap['interval_95'][0]:+.2f} to {gap['interval_95'][1]:+.2f})" if gap else ""
+        if len(row["last_epoch"]) < seeds:
+            values += f" ({len(row['last_epoch'])} of {seeds} seeds: {', '.join(map(str, row['seeds']))})"
+        shown = shown_difference(results["differences"].get(f"{name} - {kd}"))
         passes = f"{row['passes']['student']:g} | {row['passes']['extra_forwards']:g}"
         lines.append(
             f"| {name} | {values} | {row['mean']:.2f}{std} | {shown} | {passes} | {row['best_on_test_mean']:.2f} |"
         )
     warm = " / ".join(f"{value:.2f}" for value in results["warm_start"])
-    return "\n".join([*lines, "", f"Teacher {results['teacher']:.2f}; warm start {warm}."])
+    lines += ["", f"Teacher {results['teacher']:.2f}; warm start {warm}."]
+    if len(results.get("kd_rows", [])) > 1:
+        lines[-1] += f" KD is the better of its rows {' and '.join(results['kd_rows'])}, which is {kd}."
+    against = shown_difference(results["differences"].get("disk - uniform"))
+    if against:
+        lines[-1] += f" What the trained guide adds: disk minus uniform {against}."
+    return "\n".join(lines)
 
 
 def search_table(search: dict[str, Any]) -> str:
@@ -84,7 +113,7 @@ def write_curves(results: dict[str, Any], out: Path, name: str) -> None:
     rows = [
         {"method": method, "seed": seed, **epoch}
         for method, runs in results["logs"].items()
-        for seed, run in enumerate(runs)
+        for seed, run in zip(results["methods"][method]["seeds"], runs, strict=True)
         for epoch in run
     ]
     fields = list(dict.fromkeys(key for row in rows for key in row))
@@ -131,8 +160,7 @@ def regimes_table(results: dict[str, Any]) -> str:
     for name, regime in results["regimes"].items():
         for method, row in regime["methods"].items():
             values = " / ".join(f"{value:.2f}" for value in row["last_epoch"])
-            gap = regime["differences"].get(f"{method} - kd")
-            shown = f"{gap['mean']:+.2f} ({gap['interval_95'][0]:+.2f} to {gap['interval_95'][1]:+.2f})" if gap else ""
+            shown = shown_difference(regime["differences"].get(f"{method} - kd"))
             last = [run[-1] for run in regime["logs"][method]]
             cells = [
                 " / ".join(f"{statistics.fmean(each[f'{key}_{kind}'] for each in last):.3f}" for kind in _KINDS)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from . import trials
-from .data import Split, flip
+from .data import Split, flip, part_of
 from .experiment import SEARCH_SEED, Experiment
 from .methods import CE, METHODS
 from .report import differences, machine, summary
@@ -16,7 +16,6 @@ from .views import Views
 SEEDS = (SEARCH_SEED, SEARCH_SEED + 1, SEARCH_SEED + 2)  # none of them one of the report's
 FRESH = SEEDS[1:]  # nothing was chosen on them
 WITHIN = 1.0  # percentage points of the best
-_PART_SEED = 123_456_789  # orders no epoch
 
 
 def close_to_best(rows: dict[str, dict[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -63,7 +62,8 @@ def regimes(experiment: Experiment, search: dict[str, Any], only: list[int] | No
         for seed in SEEDS[: experiment.args.seeds]:
             for method, log in _in_regime(experiment, search, regime, seed).items():
                 logs.setdefault(method, []).append(log)
-        found[name] = {"regime": regime._asdict(), **_compared(logs, regime.epochs, {})}
+        method_of = {name: method for name, (method, _) in experiment.chosen(search).items()}
+        found[name] = {"regime": regime._asdict(), **_compared(logs, regime.epochs, method_of)}
     seeds = SEEDS[: experiment.args.seeds]
     protocol = {"student": experiment.args.student, "teacher": experiment.args.teacher, "seeds": seeds}
     machine_used = machine(experiment.args.device)
@@ -73,8 +73,7 @@ def regimes(experiment: Experiment, search: dict[str, Any], only: list[int] | No
 def _in_regime(experiment: Experiment, search: dict[str, Any], regime: trials.Regime, seed: int) -> dict[str, Any]:
     """Train all methods of a seed side by side; return their logs."""
     args = experiment.args
-    generator = torch.Generator().manual_seed(_PART_SEED)  # the positions are sorted: a random part of them
-    index = experiment.searched[torch.randperm(len(experiment.searched), generator=generator)[: regime.images]]
+    index = part_of(experiment.searched, regime.images or len(experiment.searched))
     images, labels = experiment.train.part(index)
     train = Split(images, flip(labels.cpu(), regime.wrong_labels)[0].to(labels.device))
     views, every = experiment.views_of(train), torch.arange(len(index))
@@ -92,8 +91,8 @@ def _in_regime(experiment: Experiment, search: dict[str, Any], regime: trials.Re
 
 
 def _compared(logs: dict[str, list[Any]], epochs: int, method_of: dict[str, str]) -> dict[str, Any]:
-    methods = {}
-    for name, runs in logs.items():
-        extra = METHODS[method_of.get(name, name)].extra_passes
+    methods, by_seed = {}, {name: dict(enumerate(runs)) for name, runs in logs.items()}
+    for name, runs in by_seed.items():
+        extra = METHODS[method_of[name]].extra_passes
         methods[name] = summary(runs, {"student": epochs, "extra_forwards": extra * epochs})
-    return {"methods": methods, "differences": differences(logs), "logs": logs}
+    return {"methods": methods, "differences": differences(by_seed, "kd"), "logs": logs}

@@ -5,9 +5,9 @@ augmented once for all. The students are one joint network (see resnet.py), step
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,19 @@ class Recipe(NamedTuple):
     device: str = "cpu"
     compiled: bool = False
     progress: bool = True
+    num_classes: int = 100
+    features: int | None = None  # of the student's bottleneck
+
+    def network(self, copies: int = 1) -> ResNet:
+        """Build the student, or several as one."""
+        return ResNet(self.model, self.num_classes, copies, self.features)
+
+    def identity(self, methods: Iterable[Method], views: Views, index: Tensor, start: str) -> list[Any]:
+        """Return all that a checkpoint is told by; ``start`` is the digest of the state that was begun with."""
+        same = self._asdict() | {"device": None, "compiled": None, "progress": None}
+        teacher = digest(views.teacher.state_dict()) if views.teacher else None
+        data_seen = [len(index), views.count, views.content, teacher]
+        return json.loads(json.dumps([same, [repr(method) for method in methods], data_seen, start]))
 
 
 class Run:
@@ -61,9 +74,9 @@ class Run:
         self.folder, self.epoch = folder, 0
         self.logs: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
         torch.manual_seed(recipe.seed)
-        start = ResNet(recipe.model).state_dict() if start is None else start
+        start = recipe.network().state_dict() if start is None else start
         self.start = digest(start)
-        self.model = ResNet(recipe.model, copies=len(methods)).to(recipe.device, memory_format=torch.channels_last)
+        self.model = recipe.network(len(methods)).to(recipe.device, memory_format=torch.channels_last)
         self.model.load_state_dict(joined([start] * len(methods)))
         for method in methods.values():
             method.to(recipe.device)
@@ -144,7 +157,7 @@ class Run:
             return
         states = self.states()
         for name, method in due.items():
-            student = ResNet(self.recipe.model).to(self.recipe.device)
+            student = self.recipe.network().to(self.recipe.device)
             student.load_state_dict(states[name])
             student.eval()
             for guide_pass in range(method.guide_passes):
@@ -162,18 +175,15 @@ class Run:
         for (name, method), loss, score in zip(self.methods.items(), losses.tolist(), scores, strict=True):
             self.logs[name].append({"epoch": self.epoch, "loss": loss, "accuracy": score, **method.end_epoch()})
 
-    def _settings(self) -> str:
-        same = self.recipe._asdict() | {"device": None, "compiled": None, "progress": None}
-        teacher = digest(self.views.teacher.state_dict()) if self.views.teacher else None
-        data_seen = [len(self.index), self.views.count, self.views.content, teacher]
-        return json.dumps([same, [repr(method) for method in self.methods.values()], data_seen, self.start])
+    def _identity(self) -> list[Any]:
+        return self.recipe.identity(self.methods.values(), self.views, self.index, self.start)
 
     def _save(self) -> None:
         if not self.folder:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
-            "settings": self._settings(),
+            "settings": json.dumps(self._identity()),
             "epoch": self.epoch,
             "logs": self.logs,
             "model": self.model.state_dict(),
@@ -187,10 +197,10 @@ class Run:
         path = self.folder / "checkpoint.pt" if self.folder else None
         if not path or not path.exists():
             return
-        state = torch.load(path, map_location=self.recipe.device, weights_only=True)
-        if state["settings"] != self._settings():
+        state, expected = torch.load(path, map_location=self.recipe.device, weights_only=True), self._identity()
+        if identity_in(state) != expected:
             raise RuntimeError(
-                f"{path} holds a run with other settings; expected {self._settings()}, got {state['settings']}: "
+                f"{path} holds a run with other settings; expected {expected}, got {identity_in(state)}: "
                 f"remove it or choose another --out"
             )
         self.epoch, self.logs = state["epoch"], state["logs"]
@@ -199,3 +209,21 @@ class Run:
         for objects, key in pairs:
             for each, saved in zip(objects, state[key], strict=True):
                 each.load_state_dict(saved)
+
+
+def identity_in(checkpoint: dict[str, Any]) -> list[Any]:
+    """Return what a checkpoint was saved with; a field that its recipe does not know yet has the default."""
+    recipe, *others = json.loads(checkpoint["settings"])
+    return [Recipe._field_defaults | recipe, *others]
+
+
+def finished_log(checkpoint: dict[str, Any], name: str, expected: list[Any]) -> list[dict[str, float]] | None:
+    """Return the log of a method, or None where it is absent, has other settings or epochs to come.
+
+    ``expected`` is the identity that it has alone; in the checkpoint others may have trained beside it.
+    """
+    recipe, methods, *others = identity_in(checkpoint)
+    if name not in checkpoint["logs"] or checkpoint["epoch"] < recipe["epochs"]:
+        return None
+    own = methods[list(checkpoint["logs"]).index(name)]
+    return checkpoint["logs"][name] if [recipe, [own], *others] == expected else None

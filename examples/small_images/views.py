@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,36 @@ class Views:
 
     def __call__(self, seed: int, epoch: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Return the images of an epoch and the teacher's (logits, features) on them."""
-        number = (7 * seed + epoch) % self.count
+        number = self.number(seed, epoch)
         images = data.augmented(self.train.images, number)
-        return images, self._outputs(images, number) if self.teacher else None
+        return images, self.outputs(images, number) if self.teacher else None
 
-    def _outputs(self, images: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        path = self.folder / f"view-{number:03d}.pt" if self.folder else None
-        if path and path.exists():
-            return tuple(torch.load(path, weights_only=True))
-        outputs = outputs_of(self.teacher, images)
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save(outputs, path)
-        return outputs
+    def number(self, seed: int, epoch: int) -> int:
+        """Return which view an epoch sees."""
+        return (7 * seed + epoch) % self.count
+
+    def outputs(self, images: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Return the teacher's outputs on the images of a view, and keep them."""
+        return kept(self._path(number), lambda: outputs_of(self.teacher, images))
+
+    def kept_outputs(self, number: int) -> tuple[Tensor, Tensor] | None:
+        """Return what was kept of a view, or None."""
+        path = self._path(number)
+        return tuple(torch.load(path, weights_only=True)) if path and path.exists() else None
+
+    def _path(self, number: int) -> Path | None:
+        return self.folder / f"view-{number:03d}.pt" if self.folder else None
+
+
+def kept(path: Path | None, compute: Callable[[], Any]) -> Any:
+    """Return the content of a file, which is computed and written the first time."""
+    if path and path.exists():
+        return torch.load(path, weights_only=True)
+    content = compute()
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(content, path)
+    return content
 
 
 def save(state: Any, path: Path) -> None:
