@@ -489,9 +489,9 @@ def test_the_preset_is_what_the_search_chose():
 
 def test_differences_are_paired_with_a_t_interval():
     def runs(*last):
-        return [[{"accuracy": 0.0}, {"accuracy": value}] for value in last]
+        return {seed: [{"accuracy": 0.0}, {"accuracy": value}] for seed, value in enumerate(last)}
 
-    found = report.differences({"kd": runs(10.0, 12.0, 14.0), "disk": runs(11.0, 12.5, 15.5)})["disk - kd"]
+    found = report.differences({"kd": runs(10.0, 12.0, 14.0), "disk": runs(11.0, 12.5, 15.5)}, "kd")["disk - kd"]
     assert found["mean"] == pytest.approx(1.0)
     assert found["interval_95"] == pytest.approx([1 - 4.302653 * 0.5 / 3**0.5, 1 + 4.302653 * 0.5 / 3**0.5])
 

@@ -48,7 +48,8 @@ def repeated(experiment: Experiment, rows: dict[str, dict[str, Any]], only: list
     named = {"kd" if name == kd else name: log for name, log in logs.items()}
     protocol = {**found[FRESH[0]]["protocol"], "seed": FRESH, "trials": Counter(row["method"] for row in rows.values())}
     when_chosen = {"kd" if name == kd else name: rows[name]["accuracy"] for name in chosen}
-    compared = _compared(named, protocol["epochs"], {name: method for name, (method, _) in chosen.items()})
+    method_of = {"kd": "kd"} | {name: method for name, (method, _) in chosen.items()}
+    compared = _compared(named, protocol["epochs"], method_of)
     return {"protocol": protocol, "settings": chosen, "when_chosen": when_chosen, **compared}
 
 
