@@ -94,11 +94,12 @@ def normalized(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def augmented(images: Tensor, view: int) -> Tensor:
+def augmented(images: Tensor, view: int, same_policy: int = _SAME_POLICY) -> Tensor:
     """Return one augmented copy of every image: RandomCrop, flip, AutoAugment, Cutout (appendix A.3), seeded by view.
 
-    Each image draws its own crop, flip and hole. AutoAugment is torchvision's, applied to random groups of ten images
-    at a time: an image's policy has the right distribution, and only within its group it is shared.
+    Each image draws its own crop, flip and hole. AutoAugment is torchvision's, applied to random groups of
+    ``same_policy`` images at a time: an image's policy has the right distribution, and only within its group it is
+    shared.
     """
     generator = torch.Generator().manual_seed(view)
     order = torch.randperm(len(images), generator=generator)
@@ -106,7 +107,7 @@ def augmented(images: Tensor, view: int) -> Tensor:
     policy = v2.AutoAugment(AutoAugmentPolicy.CIFAR10)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(view)
-        out = torch.cat([policy(group) for group in out.split(_SAME_POLICY)])
+        out = torch.cat([policy(group) for group in out.split(same_policy)])
     return _with_holes(out, generator)[order.argsort()]
 
 
