@@ -1,11 +1,13 @@
 """The GPU lane on the CPU: its steps are torch's, a cut run goes on bit for bit, what comes first, what it writes."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -167,6 +169,75 @@ def test_steps_change_their_state_alone(joint):
     joint.step()
     assert all(torch.equal(one, other) for one, other in zip(joint.state(), after, strict=True))
     assert not torch.equal(after[0], before[0])
+
+
+class StandInCuda:
+    """CUDA's streams and graphs, as far as a recording goes."""
+
+    def __init__(self):
+        self.recording, self.waits = None, []
+
+    def Stream(self):  # noqa: N802
+        return types.SimpleNamespace(wait_stream=lambda other: self.waits.append(other))
+
+    def current_stream(self):
+        return self.Stream()
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def CUDAGraph(self):  # noqa: N802
+        return types.SimpleNamespace(replay=None)
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.recording = graph
+        yield
+        self.recording = None
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    stand_in = StandInCuda()
+    monkeypatch.setattr(torch, "cuda", stand_in)
+    return stand_in
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_recorded_step_goes_on_from_the_state_before_it_was_recorded(joint, cuda, parallel):
+    joint.streams = [cuda.Stream() for _ in joint.methods]
+    start = [tensor.clone() for tensor in joint.state()]
+    for _ in range(3):
+        joint.step()
+    expected = [tensor.clone() for tensor in joint.state()]
+    graphs._restore(joint.state(), start)
+
+    def step():
+        if cuda.recording is not None:
+            cuda.recording.replay = step
+        else:
+            joint.step(parallel)
+
+    graph = graphs._graph(step, joint.state(), start, joint.losses)
+    graphs._restore(joint.state(), start)
+    for _ in range(3):
+        graph.replay()
+    assert all(torch.equal(one, other) for one, other in zip(joint.state(), expected, strict=True))
+    forks = 2 * len(joint.methods) * parallel  # each branch waits, and is waited for
+    assert len(cuda.waits) == 2 + forks * 9
+
+
+def test_a_recording_that_misses_a_part_is_refused(joint, cuda):
+    start = [tensor.clone() for tensor in joint.state()]
+
+    def step():
+        if cuda.recording is not None:
+            cuda.recording.replay = lambda: joint.losses.add_(1.0)  # and nothing is trained
+        else:
+            joint.step()
+
+    with pytest.raises(RuntimeError, match="replayed steps must have the losses"):
+        graphs._graph(step, joint.state(), start, joint.losses)
 
 
 def test_every_way_that_fails_is_told_and_the_next_is_taken(monkeypatch):
