@@ -43,6 +43,7 @@ device=cuda
 [ -n "$dry" ] || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
   { echo "no CUDA device: --dry-run rehearses on the CPU"; exit 1; }
 [ -n "$data" ] || [ ! -f data/cifar100.npz ] || data=$(pwd)/data/cifar100.npz
+[ -z "$dry" ] || minutes=60 # a rehearsal may meet a busy machine
 mkdir -p "$out"
 
 left() { echo $((minutes * 60 - SECONDS - 5)); }
@@ -50,7 +51,7 @@ failed=""
 part() { # name, seconds at most, command: runs it, says how it went and goes on
   local name=$1 most=$2 code
   shift 2
-  [ "$most" -le "$(left)" ] || most=$(left)
+  [ -z "$dry" ] && [ "$most" -le "$(left)" ] || most=$(left)
   [ "$most" -gt 0 ] || { echo "== $name: no time left"; return 0; }
   echo "== $name, at most $most s: $*"
   timeout --kill-after=10 "$most" "$@"
