@@ -182,7 +182,7 @@ def made(name: str, *, feature_dim: int, epochs: int, budget: float, samples: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "uniform":
-            return DiSK(UniformGuide(discount="auto"), epochs, multiplier=0.0, **settings)
+            return DiSK(UniformGuide(discount="auto"), epochs, **settings)
         if kind == "paper":
             guide = GuideHead(NUM_CLASSES, feature_dim, **presets.PAPER["guide"])
             return Paper(guide, epochs, samples, budget=budget, **settings)
