@@ -8,6 +8,8 @@ from . import _checks
 from .features.guided import GuidedFeatureTerms
 from .functional import DiSKTerms
 
+_OVER_ALL = ("logged_loss", "ce", "distill", "divergence", "usage", "feature")  # samples; then right and wrong ones
+_PARTS = ("guide_right", "guide_wrong", "discount_right", "discount_wrong")
 _CONFIDENCE = 2.0  # standard deviations by which an accuracy has to exceed another one
 
 
@@ -42,9 +44,10 @@ class EpochReport:
             raise ValueError('terms must be evaluated with reduction="none", one value per sample, got scalars')
         self._guided = isinstance(terms, GuidedFeatureTerms)
         right, wrong = disk.correct, disk.counted - disk.correct
-        columns = [disk.counted, right, disk.teacher_correct, disk.ce, disk.distill, disk.usage]
-        columns += [disk.guide * right, disk.guide * wrong, disk.discount * right, disk.discount * wrong]
+        columns = [disk.counted, right, disk.teacher_correct, terms.logged_loss]
+        columns += [disk.ce, disk.distill, disk.divergence, disk.usage]
         columns += [terms.feature if isinstance(terms, GuidedFeatureTerms) else torch.zeros_like(right)]
+        columns += [disk.guide * right, disk.guide * wrong, disk.discount * right, disk.discount * wrong]
         # MPS has no float64
         dtype = torch.float32 if right.device.type == "mps" else torch.float64
         sums = torch.stack([column.sum(dtype=dtype) for column in columns])
@@ -60,15 +63,14 @@ class EpochReport:
         """Return the means by name, accuracies as shares in [0, 1]; NaN where there was no sample to take one of."""
         if self._sums is None:
             return {}
-        count, right, teacher_right, ce, distill, usage, *parts, feature = self._sums.tolist()
+        count, right, teacher_right, *sums = self._sums.tolist()
         wrong = count - right
-        values = {"ce": (ce, count), "distill": (distill, count), "usage": (usage, count)}
-        if self._guided:
-            values["feature"] = (feature, count)
-        names = ("guide_right", "guide_wrong", "discount_right", "discount_wrong")
-        values |= dict(zip(names, zip(parts, (right, wrong, right, wrong), strict=True), strict=True))
+        over = dict.fromkeys(_OVER_ALL, count) | dict(zip(_PARTS, (right, wrong) * 2, strict=True))
+        values = dict(zip(over, zip(sums, over.values(), strict=True), strict=True))
+        if not self._guided:
+            del values["feature"]
         values |= {"student_accuracy": (right, count), "teacher_accuracy": (teacher_right, count)}
-        return {name: total / over if over else float("nan") for name, (total, over) in values.items()}
+        return {name: total / samples if samples else float("nan") for name, (total, samples) in values.items()}
 
     def weak_teacher(self, num_classes: int, *, beside_student: bool = True) -> str | None:
         """Say that there is nothing to learn from this teacher, if so: at chance, or behind the student.

@@ -26,19 +26,9 @@ VARIANTS = {
     "official_cifar": {"official": True, "clamp": 5.0, "extra": 0.9},
     "official_imagenet": {"official": True, "clamp": 2.0, "extra": 0.0},
 }
-VALUES = (
-    "ce",
-    "distill",
-    "usage",
-    "guide",
-    "discount",
-    "correct",
-    "agreement",
-    "teacher_correct",
-    "discount_slope",
-    "counted",
-)
-WEIGHTED = ("ce", "distill", "usage", "extra")
+VALUES = ("ce", "distill", "divergence", "usage")
+VALUES += ("guide", "discount", "correct", "agreement", "teacher_correct", "discount_slope", "counted")
+WEIGHTED = ("ce", "distill", "divergence", "usage", "extra")
 
 
 # ---- scalar and row arithmetic ---------------------------------------------------------------------------------------
@@ -167,6 +157,14 @@ def scaffold(log_t, log_s, log_g, classes):
     return math.fsum(distance), math.exp(log_sum_exp(taken) - mass), math.exp(log_sum_exp(slope) - mass)
 
 
+def divergence(log_t, log_s, log_g, classes):
+    """Returns m KL(t / m || phi) of one position: phi is s + 1_K g over its sum, m the sum of t (1, unless zeroed)."""
+    log_mix = [log_sum_exp([value, log_g]) if k in classes else value for k, value in enumerate(log_s)]
+    log_norm, log_mass = log_sum_exp(log_mix), log_sum_exp(log_t)
+    pairs = [(value, mix - log_norm) for value, mix in zip(log_t, log_mix, strict=True) if value > -math.inf]
+    return math.fsum(math.exp(value) * (value - log_mass - log_phi) for value, log_phi in pairs)
+
+
 def position(student, teacher, entry, guide_logit, rules, *, temperature, student_temperature, top_k):
     """Returns the unweighted values of one position that is not ignored, as a dict."""
     official, label, predicted = rules["official"], label_of(entry), argmax(student)
@@ -175,12 +173,14 @@ def position(student, teacher, entry, guide_logit, rules, *, temperature, studen
     g = math.exp(log_g)
     classes = guided_classes(teacher, label, official, top_k)
     log_t = log_target(teacher, classes, official, temperature)
-    distance, discount, slope = scaffold(log_t, log_softmax(student, student_temperature), log_g, classes)
+    log_s = log_softmax(student, student_temperature)
+    distance, discount, slope = scaffold(log_t, log_s, log_g, classes)
     budget_ce = -log_p[argmax(teacher) if official else label]
     size = len(teacher) if top_k is None else min(top_k, len(teacher))
     return {
         "ce": cross_entropy(log_p, entry),
         "distill": temperature * student_temperature * distance,
+        "divergence": temperature * student_temperature * divergence(log_t, log_s, log_g, classes),
         "usage": g * min(budget_ce, rules["clamp"]),
         "extra": rules["extra"] * math.log1p(size * g),
         "guide": g,
@@ -251,6 +251,7 @@ def disk(
     guide_loss = help_loss + multiplier * max(violation, 0.0) + mean.pop("extra")
     return {
         **mean,
+        "logged_loss": ce_weight * mean["ce"] + distill_weight * mean["divergence"],
         "loss": ce_weight * mean["ce"] + guide_loss,
         "student_loss": ce_weight * mean["ce"] + help_loss,
         "guide_loss": guide_loss,
@@ -399,6 +400,7 @@ def budget_at(epoch, high, low, period, decay):
 #            = (1/4) log 2 - (1/2) log 3
 #     w = (1/4, 1/6, 1/4), d = 1 - 2/3 = 1/3, its slope (1/2)(1/4)(1/2) / (9/16) = 1/9
 #     the student is wrong and disagrees with the teacher
+# s + 1_K g sums to 1 + 1/2 in both: the divergence is L_dist + log(3/2) there.
 # Means: CE = (3/2) log 2, L_dist = -(1/8) log 2 - (1/4) log 3 = -(1/8) log 18, usage = (3/4) log 2 > 1/4
 # Loss: (1/4)(3/2) log 2 - (3/4)(1/8) log 18 + 2 ((3/4) log 2 - 1/4) = (15/8) log 2 - (3/32) log 18 - 1/2
 
@@ -429,6 +431,8 @@ def _hand_expected():
     return {
         "ce": 3 / 2 * log2,
         "distill": -log18 / 8,
+        "divergence": math.log(3 / 2) - log18 / 8,
+        "logged_loss": 3 / 8 * log2 + 3 / 4 * math.log(3 / 2) - 3 / 32 * log18,
         "usage": 3 / 4 * log2,
         "violation": 3 / 4 * log2 - 1 / 4,
         "loss": 15 / 8 * log2 - 3 / 32 * log18 - 1 / 2,
@@ -444,6 +448,7 @@ def _hand_expected():
         "per_sample": {
             "ce": [log2, 2 * log2],
             "distill": [-log2 / 2, log2 / 4 - log3 / 2],
+            "divergence": [log3 - 3 / 2 * log2, log3 / 2 - 3 / 4 * log2],
             "usage": [log2 / 2, log2],
             "guide": [1 / 2, 1 / 2],
             "discount": [1 / 4, 1 / 3],

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,8 +167,21 @@ def test_disk_trains_logs_and_leaves_a_student_with_the_hosts_keys_and_the_host_
     folder = launch(host, "SOLVER.TRAINER", trainer, *MOVING)
     assert contents(host.root) == before
     log = (folder / "worklog.txt").read_text()
-    for name in ("ce", "distill", "usage", "multiplier", "budget", "guide_wrong", "discount_wrong"):
+    names = (
+        "logged_loss",
+        "ce",
+        "distill",
+        "divergence",
+        "usage",
+        "multiplier",
+        "budget",
+        "guide_wrong",
+        "discount_wrong",
+    )
+    for name in names:
         assert log.count(f"\n{name}: ") == 2, name
+    # train_loss is eq. (5) and may be negative
+    assert all(float(value) > 0 for value in re.findall(r"\n(?:logged_loss|divergence): (\S+)", log))
     assert "multiplier: 0.10" in log
     assert "budget: 0.50" in log
     # .1 + 49.9 (1 - cos(pi / 6)) / 2 in the second epoch; the first three are one outer iteration of Algorithm 1

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, mse_loss
 
 from disk_plugin import DiSKLoss, GuideHead
+from disk_plugin.epoch_report import EpochReport
 from disk_plugin.features.guided import FEATURE_WEIGHTS, feature_weights, guided_feature_terms
 from disk_plugin.features.simkd import SimKD, check_classifier, pooled_classifier
 
@@ -149,6 +150,19 @@ def test_the_guides_loss_leaves_the_student_alone_and_the_logit_loss_is_off_by_d
     on, *_ = guided("guide", logit_loss=True)
     expected = off.student_loss + 0.1 * off.disk.ce + 0.9 * off.disk.distill
     torch.testing.assert_close(on.student_loss, expected)
+
+
+@pytest.mark.parametrize("logit_loss", [False, True])
+def test_what_is_logged_is_the_features_loss_and_the_divergence_where_they_train_the_student(logit_loss):
+    settings = {"feature_weight": 3.0, "logit_loss": logit_loss}
+    terms, *_ = guided("one_minus_guide", **settings)
+    expected = 3 * terms.feature + logit_loss * (0.1 * terms.disk.ce + 0.9 * terms.disk.divergence)
+    torch.testing.assert_close(terms.logged_loss, expected)
+    assert not terms.logged_loss.requires_grad
+    report = EpochReport()
+    report.add(guided("one_minus_guide", reduction="none", **settings)[0])
+    assert report.means()["logged_loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert report.means()["divergence"] == pytest.approx(terms.disk.divergence.item(), rel=1e-6)
 
 
 def test_bad_settings_are_refused():

@@ -56,6 +56,6 @@ def test_epochs_under_autocast_go_as_those_in_float32(kind, settings, dtype):
     assert any(not torch.equal(value, before[name]) for name, value in guide.items())
     assert {value.dtype for value in guide.values()} == {torch.float32}
     for full, half in zip(exact, logged, strict=True):
-        for name in ("ce", "distill", "usage", "task_loss"):
+        for name in ("logged_loss", "ce", "distill", "divergence", "usage", "task_loss"):
             assert half[name] == pytest.approx(full[name], rel=0.01, abs=0.01), name
         assert half["teacher_top1"] == pytest.approx(full["teacher_top1"], abs=100 / 32 + 1e-6)  # one image of 32

@@ -22,7 +22,7 @@ REAL = os.environ.get("DISK_TIMM_TRAIN")
 needs_real = pytest.mark.skipif(not REAL, reason="DISK_TIMM_TRAIN does not name timm's train.py")
 CLASSES = 5
 LOGGED = ["multiplier", "budget", "usage", "guide_right", "guide_wrong", "discount_right", "discount_wrong"]
-LOGGED += ["student_top1", "teacher_top1", "task_loss"]
+LOGGED += ["student_top1", "teacher_top1", "task_loss", "logged_loss", "divergence"]
 
 
 @pytest.fixture(params=["stand-in", pytest.param("checkout", marks=needs_real)])

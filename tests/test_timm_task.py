@@ -103,6 +103,8 @@ def test_the_loss_is_the_hosts_criterion_plus_scaffold_and_budget_of_the_referen
     assert result["loss"].item() == pytest.approx(0.7 * task_loss + expected["loss"], rel=1e-4)
     assert result["usage"].item() == pytest.approx(expected["usage"], rel=1e-4)
     assert result["kd_loss"].item() == pytest.approx(expected["distill"], rel=1e-4)
+    assert result["logged_loss"].item() == pytest.approx(0.7 * task_loss + expected["logged_loss"], rel=1e-4)
+    assert task.end_epoch()["logged_loss"] == pytest.approx(result["logged_loss"].item(), rel=1e-5)
     torch.testing.assert_close(result["output"].detach(), student_logits)
 
 

@@ -17,13 +17,15 @@ FEATURE_WEIGHTS: tuple[str, ...] = ("one_minus_guide", "one_minus_discount", "gu
 class GuidedFeatureTerms(NamedTuple):
     """What :func:`guided_feature_terms` gives: scalars, or (N, d1, ...) with ``reduction="none"``.
 
-    ``feature`` is detached. Of per-sample terms take ``mean()``, which divides by the samples that count.
+    ``feature`` and ``logged_loss`` are detached. Of per-sample terms take ``mean()``, which divides by the samples that
+    count.
     """
 
     loss: Tensor  # student_loss + guide_loss
     student_loss: Tensor  # feature_weight w(g) ||Psi f_S - f_T||^2 [+ DiSK's student half], guide detached
     guide_loss: Tensor  # distill_weight L_dist + multiplier (usage - budget)_+, student detached
     feature: Tensor  # w(g) ||Psi f_S - f_T||^2, before feature_weight
+    logged_loss: Tensor  # feature_weight feature [+ DiSK's logged_loss] >= 0: what to log
     disk: DiSKTerms  # of the student's prediction
 
     def mean(self) -> "GuidedFeatureTerms":
@@ -31,8 +33,8 @@ class GuidedFeatureTerms(NamedTuple):
         if not self.loss.ndim:
             return self
         total = self.disk.counted.sum().clamp(min=1)
-        loss, student_loss, guide_loss, feature = (value.sum() / total for value in self[:4])
-        return GuidedFeatureTerms(loss, student_loss, guide_loss, feature, self.disk.mean())
+        loss, student_loss, guide_loss, feature, logged = (value.sum() / total for value in self[:5])
+        return GuidedFeatureTerms(loss, student_loss, guide_loss, feature, logged, self.disk.mean())
 
 
 def feature_weights(terms: DiSKTerms, weight: FeatureWeight) -> Tensor:
@@ -115,8 +117,9 @@ def guided_feature_terms(
     # masked before the multiplication: 0 times a NaN of an ignored sample is NaN
     feature = feature_weights(terms, weight).to(error.dtype) * torch.where(terms.counted > 0, error, 0.0)
     student_loss = feature_weight * feature
+    logged_loss = student_loss.detach()
     if logit_loss:
-        student_loss = student_loss + terms.student_loss
+        student_loss, logged_loss = student_loss + terms.student_loss, logged_loss + terms.logged_loss
     loss = student_loss + terms.guide_loss
-    found = GuidedFeatureTerms(loss, student_loss, terms.guide_loss, feature.detach(), terms)
+    found = GuidedFeatureTerms(loss, student_loss, terms.guide_loss, feature.detach(), logged_loss, terms)
     return found.mean() if reduction == "mean" else found

@@ -23,14 +23,15 @@ from ._positions import (
 )
 from .budget import clamped, over_denominator
 from .guide_half import guide_half
-from .scaffold import discount_of, discount_slope_of, mask_or_none, scaffold, temperatures
+from .scaffold import discount_of, discount_slope_of, divergence_of, mask_and_size, scaffold, temperatures
 
 
 class DiSKTerms(NamedTuple):
     """What one evaluation of the objective gives: scalars, or (N, d1, ...) with ``reduction="none"``.
 
-    The first three carry gradients, the rest are detached. ``ce``, ``distill`` and ``usage`` include the sample weight.
-    Of per-position terms take ``mean()``, which alone knows the denominator: ``terms.mean().loss.backward()``.
+    The first three carry gradients, the rest are detached. ``loss`` may be negative and jumps with the multiplier: log
+    ``logged_loss``. The sample weight is in all fields up to ``usage``. Of per-position terms take ``mean()``, which
+    alone knows the denominator: ``terms.mean().loss.backward()``.
     """
 
     loss: Tensor  # (5); its gradient is that of student_loss on the student and of guide_loss on the guide
@@ -38,6 +39,8 @@ class DiSKTerms(NamedTuple):
     guide_loss: Tensor  # distill_weight L_dist + multiplier (usage - budget)_+, student detached
     ce: Tensor  # cross-entropy, nats
     distill: Tensor  # L_dist of (4), nats times tau tau_s
+    divergence: Tensor  # tau tau_s KL(t || (s + 1[y in K] g) / (1 + K g)) >= 0: distill plus a constant for the student
+    logged_loss: Tensor  # ce_weight ce + distill_weight divergence >= 0; without a guide the loss of plain distillation
     usage: Tensor  # g times the budget's cross-entropy, nats per sample
     guide: Tensor  # g, in [0, 1]
     discount: Tensor  # share of the teacher's pull taken off, in [0, 1]
@@ -144,12 +147,13 @@ def disk_terms(
     guide_logits = where.plain(guide_logits)
     soft, teacher_label = target.is_floating_point(), t.argmax(1)
     budget_label = teacher_label if record.budget_label == "teacher" else where.label
+    mask, size = mask_and_size(t, top_k, where.label if record.scaffold_label else None)
     parts = scaffold(
         s,
         t,
         guide_logits.detach(),
         torch.stack([where.label, budget_label], 1),
-        mask_or_none(t, top_k, where.label if record.scaffold_label else None),
+        mask,
         where.masked,
         temperature=temperature,
         student_temperature=tau_s,
@@ -186,11 +190,12 @@ def disk_terms(
         reduce_mean=reduce_mean,
         reduction=reduction,
     )
-    weighted = [ce * where.weight, distill * where.weight, half.spent.detach()]
+    divergence = temperature * tau_s * divergence_of(parts, half.guide, size)
+    weighted = [*(value * where.weight for value in (ce, distill, divergence)), half.spent.detach()]
     matches = (parts.prediction == where.label, parts.prediction == teacher_label, teacher_label == where.label)
     plain = [half.guide, discount_of(parts), *(match.to(s.dtype) for match in matches), discount_slope_of(parts)]
-    ce, distill, usage, guide, discount, correct, agreement, teacher_correct, discount_slope = where.reduce_each(
-        [*weighted, *plain], reduction
+    ce, distill, divergence, usage, guide, discount, correct, agreement, teacher_correct, discount_slope = (
+        where.reduce_each([*weighted, *plain], reduction)
     )
     counted = where.valid if reduction == "none" else where.valid.sum()
     return DiSKTerms(
@@ -199,6 +204,8 @@ def disk_terms(
         guide_loss=distill_weight * distill + half.over_budget.detach() + half.penalty + half.gradient,
         ce=ce,
         distill=distill,
+        divergence=divergence,
+        logged_loss=ce_weight * ce + distill_weight * divergence,
         usage=usage,
         guide=guide,
         discount=discount,

@@ -44,18 +44,28 @@ def scaffold_mask(teacher_logits: Tensor, top_k: int | None = None, label: Tenso
 
 def mask_or_none(teacher_logits: Tensor, top_k: int | None, label: Tensor | None) -> Tensor | None:
     """Check and return the mask, or None where all classes are in it."""
+    return mask_and_size(teacher_logits, top_k, label)[0]
+
+
+def mask_and_size(
+    teacher_logits: Tensor, top_k: int | None, label: Tensor | None
+) -> tuple[Tensor | None, int | Tensor]:
+    """Return beside the mask how many classes are in it, an integer per position where the label may be one more."""
     _checks.logits(teacher_logits, teacher_logits, student="teacher_logits")
     if label is not None:
         _checks.label(label, teacher_logits)
     if top_k is not None:
         _checks.integer("top_k", top_k, at_least=1)
     if top_k is None or top_k >= teacher_logits.shape[1]:
-        return None
+        return None, teacher_logits.shape[1]
     threshold = teacher_logits.topk(top_k, dim=1).values[:, -1:]  # the K-th largest logit
     above, tied = teacher_logits > threshold, teacher_logits == threshold
     places_left = top_k - above.sum(1, keepdim=True)
     mask = above | (tied & (tied.cumsum(1) <= places_left))
-    return mask if label is None else mask.scatter(1, label.unsqueeze(1), True)
+    if label is None:
+        return mask, top_k
+    index = label.unsqueeze(1)
+    return mask.scatter(1, index, True), top_k + ~mask.gather(1, index).squeeze(1)
 
 
 def scaffold(
@@ -204,3 +214,14 @@ def discount_slope_of(parts: Rows) -> Tensor:
 
 def _of_target(part: Tensor, parts: Rows) -> Tensor:
     return part / parts.target_mass.clamp(min=torch.finfo(part.dtype).tiny)
+
+
+def divergence_of(parts: Rows, guide: Tensor, size: int | Tensor) -> Tensor:
+    r"""Return the Kullback-Leibler divergence of the target from the scaffolded student, nats, at least 0.
+
+    s + g on the ``size`` scaffolded classes sums to Z = 1 + size g, so that (s + 1[y in K] g) / Z is a distribution,
+    from which the divergence of t is that of (4) plus log Z, a constant for the student. Of a target of mass m < 1, the
+    authors' zeroed one, it is m KL(t / m || .), that is (4) plus m log(Z / m).
+    """
+    mass = parts.target_mass.clamp(min=torch.finfo(guide.dtype).tiny)
+    return (parts.kl + mass * (torch.log1p(size * guide) - mass.log())).clamp(min=0)  # below it is rounding

@@ -100,7 +100,7 @@ class CompleteTrainer(host.BaseTrainer):
         del means["student_accuracy"]  # the host's train_acc
         if self.guided:
             disk = self.distiller.module.disk
-            values = {"ce": means.pop("ce"), **accuracy, **means}
+            values = {"logged_loss": means.pop("logged_loss"), "ce": means.pop("ce"), **accuracy, **means}
             values |= {"multiplier": disk.multiplier.item(), "budget": disk.budget.item()}
             if disk.level is not None:
                 values["discount_target"] = disk.level.target.item()

@@ -111,7 +111,8 @@ class GuidedTask(StudentTask):
 
         Returns:
             ``loss`` to backpropagate; ``output`` (N, classes); detached: ``task_loss``, ``kd_loss`` (L_dist, or the
-            weighted feature term), ``usage``, ``guide``, ``discount`` (means).
+            weighted feature term), ``logged_loss`` (>= 0: the weighted task loss plus DiSK's ``logged_loss``),
+            ``usage``, ``guide``, ``discount`` (means).
         """
         teacher = self._teacher(input)
         logits, guide_logits, feature_error = self.trainable_module(input, *teacher)
@@ -126,8 +127,10 @@ class GuidedTask(StudentTask):
         means: Any = terms.mean()
         loss = self.task_loss_weight * task_loss + (means.loss if self.recipe is None else means.student_loss)
         disk, kd_loss = (means.disk, means.feature) if self.matches_features else (means, means.distill)
-        shown = {"kd_loss": kd_loss, "usage": disk.usage, "guide": disk.guide, "discount": disk.discount}
-        return {"loss": loss, "output": logits, "task_loss": task_loss.detach(), **shown}
+        logged = self.task_loss_weight * task_loss.detach() + means.logged_loss
+        shown = {"task_loss": task_loss.detach(), "kd_loss": kd_loss, "logged_loss": logged}
+        shown |= {"usage": disk.usage, "guide": disk.guide, "discount": disk.discount}
+        return {"loss": loss, "output": logits, **shown}
 
     def begin_epoch(self, epoch: int) -> None:
         """Bring multiplier and budget to an epoch counted from 0, wherever a resumed run starts."""
@@ -151,7 +154,7 @@ class GuidedTask(StudentTask):
         if self.disk.level is not None:
             means["discount_target"] = float(self.disk.level.target)
         self.report.sum_over_processes()
-        means |= self.report.logged()
+        means |= self.report.logged(self.task_loss_weight)
         classes, trained = unwrap_model(self.student).num_classes, self.schedule.epoch > 0
         self._judged = self.report.judge_teacher(classes, quiet=self._judged, trained=trained)
         self.report = TaskReport()

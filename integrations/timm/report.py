@@ -33,8 +33,8 @@ class TaskReport(EpochReport):
         if self._task_loss is not None and dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._task_loss)
 
-    def logged(self) -> dict[str, float]:
-        """Return the means by name; accuracies in percent, as timm's ``top1``."""
+    def logged(self, task_loss_weight: float) -> dict[str, float]:
+        """Return the means by name; accuracies in percent, as timm's ``top1``; the host's loss is part of DiSK's."""
         means = self.means()
         for side in ("student", "teacher"):
             if f"{side}_accuracy" in means:
@@ -42,6 +42,7 @@ class TaskReport(EpochReport):
         if self._task_loss is not None:
             total, samples = self._task_loss.tolist()
             means["task_loss"] = total / samples if samples else float("nan")
+            means["logged_loss"] += task_loss_weight * means["task_loss"]
         return means
 
     def judge_teacher(self, num_classes: int, *, quiet: bool, trained: bool) -> bool:
