@@ -1,10 +1,21 @@
-"""What a scheduler tells its user of once: a dead guide, a loss that is NaN, a schedule that never gets anywhere."""
+"""What users are told of once: a dead guide, a loss that is NaN, a schedule that gets nowhere or is past its end.
 
+Student and teacher swapped in a call too, which would otherwise train nothing but the guide.
+"""
+
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from .epoch_statistics import EpochStatistics
+from .functional._positions import transformed
 
 # A guide is dead that no longer tells samples apart: by g on every sample, or, as the loss holds g short of 1, by g
 # alike on all of them while g or the discount is nearly 1. With many classes g < .01 may do its work.
@@ -55,9 +66,53 @@ def low_multiplier(highest: float, upper: float, epochs: int) -> str | None:
     )
 
 
+def past_the_end(epoch: int, epochs: int) -> str | None:
+    """Say that the schedule is over: called once per batch it would be over within the first epoch."""
+    if epoch < epochs:
+        return None
+    return (
+        f"step() was called {epoch + 1} times, the schedule has epochs={epochs}: call it once per epoch, not once per "
+        f"batch, and give DualScheduler the epochs of the whole run; it stays at its end from here on"
+    )
+
+
 @contextmanager
 def low_multiplier_unwarned() -> Iterator[None]:
     """Let a host, which has a log of its own, say there what ``DualScheduler.note`` holds."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "in the .* steps of its schedule", UserWarning)
         yield
+
+
+@contextmanager
+def past_the_end_unwarned() -> Iterator[None]:
+    """Let a host that calls ``step()`` once per epoch go on after a schedule that was given a shorter length."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"step\(\) was called .* times, the schedule has epochs=", UserWarning)
+        yield
+
+
+def warn_if_swapped(
+    module: Any, student: Tensor, teacher: Tensor, names: tuple[str, str] = ("student_logits", "teacher_logits")
+) -> None:
+    """Warn once per module, in training mode, where the teacher's output requires grad and the student's does not."""
+    # torch.compile traces no warning; inside a transform requires_grad is not that of the caller's tensors
+    if torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled():
+        return
+    if not module.training or student.requires_grad or not teacher.requires_grad or "swapped" in module.told:
+        return
+    module.told.add("swapped")
+    warnings.warn(
+        f"{names[1]} requires grad and {names[0]} does not: are they swapped? The student's come first, and nothing "
+        f"trains the teacher; if they are in order, run the teacher under torch.no_grad()",
+        stacklevel=_first_outside(),
+    )
+
+
+def _first_outside() -> int:
+    """Return the stack level, for ``warnings.warn`` in the calling function, of the user's line."""
+    inside = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level

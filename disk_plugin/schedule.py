@@ -8,6 +8,7 @@ import torch
 
 from . import _checks, _watch
 from ._form import multiplier_bounds, pair, take_budget
+from ._untrained import GuideMoves
 from .estimate import estimate_budget
 from .level import DiscountLevel
 from .loss import DiSKLoss
@@ -35,7 +36,9 @@ class DualScheduler:
     ``step()`` warns, once each, if half of the epoch's batches had a NaN or inf loss, and if the guide is dead: g > .99
     on every sample; or alike on all, its standard deviation below .002, while all g exceed .9 or more than .95 of the
     teacher's pull is taken off though the multiplier is above the middle of its range; or g < .01 on every sample
-    while less than .01 of the pull is. Construction warns if ``epochs`` are too few for the multiplier to rise.
+    while less than .01 of the pull is; if gradients reached the guide but its parameters are in no optimizer; and if it
+    is called more than ``epochs`` times, as it would be once per batch. Construction warns if ``epochs`` are too few
+    for the multiplier to rise.
 
     Args:
         loss: the loss to drive.
@@ -117,6 +120,7 @@ class DualScheduler:
         self.epoch = 0
         self._ascent_multiplier = self.multiplier_min
         self._warned: set[str] = set()
+        self._moves = GuideMoves(loss.guide)
         loss.reset_statistics()
         self._write()
         self.note = self._note()
@@ -131,6 +135,8 @@ class DualScheduler:
 
     def step(self) -> None:
         """End an epoch: judge the guide, move on, write the next multiplier and budget in place."""
+        self._warn("late", _watch.past_the_end(self.epoch, self.epochs))
+        self._warn("untrained", self._moves.judge(self.epoch))
         seen, (batches, bad) = self.loss.statistics(), self.loss.epoch_batches.tolist()
         self._warn("not finite", _watch.not_finite(batches, bad, self.epoch))
         middle = (self.multiplier_min + self.multiplier_max) / 2

@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import random
+import re
 import runpy
 import shutil
 import sys
@@ -439,6 +440,12 @@ def test_small_values_are_logged_with_their_digits_and_means_over_no_sample_are_
     for text in (worklog, "".join(capfd.readouterr()), caplog.text):
         assert "guide_right" not in text
         assert "nan" not in text.lower()
+
+
+def test_a_schedule_that_was_given_a_shorter_length_than_the_run_is_no_mistake(host):
+    folder = shared.launch(host, "DISK.DUAL.EPOCHS", "1")  # of two epochs; a warning would be an error here
+    log = (folder / "worklog.txt").read_text()
+    assert re.findall(r"\nmultiplier: (\S+)", log) == ["0.1000", "50.00"]
 
 
 def test_a_loss_that_is_nan_is_logged_as_such(host, monkeypatch):

@@ -73,7 +73,8 @@ def test_construction_and_step_write_in_place():
         assert disk.multiplier is multiplier
         assert disk.budget is budget
         assert (multiplier.item(), budget.item()) == dual(epoch)
-        dual.step()
+        if epoch < 8:
+            dual.step()
 
 
 def test_calling_is_pure():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from mdistiller.engine import trainer as host
 
+from disk_plugin._watch import past_the_end_unwarned
 from disk_plugin.epoch_report import EpochReport
 from disk_plugin.features.guided import GuidedFeatureTerms
 from disk_plugin.functional import DiSKTerms
@@ -75,7 +76,8 @@ class CompleteTrainer(host.BaseTrainer):
         super().log(lr, epoch, log_dict)
         # the host saves next: "latest" is to hold the next epoch's schedule
         if self.guided and epoch % self.distiller.module.epochs_per_iteration == 0:
-            self.distiller.module.dual.step()
+            with past_the_end_unwarned():  # DISK.DUAL.EPOCHS may be shorter than the run
+                self.distiller.module.dual.step()
 
     def _complete(self, saves: Saves) -> Saves:
         """Mark SimKD's students, and add to each what predicts."""

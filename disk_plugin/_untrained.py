@@ -1,0 +1,69 @@
+"""A guide that nobody trains: gradients reach it, and its parameters are in no optimizer."""
+
+import gc
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+class GuideMoves:
+    """Compares the guide's parameters and gradients, by value, with those at the end of the epoch before.
+
+    By value, as an optimizer may write past torch's version counters, and a gradient of another epoch may still lie
+    there. Copies of both are held until the next epoch ends.
+    """
+
+    def __init__(self, guide: nn.Module) -> None:
+        self._guide = guide
+        self._before = self._copies()
+
+    def judge(self, epoch: int) -> str | None:
+        """End an epoch; return what to warn of.
+
+        Nothing where a parameter moved (``GuideReplay`` or an optimizer of the guide's own moves them too), where no
+        new finite gradient came (a guide that is frozen, or the student's turn in Algorithm 1), and where an optimizer
+        holds a parameter of the guide: its learning rate may be 0, or a ``GradScaler`` skips its steps.
+        """
+        before, now = self._before, self._copies()
+        self._before = now
+        if any(name not in before or _differ(before[name][0], value) for name, (value, _) in now.items()):
+            return None
+        if not any(_is_new(before[name][1], gradient) for name, (_, gradient) in now.items()) or self._is_held():
+            return None
+        return (
+            f"the guide is not trained: gradients reached it in epoch {epoch}, but none of its parameters moved and no "
+            f"optimizer holds them; give the optimizer [*student.parameters(), *disk.parameters()], or freeze the "
+            f"guide by disk.guide.requires_grad_(False)"
+        )
+
+    def _copies(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Return each trainable parameter's value and gradient."""
+        return {
+            name: (parameter.detach().clone(), None if parameter.grad is None else parameter.grad.detach().clone())
+            for name, parameter in self._guide.named_parameters()
+            if parameter.requires_grad and not is_lazy(parameter)
+        }
+
+    def _is_held(self) -> bool:
+        """Look among all objects, as parameters do not know their optimizer: where all speaks for a warning only."""
+        own = {id(parameter) for parameter in self._guide.parameters()}
+        return any(
+            id(parameter) in own
+            for thing in gc.get_objects()
+            if issubclass(type(thing), torch.optim.Optimizer)  # isinstance() would run the __class__ of lazy objects
+            for group in getattr(thing, "param_groups", ())
+            for parameter in group["params"]
+        )
+
+
+def _differ(before: Tensor, now: Tensor) -> bool:
+    """Whether a tensor, which may have been moved to another device, has another value."""
+    return before.shape != now.shape or not torch.equal(before.to(now), now)
+
+
+def _is_new(before: Tensor | None, now: Tensor | None) -> bool:
+    """Whether there is a gradient that was not there before, finite and not all 0."""
+    if now is None or not bool(now.isfinite().all() and now.any()):
+        return False
+    return before is None or _differ(before, now)
