@@ -29,7 +29,10 @@ def resolve_form(guide: nn.Module, discount: float | Literal["auto"] | None, mul
 
     Raises:
         ValueError: a number for the discount beside a budget or a guide that bounds itself; values out of range.
+        TypeError: ``guide`` is not a module, values of another type.
     """
+    if not isinstance(guide, nn.Module):
+        raise TypeError(f"guide must be a Module such as GuideHead(num_classes), got {type(guide).__name__}")
     if not isinstance(discount, str) and discount is not None:
         _checks.number("discount", discount, at_least=0, at_most=0.99)
         for name, value in {"multiplier": multiplier, "budget": budget}.items():

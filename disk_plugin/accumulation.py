@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._watch import warn_if_swapped
 from .functional import DiSKTerms
 from .loss import DiSKLoss
 
@@ -63,6 +64,7 @@ class AccumulatedBatch:
         That is 1 / number of micro-batches where they are of one size and nothing is ignored, else
         ``(target != ignore_index).sum()`` over the same for the whole batch.
         """
+        warn_if_swapped(self.disk, student_logits, teacher_logits)
         with torch.no_grad():
             guide_logits = self.disk.guide_logits(teacher_logits, teacher_features, target=target)
         training, self.disk.training = self.disk.training, False  # the whole is counted, and shared, in terms

@@ -11,6 +11,7 @@ from ._form import resolve_form
 from ._modes import without_autocast
 from ._state import moving
 from ._training_batch import observe, step_student_temperature
+from ._watch import warn_if_swapped
 from .epoch_statistics import NOTHING_SEEN, EpochStatistics, no_statistics, upgraded
 from .functional import DiSKTerms, disk_terms
 from .functional._positions import guide_input
@@ -32,9 +33,8 @@ class DiSKLoss(nn.Module):
     - the paper's **budget** in nats: with ``multiplier`` or ``budget`` given, or ``discount=None``. Both are buffers,
       which the scheduler drives (and which override the constructor's when a checkpoint is loaded).
 
-    Where the authors' code differs from the paper, ``variant`` says whose rule is followed; the default is the paper's,
-    with all classes scaffolded (``top_k=None``, the paper: 20), as the tail outside the top-K would keep its full pull.
-    A :class:`disk_plugin.uniform.UniformGuide` bounds its g itself.
+    A :class:`disk_plugin.uniform.UniformGuide` bounds its g itself. Where the authors' code differs from the paper,
+    ``variant`` says whose rule is followed. All classes are scaffolded, as the tail would keep its full pull.
 
     Autocast is off inside and half-precision inputs are upcast to float32. NaN in an input, or inf in the teacher's
     logits, propagates to the loss, except at positions that are ignored, which do not contribute to any gradient.
@@ -103,8 +103,6 @@ class DiSKLoss(nn.Module):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        if not isinstance(guide, nn.Module):
-            raise TypeError(f"guide must be a Module such as GuideHead(num_classes), got {type(guide).__name__}")
         if isinstance(student_temperature, str):
             _checks.choice("student_temperature", student_temperature, ("fit",))
         fitted = student_temperature == "fit"
@@ -127,7 +125,7 @@ class DiSKLoss(nn.Module):
         self.temperature = _checks.as_float(temperature)
         self.top_k, self.ignore_index = top_k, int(ignore_index)
         self.guide_gradient_scale = None if guide_gradient_scale is None else _checks.as_float(guide_gradient_scale)
-        self.fit_student_temperature = fitted
+        self.fit_student_temperature, self.told = fitted, set[str]()  # of what has been warned
         # float64, so that a schedule's 0.3 stays 0.3 in a float64 objective
         self._initial: dict[str, Any] = {"multiplier": form.multiplier, "budget": form.budget}
         if fitted:
@@ -136,8 +134,7 @@ class DiSKLoss(nn.Module):
         for name, value in self._initial.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64), persistent=name != "epoch_batches")
         self.reduce_mean: Callable[[Tensor], Tensor] | None = None
-        # a number is a setting, not state: no checkpoint overrides it
-        self._fixed_student_temperature = student_temperature
+        self._fixed_student_temperature = student_temperature  # a setting, which no checkpoint overrides
 
     def forward(
         self,
@@ -196,6 +193,7 @@ class DiSKLoss(nn.Module):
                 reduction=reduction,
             )
             if self.training:
+                warn_if_swapped(self, student_logits, teacher_logits)
                 observe(self, terms, guide_logits, own_logits, target)
         return terms
 

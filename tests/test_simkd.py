@@ -51,7 +51,7 @@ def test_the_classifier_is_a_frozen_copy_and_inference_needs_no_teacher():
 def test_no_gradient_reaches_the_teachers_map():
     student_map, teacher_map = batch()
     teacher_map.requires_grad_()
-    make()(student_map, teacher_map).feature_error.sum().backward()
+    make()(student_map.requires_grad_(), teacher_map).feature_error.sum().backward()
     assert teacher_map.grad is None
 
 

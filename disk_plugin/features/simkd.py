@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from .. import _checks
+from .._watch import warn_if_swapped
 from ..functional._positions import promote
 
 # a wrong map or classifier is off by the logits' own size; pooling in another order is off by rounding
@@ -86,12 +87,14 @@ class SimKD(nn.Module):
             layers += [nn.BatchNorm2d(width_out), nn.ReLU(inplace=True)]
         self.projector = nn.Sequential(*layers)
         self.classifier = copy.deepcopy(classifier).eval().requires_grad_(False)
+        self.told: set[str] = set()  # of what has been warned
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> SimKDOutput:
         """Return the prediction and the distance to the teacher's map, per sample."""
         expected = (student_map.shape[0], self.teacher_channels, *self.teacher_size)
         if tuple(teacher_map.shape) != expected:
             raise ValueError(f"teacher_map must have shape {expected}, got {tuple(teacher_map.shape)}")
+        warn_if_swapped(self, student_map, teacher_map, ("student_map", "teacher_map"))
         projected = self.project(student_map)
         height, width = projected.shape[2:]
         # in float32 at least, before the difference: it would be rounded, and a sum of squares overflows float16
