@@ -58,6 +58,15 @@ def resolve_form(guide: nn.Module, discount: float | Literal["auto"] | None, mul
     return Form(level, float(values["multiplier"]), float(values["budget"]), keeps)
 
 
+def settings_of(loss: "DiSKLoss", **more: Any) -> str:
+    """Return a loss's settings as ``repr`` shows them; multiplier and budget are those in force."""
+    names = ["ce_weight", "distill_weight", "temperature", "top_k", "guide_gradient_scale", "ignore_index"]
+    shown = {**{name: getattr(loss, name) for name in names}, **more}
+    if loss.level is None and not loss.multiplier.is_meta:
+        shown |= {"multiplier": loss.multiplier.item(), "budget": loss.budget.item()}
+    return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + f", {loss.variant}"
+
+
 def take_budget(loss: "DiSKLoss", asked: list[str]) -> None:
     """Let the budget bound g: what is asked for says so."""
     if loss.level is None:

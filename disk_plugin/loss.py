@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from ._form import resolve_form
+from ._form import resolve_form, settings_of
 from ._modes import without_autocast
 from ._state import moving
 from ._training_batch import observe, step_student_temperature
@@ -28,10 +28,12 @@ class DiSKLoss(nn.Module):
     ``terms(...).guide_loss`` and ``terms(...).student_loss`` in turn. What bounds g has two forms:
 
     - by default the mean **discount**, the share of the teacher's pull that is taken off (ours): the guide ranks the
-      samples, the loss sets the level of g after each batch (:class:`disk_plugin.level.DiscountLevel`), and
-      :class:`DualScheduler` tells it how far training has come. There is no hinge; ``multiplier`` is 0.
-    - the paper's **budget** in nats: with ``multiplier`` or ``budget`` given, or ``discount=None``. Both are buffers,
-      which the scheduler drives (and which override the constructor's when a checkpoint is loaded).
+      samples, and the loss sets the level of g after each batch (:class:`disk_plugin.level.DiscountLevel`), without a
+      hinge; ``multiplier`` is 0.
+    - the paper's **budget** in nats: with ``multiplier`` or ``budget`` given, or ``discount=None``. Both are buffers
+      (and so override the constructor's when a checkpoint is loaded).
+
+    :class:`DualScheduler` tells the first how far training has come, and drives the second.
 
     A :class:`disk_plugin.uniform.UniformGuide` bounds its g itself. Where the authors' code differs from the paper,
     ``variant`` says whose rule is followed. All classes are scaffolded, as the tail would keep its full pull.
@@ -51,16 +53,15 @@ class DiSKLoss(nn.Module):
         top_k: number of the teacher's largest classes that receive g, >= 1; None for all (paper: K).
         discount: target of the mean discount in [0, 1), or ``"auto"``, which follows the student; None for the budget.
         multiplier: weight of the budget's hinge, >= 0; None for 50 (paper: lambda).
-        budget: nats per sample, >= 0; None for .3 (paper: delta, the error rate of the CE-trained student:
-            :func:`disk_plugin.schedule.estimate_budget`).
+        budget: nats per sample, >= 0; None for .3 (paper: delta, :func:`disk_plugin.schedule.estimate_budget`).
         variant: ``"paper"``, ``"official_cifar"``, ``"official_imagenet"`` or a ``Variant``.
-        guide_gradient_scale: c > 0: the guide's logit receives c / (4 (tau tau_s + multiplier)) times the derivative
-            by g, and beyond g = .0009 and .953 a pull back: without it a shared SGD drives the sigmoid into saturation,
-            from where it never returns. None: the plain derivative by the logit, as in the paper.
+        guide_gradient_scale: > 0, of the budget's form: keeps the guide alive under the student's SGD, see
+            :func:`disk_plugin.functional.disk_terms`. None: the plain derivative by its logit, as in the paper.
         ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
 
     Attributes:
-        reduce_mean: None, or what averages a scalar over the training batches that together are one, such as
+        level: what holds the discount, or None in the budget's form.
+        reduce_mean: None, or what averages a scalar over the batches that together are one, such as
             :func:`disk_plugin.distributed.mean_over_processes`: the whole's usage decides the hinge.
 
     Shape:
@@ -75,8 +76,7 @@ class DiSKLoss(nn.Module):
         >>> import torch
         >>> from disk_plugin import DiSKLoss, GuideHead
         >>> disk = DiSKLoss(GuideHead(num_classes=10))
-        >>> student_logits = torch.randn(4, 10, requires_grad=True)
-        >>> disk(student_logits, torch.randn(4, 10), torch.tensor([1, 2, 3, 4])).backward()
+        >>> disk(torch.randn(4, 10, requires_grad=True), torch.randn(4, 10), torch.tensor([1, 2, 3, 4])).backward()
     """
 
     multiplier: Tensor
@@ -122,8 +122,7 @@ class DiSKLoss(nn.Module):
         )
         self.guide, self.level, self.keeps_multiplier = guide, form.level, form.keeps_multiplier
         self.ce_weight, self.distill_weight = _checks.as_float(ce_weight), _checks.as_float(distill_weight)
-        self.temperature = _checks.as_float(temperature)
-        self.top_k, self.ignore_index = top_k, int(ignore_index)
+        self.temperature, self.top_k, self.ignore_index = _checks.as_float(temperature), top_k, int(ignore_index)
         self.guide_gradient_scale = None if guide_gradient_scale is None else _checks.as_float(guide_gradient_scale)
         self.fit_student_temperature, self.told = fitted, set[str]()  # of what has been warned
         # float64, so that a schedule's 0.3 stays 0.3 in a float64 objective
@@ -200,7 +199,7 @@ class DiSKLoss(nn.Module):
     def guide_logits(
         self, teacher_logits: Tensor, teacher_features: Tensor | None = None, *, target: Tensor | None = None
     ) -> Tensor:
-        """Return the guide before its sigmoid, (N,) or (N, d1, ...); the teacher's outputs are constants.
+        """Return the guide's own logits, (N,) or (N, d1, ...); the teacher's outputs are constants.
 
         With the target the guide reads zeros where that is ``ignore_index``: a NaN there would reach its gradient.
         """
@@ -235,12 +234,7 @@ class DiSKLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(loss)``."""
-        names = ["ce_weight", "distill_weight", "temperature", "top_k", "guide_gradient_scale", "ignore_index"]
-        shown = {name: getattr(self, name) for name in names}
-        shown["student_temperature"] = self._fixed_student_temperature
-        if self.level is None and not self.multiplier.is_meta:
-            shown |= {"multiplier": self.multiplier.item(), "budget": self.budget.item()}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + f", {self.variant}"
+        return settings_of(self, student_temperature=self._fixed_student_temperature)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load; statistics of an older checkpoint are brought to today's layout."""
