@@ -1,0 +1,85 @@
+"""What a student of the map is trained with: plain distillation in six settings, each form of DiSK in three."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from toys.starts import Starts
+
+from disk_plugin import DiSKLoss, DualScheduler, functional
+from disk_plugin.uniform import UniformGuide
+
+from .stacked import Batch
+
+TEMPERATURES = (1.0, 2.0, 4.0)
+KD_SETTINGS: list[dict[str, float]] = [
+    {"temperature": temperature, "ce_weight": weight, "distill_weight": 1 - weight}
+    for temperature in TEMPERATURES
+    for weight in (0.0, 0.1)
+]
+
+
+class Arm(NamedTuple):
+    """A form of DiSK: its guide, of the number of classes and of features, and the loss's arguments."""
+
+    guide: Callable[[int, int], nn.Module]
+    loss: dict[str, Any]
+    reads_features: bool = False
+
+
+# the map's rows beside KD; the first is the one whose gain the rule is about
+ARMS: dict[str, Arm] = {
+    "uniform": Arm(
+        lambda classes, features: UniformGuide(discount="auto"),
+        {"ce_weight": 0.0, "distill_weight": 1.0, "multiplier": 0.0},
+    ),
+}
+
+
+class Guided:
+    """One loss with a guide of its own per student, all of them called at once; one scheduler drives them."""
+
+    def __init__(self, arm: Arm, temperature: float, *, students: int, sizes: tuple[int, int], passes: int) -> None:
+        self.arm = arm
+        losses = [DiSKLoss(arm.guide(*sizes), temperature=temperature, **arm.loss) for _ in range(students)]
+        self.stacked, self.leader = Starts(losses), losses[0]
+        self._before = {name: value.clone() for name, value in self.leader.named_buffers()}
+        self.dual = DualScheduler(self.leader, epochs=passes)
+        self._follow()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The guides', stacked."""
+        return list(self.stacked.parameters.values())
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Sum the losses of students (widths x seeds, B, C); the batch is one per seed."""
+        widths = len(logits) // len(batch.y)
+        inputs = [batch.teacher_logits, batch.y] + [batch.teacher_features] * self.arm.reads_features
+        repeated = [value.repeat(widths, *[1] * (value.ndim - 1)) for value in inputs]
+        return self.stacked(logits, *repeated, in_dims=0).sum()
+
+    def step(self) -> None:
+        """End a pass."""
+        self.dual.step()
+        self._follow()
+
+    def _follow(self) -> None:
+        """Copy to all what the scheduler wrote into the leader, which is itself never called."""
+        for name, value in self.leader.named_buffers():
+            if not torch.equal(value, self._before[name]):
+                self.stacked.buffers[name].copy_(value.expand_as(self.stacked.buffers[name]))
+                self._before[name] = value.clone()
+
+
+def kd(logits: Tensor, batch: Batch, settings: dict[str, float]) -> Tensor:
+    """Sum of the students' losses under plain distillation, students (widths x seeds, B, C)."""
+    widths = len(logits) // len(batch.y)
+    teacher_logits, y = batch.teacher_logits.repeat(widths, 1, 1), batch.y.repeat(widths, 1)
+    return len(logits) * functional.kd_loss(logits.flatten(0, 1), teacher_logits.flatten(0, 1), y.flatten(), **settings)
+
+
+def best(validation: Sequence[float]) -> int:
+    """Position of the first largest value."""
+    return max(range(len(validation)), key=lambda i: validation[i])
