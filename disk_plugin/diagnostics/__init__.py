@@ -1,8 +1,9 @@
-"""See what the guide does: record each sample while training, look at the record, score it as a finder of bad labels.
+"""See what limits the student, and what the guide does: record each sample while training, look at the record.
 
-Recording needs torch alone; tables and figures need ``pip install 'disk-plugin[plots]'``.
+:func:`capacity_gap` and recording need torch alone; tables and figures need ``pip install 'disk-plugin[plots]'``.
 """
 
+from .capacity import CapacityGap, capacity_gap
 from .detection import detection_auroc
 from .images import gallery
 from .plots import plot_against_ce, plot_over_epochs, plot_per_class
@@ -10,7 +11,9 @@ from .record import SampleRecord
 from .tables import read
 
 __all__ = [
+    "CapacityGap",
     "SampleRecord",
+    "capacity_gap",
     "detection_auroc",
     "gallery",
     "plot_against_ce",

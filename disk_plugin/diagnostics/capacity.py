@@ -1,0 +1,211 @@
+"""Should I use it here? What limits the student, its capacity or its data, and what a map of both recommends."""
+
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import _checks
+from ..uniform import UniformGuide
+from ._accuracy import compare
+
+Verdict = Literal["DiSK", "KD"]
+
+# the rule of examples/results/regime_map.json, which examples/regime/rule.py derives; percent points
+SMALLEST_CAPACITY_GAP, LARGEST_DATA_GAP = 30.0, 10.0
+NEAR_CHANCE = 1.5  # times 1 / C: a student that knows so little was hardly trained
+_GROUNDS = (
+    "This rests on a map of small MLPs (examples/results/regime_map.png): the gain is largest with few features for "
+    "many classes; convolutional networks have shown none so far. One look cannot tell a student without capacity "
+    "from one that has not converged, as both fit little: look at one that has stopped improving."
+)
+
+# what each verdict means for the loss: the arguments of UniformGuide, and of DiSKLoss beside its guide
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "DiSK": {"guide": {"discount": "auto"}, "loss": {"ce_weight": 0.0, "distill_weight": 1.0, "multiplier": 0.0}},
+    "KD": {"guide": {"value": 0.0}, "loss": {"multiplier": 0.0}},  # g = 0 is plain distillation
+}
+
+
+class CapacityGap(NamedTuple):
+    """What :func:`capacity_gap` measured: shares in [0, 1]. ``print`` it for the recommendation in words.
+
+    Attributes:
+        student_train: accuracy of the student on the training data.
+        student_held_out: and on the held-out data.
+        teacher_train: accuracy of the teacher on the training data.
+        teacher_held_out: and on the held-out data.
+        agreement: share of the training data on which the student's argmax is the teacher's.
+        train_samples: how many training samples were looked at.
+        held_out_samples: how many held-out ones.
+        num_classes: C.
+        feature_dim: what the student's last Linear reads; None where no last Linear with C outputs was found.
+    """
+
+    student_train: float
+    student_held_out: float
+    teacher_train: float
+    teacher_held_out: float
+    agreement: float
+    train_samples: int
+    held_out_samples: int
+    num_classes: int
+    feature_dim: int | None
+
+    @property
+    def by_capacity(self) -> float:
+        """What the student cannot fit: the teacher's accuracy minus the student's, on training data."""
+        return self.teacher_train - self.student_train
+
+    @property
+    def by_data(self) -> float:
+        """What the student does not carry over: its accuracy on training minus that on held-out data."""
+        return self.student_train - self.student_held_out
+
+    @property
+    def verdict(self) -> Verdict:
+        """``"DiSK"`` where the map shows a gain; ``"KD"`` where it shows none, or nothing can be said yet."""
+        return self._judge()[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The recommendation as arguments, ``DiSKLoss(**gap.kwargs, temperature=...)``, with a new guide each time.
+
+        Of ``"KD"`` they make plain distillation. The temperature is whichever is best for KD.
+        """
+        settings = SETTINGS[self.verdict]
+        return {"guide": UniformGuide(**settings["guide"]), **settings["loss"]}
+
+    @property
+    def recommendation(self) -> str:
+        """The verdict and its reason in words."""
+        return self._judge()[1]
+
+    def _judge(self) -> tuple[Verdict, str]:
+        chance = 1 / self.num_classes
+        if self.student_train < NEAR_CHANCE * chance:
+            return "KD", (
+                f"none yet: the student is near chance ({chance:.1%} with {self.num_classes} classes) on its training "
+                f"data; train it first, with cross-entropy or KD, then look again"
+            )
+        if self.teacher_held_out <= self.student_held_out:
+            return "KD", "KD, or another teacher: this one is not ahead of the student on held-out data"
+        if 100 * self.by_capacity < SMALLEST_CAPACITY_GAP:
+            return "KD", (
+                f"KD; no clear difference is expected, as the student fits most of what the teacher fits (gap by "
+                f"capacity below {SMALLEST_CAPACITY_GAP:g} points)"
+            )
+        if 100 * self.by_data > LARGEST_DATA_GAP:
+            return "KD", (
+                f"KD; it is as good or better where data limit the student (gap by data above {LARGEST_DATA_GAP:g} "
+                f"points)"
+            )
+        return "DiSK", (
+            f"DiSK; the student is limited by its capacity (gap by capacity of {SMALLEST_CAPACITY_GAP:g} points or "
+            f"more, by data of {LARGEST_DATA_GAP:g} or less)"
+        )
+
+    def __str__(self) -> str:
+        """Lay out the figures, the recommendation and what it rests on."""
+        parts = (self.student_train, self.train_samples), (self.student_held_out, self.held_out_samples)
+        error = sum(share * (1 - share) / count for share, count in parts) ** 0.5
+        capacity, data, error = (100 * value for value in (self.by_capacity, self.by_data, error))
+        rows = [
+            ("", "training", "held-out", f"({self.train_samples:,} and {self.held_out_samples:,} samples)"),
+            ("teacher", f"{self.teacher_train:.1%}", f"{self.teacher_held_out:.1%}", ""),
+            ("student", f"{self.student_train:.1%}", f"{self.student_held_out:.1%}", ""),
+            ("agreement", f"{self.agreement:.1%}", "", ""),
+        ]
+        lines = [f"{name:9} {train:>9} {held_out:>9}   {note}".rstrip() for name, train, held_out, note in rows]
+        width = "not found" if self.feature_dim is None else str(self.feature_dim)
+        lines += [
+            f"Gap by capacity {capacity:+.1f} points, by data {data:+.1f} ± {error:.1f} (standard error);",
+            f"{self.num_classes} classes, width of the student's last layer: {width}.",
+            f"Recommendation: {self.recommendation}.",
+        ]
+        return "\n".join([*lines, _GROUNDS])
+
+
+def capacity_gap(
+    student: nn.Module,
+    teacher: nn.Module,
+    train_loader: Iterable[Any],
+    held_out_loader: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
+    max_batches: int | None = None,
+    ignore_index: int = -100,
+) -> CapacityGap:
+    """Measure what limits a trained student and say whether DiSK is likely to be ahead of plain distillation (KD).
+
+    DiSK lets go of what the student cannot fit, so that it fits the rest better. That pays where capacity is what
+    limits the student: its training accuracy is far below the teacher's and near its own held-out accuracy. Where data
+    limits it, it costs.
+
+    Give it the student after cross-entropy or KD training **to convergence**: a student that is still learning has a
+    small training accuracy too, and one look cannot tell the two apart. Look again some epochs later; as long as
+    ``by_capacity`` shrinks, it is not capacity. Use the evaluation transform for both loaders, as random augmentation
+    lowers training accuracy, and shuffle the training loader where ``max_batches`` cuts it short.
+
+    Both models run in evaluation mode without gradients, on the same batches; each module's mode is restored.
+
+    Args:
+        student: a trained classifier; for its outputs see :func:`disk_plugin.taps.logits_of`.
+        teacher: of the same classes.
+        train_loader: batches (x, target, ...) of the data the student was trained on; target are class indices.
+        held_out_loader: batches of data that neither was trained on.
+        device: where the batches are moved to; None for where each model is.
+        max_batches: how many batches to read of each loader; None for all.
+        ignore_index: target value that does not count.
+
+    Returns:
+        The accuracies, both gaps, and the recommendation as words and as arguments of ``DiSKLoss``.
+
+    Raises:
+        ValueError: a loader without samples, or the same one twice; logits of different shapes or with NaN; targets
+            of another shape, or outside the classes; ``max_batches`` < 1.
+        TypeError: models that are no modules or give no logits; batches of another kind; targets that are not class
+            indices.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> x, teacher, student = torch.randn(512, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        >>> y = teacher(x).argmax(1)
+        >>> gap = capacity_gap(student, teacher, [(x[:256], y[:256])], [(x[256:], y[256:])])
+        >>> gap.teacher_train, gap.by_capacity > 0.5, gap.num_classes, gap.feature_dim
+        (1.0, True, 6, 6)
+    """
+    for name, model in {"student": student, "teacher": teacher}.items():
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{name} must be a Module, got {type(model).__name__}")
+    if train_loader is held_out_loader:
+        raise ValueError(
+            "held_out_loader must hold data that the student was not trained on, got train_loader again: the gap by "
+            "data would be 0"
+        )
+    if max_batches is not None:
+        _checks.integer("max_batches", max_batches, at_least=1)
+    _checks.integer("ignore_index", ignore_index)
+    train, held_out = (
+        compare(student, teacher, loader, name, device=device, max_batches=max_batches, ignore_index=ignore_index)
+        for name, loader in {"train_loader": train_loader, "held_out_loader": held_out_loader}.items()
+    )
+    return CapacityGap(
+        student_train=train.student_right / train.samples,
+        student_held_out=held_out.student_right / held_out.samples,
+        teacher_train=train.teacher_right / train.samples,
+        teacher_held_out=held_out.teacher_right / held_out.samples,
+        agreement=train.agree / train.samples,
+        train_samples=train.samples,
+        held_out_samples=held_out.samples,
+        num_classes=train.num_classes,
+        feature_dim=_feature_dim(student, train.num_classes),
+    )
+
+
+def _feature_dim(student: nn.Module, num_classes: int) -> int | None:
+    """Return the input width of the last Linear, where that has one output per class."""
+    layers = [module for module in student.modules() if isinstance(module, nn.Linear)]
+    return layers[-1].in_features if layers and layers[-1].out_features == num_classes else None
