@@ -41,8 +41,8 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[str, Row]]:
     """Yield what is to run, by a key that a stored problem is found by."""
     widths, images = (COARSE_WIDTHS, COARSE_IMAGES) if args.coarse else (WIDTHS, IMAGES)
     seeds, real = range(args.seeds), range(1 if args.dry_run else max(args.seeds, REAL_SEEDS))
-    for classes, clusters in STRUCTURES:
-        for count in images:
+    for classes, clusters in STRUCTURES[:2] if args.dry_run else STRUCTURES:
+        for count in images[:1] if args.dry_run else images:
             make = partial(problems.synthetic, classes, clusters, count, seeds, dry_run=args.dry_run)
             yield f"{classes} x {clusters}, {count}", Row(make, widths)
     for name, shifted in {"digits": False, "digits, shifted": True}.items():
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--report", action="store_true", help="train nothing: figures and rule of what is stored")
     parser.add_argument("--out", type=Path, default=Path("runs/regime_map"))
-    parser.add_argument("--dry-run", action="store_true", help="two passes over 300 samples, one seed")
+    parser.add_argument("--dry-run", action="store_true", help="few problems, two passes, one seed")
     args = parser.parse_args()
     if args.dry_run:
         args.coarse, args.seeds = True, 1

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import regime_map
@@ -14,6 +15,7 @@ from torch import nn
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead, functional
 
+EXAMPLES = Path(regime_map.__file__).parent
 SEEDS, PASSES = (3, 4), 4
 
 
@@ -213,13 +215,28 @@ def test_an_interrupted_run_starts_anew_or_mixes_protocols(args, monkeypatch):
         regime_map.run(args, path)
 
 
-def test_the_committed_map_cannot_be_drawn():
-    results = json.loads((regime_map.Path(regime_map.__file__).parent / "results" / "regime_map.json").read_text())
-    figure = report.draw(results)
+@pytest.fixture(scope="module")
+def committed():
+    return json.loads((EXAMPLES / "results" / "regime_map.json").read_text())
+
+
+def test_the_documents_repeat_another_map(committed):
+    document = (EXAMPLES / "README.md").read_text()
+    assert report.table(committed) in document
+    assert report.summary(committed) in document
+
+
+def test_the_committed_map_comes_from_another_protocol(committed):
+    args = argparse.Namespace(seeds=committed["protocol"]["seeds"], dry_run=False)
+    assert committed["protocol"] == regime_map.protocol(args)
+
+
+def test_the_committed_map_cannot_be_drawn(committed):
+    figure = report.draw(committed)
     figure.canvas.draw()
     maps = [axes for axes in figure.axes if " - KD, " in axes.get_title()]
-    synthetic = [each for each in rule.points(results) if each.synthetic]
+    synthetic = [each for each in rule.points(committed) if each.synthetic]
     assert sum(len(axes.texts) for axes in maps) == len(synthetic) * len(ARMS)
     assert maps[-1].get_title().endswith(" - KD, 100 classes x 3 clusters")
     (places,) = (axes for axes in figure.axes if axes.get_xlabel().startswith("gap by capacity"))
-    assert sum(len(drawn.get_offsets()) for drawn in places.collections) == len(rule.points(results))
+    assert sum(len(drawn.get_offsets()) for drawn in places.collections) == len(rule.points(committed))

@@ -83,7 +83,8 @@ def _heat_map(axes: Axes, cells: list[dict[str, Any]], arm: str) -> None:
     for cell in cells:
         i, j = widths.index(cell["width"]), images.index(cell["images"])
         values[i][j] = rules.mean(gain(cell, arm))
-        axes.text(j, i, f"{values[i][j]:+.1f}", ha="center", va="center", size=8)
+        color = "white" if abs(values[i][j]) > 0.7 * LIMIT else "black"
+        axes.text(j, i, f"{values[i][j]:+.1f}", ha="center", va="center", size=8, color=color)
     axes.imshow(values, origin="lower", aspect="auto", **COLOURS)
     axes.set_xticks(range(len(images)), [f"{each:,}" for each in images])
     axes.set_yticks(range(len(widths)), widths)
