@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from .. import _checks
-from ..uniform import UniformGuide
 from ._accuracy import compare
 
 Verdict = Literal["DiSK", "KD"]
@@ -21,10 +20,10 @@ _GROUNDS = (
     "from one that has not converged, as both fit little: look at one that has stopped improving."
 )
 
-# what each verdict means for the loss: the arguments of UniformGuide, and of DiSKLoss beside its guide
-SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
-    "DiSK": {"guide": {"discount": "auto"}, "loss": {"ce_weight": 0.0, "distill_weight": 1.0, "multiplier": 0.0}},
-    "KD": {"guide": {"value": 0.0}, "loss": {"multiplier": 0.0}},  # g = 0 is plain distillation
+# what each verdict means for the loss: the arguments of DiSKLoss beside its guide
+SETTINGS: dict[str, dict[str, Any]] = {
+    "DiSK": {"ce_weight": 0.0, "discount": "auto"},
+    "KD": {"ce_weight": 0.0, "discount": 0.0},  # nothing taken off is plain distillation
 }
 
 
@@ -70,12 +69,11 @@ class CapacityGap(NamedTuple):
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        """The recommendation as arguments, ``DiSKLoss(**gap.kwargs, temperature=...)``, with a new guide each time.
+        """The recommendation as arguments: ``DiSKLoss(guide, **gap.kwargs, temperature=...)``.
 
         Of ``"KD"`` they make plain distillation. The temperature is whichever is best for KD.
         """
-        settings = SETTINGS[self.verdict]
-        return {"guide": UniformGuide(**settings["guide"]), **settings["loss"]}
+        return dict(SETTINGS[self.verdict])
 
     @property
     def recommendation(self) -> str:

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from toys.starts import Starts
 
-from disk_plugin import DiSKLoss, DualScheduler, functional
+from disk_plugin import DiSKLoss, DualScheduler, GuideHead, functional
 from disk_plugin.uniform import UniformGuide
 
 from .stacked import Batch
@@ -30,10 +29,8 @@ class Arm(NamedTuple):
 
 # the map's rows beside KD; the first is the one whose gain the rule is about
 ARMS: dict[str, Arm] = {
-    "uniform": Arm(
-        lambda classes, features: UniformGuide(discount="auto"),
-        {"ce_weight": 0.0, "distill_weight": 1.0, "multiplier": 0.0},
-    ),
+    "DiSK": Arm(GuideHead, {}, reads_features=True),  # the default, as README's loop has it
+    "uniform": Arm(lambda classes, features: UniformGuide(discount="auto"), {}),
 }
 
 
@@ -44,9 +41,7 @@ class Guided:
         self.arm = arm
         losses = [DiSKLoss(arm.guide(*sizes), temperature=temperature, **arm.loss) for _ in range(students)]
         self.stacked, self.leader = Starts(losses), losses[0]
-        self._before = {name: value.clone() for name, value in self.leader.named_buffers()}
         self.dual = DualScheduler(self.leader, epochs=passes)
-        self._follow()
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -61,16 +56,17 @@ class Guided:
         return self.stacked(logits, *repeated, in_dims=0).sum()
 
     def step(self) -> None:
-        """End a pass."""
-        self.dual.step()
-        self._follow()
-
-    def _follow(self) -> None:
-        """Copy to all what the scheduler wrote into the leader, which is itself never called."""
-        for name, value in self.leader.named_buffers():
-            if not torch.equal(value, self._before[name]):
-                self.stacked.buffers[name].copy_(value.expand_as(self.stacked.buffers[name]))
-                self._before[name] = value.clone()
+        """End a pass: the scheduler tells every student's level, whose target depends on what it saw."""
+        level = self.leader.level or self.leader.guide
+        prefix = "guide." if level is self.leader.guide else "level."
+        own = {name: self.stacked.buffers[f"{prefix}{name}"] for name in dict(level.named_buffers())}
+        epoch = self.dual.epoch
+        for student in range(self.stacked.count):
+            level.load_state_dict({name: values[student] for name, values in own.items()})
+            self.dual.epoch = epoch
+            self.dual.step()
+            for name, values in own.items():
+                values[student] = level.get_buffer(name)
 
 
 def kd(logits: Tensor, batch: Batch, settings: dict[str, float]) -> Tensor:
