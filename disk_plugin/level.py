@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import _checks
 from ._state import moving, write
 
-SHARE, OVER = 1.0, 0.3  # of the automatic target: chosen by examples/gain.py, see examples/README.md
+SHARE, OVER = 0.8, 0.2  # of the automatic target: chosen by examples/gain.py, see examples/README.md
 MOST = 0.5  # the automatic target's bound: where it would be beyond, the student has hardly begun to follow
 _SMALLEST, _LONGEST_STEP = -16.0, 0.5  # of log g; a Newton step from far off overshoots
 _NONE_YET = -1.0  # agreement before the first batch
@@ -20,7 +20,7 @@ _INITIAL = {
     "progress": 0.0,
     "gate": 1.0,
 }
-PATIENCE = 4.0  # the target waits while an epoch removes a quarter of the disagreement
+PATIENCE = 6.0  # the target waits while an epoch removes a sixth of the disagreement
 _MOMENTUM = 0.3  # of the running agreement; a slow one lags behind a student from scratch
 _FLAT = 1e-4  # slopes below it tell nothing: the step is as long as it may be
 _RANGE = 0.5  # a guide's ranking multiplies the odds of g by e^-.5 to e^.5: a wider one censors
@@ -38,7 +38,7 @@ class DiscountLevel(nn.Module):
     A number is the target d* itself. ``"auto"`` takes off as much as the student fails to follow, once it has had time
     to try: ``share * (1 - agreement)``, at most 1/2, with the running share of training samples on which the student's
     argmax is the teacher's. It rises from 0 over the first ``over`` of training, and waits while an epoch still removes
-    a quarter or more of the disagreement (times ``1 - 4 * (agreement - last) / (1 - last)``, at least 0).
+    a sixth or more of the disagreement (times ``1 - 6 * (agreement - last) / (1 - last)``, at least 0).
 
     Args:
         discount: target in [0, 1), or ``"auto"``.

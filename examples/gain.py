@@ -132,7 +132,7 @@ def main() -> None:
     found = [json.loads((folder / f"{report.slug(cell)}.json").read_text()) for cell, *_ in jobs]
     shown = report.choice(found) if args.choose else report.gain(found)
     print(shown["table"])
-    (args.out / f"{name}.json").write_text(json.dumps(shown, indent=1) + "\n")
+    (args.out / ("gain_choice.json" if args.choose else "gain.json")).write_text(json.dumps(shown, indent=1) + "\n")
 
 
 if __name__ == "__main__":

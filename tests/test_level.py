@@ -173,10 +173,10 @@ def test_the_target_is_what_the_student_fails_to_follow_ramped_in_and_bounded():
 
 
 def test_the_target_waits_while_the_student_still_learns_to_follow():
-    # agreement .4 at first; the running mean moves .3 of the way to .8: .52, a fifth of the disagreement gone
-    _, targets = level_after([0.4, 0.8], 2)
-    assert targets[1] == pytest.approx((1 - 0.52) * (1 - 4 * 0.2))
-    _, targets = level_after([0.4, 1.0], 2)  # .58: three tenths
+    # agreement .4 at first; the running mean moves .3 of the way to .6: .46, a tenth of the disagreement gone
+    _, targets = level_after([0.4, 0.6], 2, share=0.8)
+    assert targets[1] == pytest.approx(0.8 * (1 - 0.46) * (1 - 6 * 0.1))
+    _, targets = level_after([0.4, 0.8], 2)  # .52: a fifth
     assert targets[1] == 0.0
 
 
