@@ -27,6 +27,8 @@ from disk_plugin.taps import FeatureTap, with_features
 
 JOINT, PLAIN, FROZEN = "default", "`guide_gradient_scale=None`", "frozen student"
 
+PAPERS = {"ce_weight": 0.1, "temperature": 4.0}
+
 
 class Problem:
     """The splits, the teacher and its outputs on the training split."""
@@ -48,7 +50,9 @@ class Problem:
         """Build the loss with the paper's budget and the scheduler with two periods."""
         torch.manual_seed(seed)
         budget = estimate_budget(student, [self.splits["validation"]])
-        disk = DiSKLoss(GuideHead(digits.NUM_CLASSES, self.teacher.feature_dim), budget=budget, **settings)
+        disk = DiSKLoss(
+            GuideHead(digits.NUM_CLASSES, self.teacher.feature_dim), budget=budget, **{**PAPERS, **settings}
+        )
         return disk, DualScheduler(disk, epochs=self.passes, multiplier=(0.1, 50.0), period=self.passes // 2)
 
     @torch.no_grad()
