@@ -58,6 +58,17 @@ def resolve_form(guide: nn.Module, discount: float | Literal["auto"] | None, mul
     return Form(level, float(values["multiplier"]), float(values["budget"]), keeps)
 
 
+def rest_of(ce_weight: Any) -> float:
+    """Return the weight that the cross-entropy leaves to the divergence.
+
+    Raises:
+        ValueError: ``ce_weight`` < 0.
+        TypeError: no number.
+    """
+    _checks.number("ce_weight", ce_weight, at_least=0)
+    return max(1.0 - float(ce_weight), 0.0)
+
+
 def settings_of(loss: "DiSKLoss", **more: Any) -> str:
     """Return a loss's settings as ``repr`` shows them; multiplier and budget are those in force."""
     names = ["ce_weight", "distill_weight", "temperature", "top_k", "guide_gradient_scale", "ignore_index"]
@@ -67,25 +78,33 @@ def settings_of(loss: "DiSKLoss", **more: Any) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + f", {loss.variant}"
 
 
-def take_budget(loss: "DiSKLoss", asked: list[str]) -> None:
-    """Let the budget bound g: what is asked for says so."""
-    if loss.level is None:
-        return
-    if loss.level.discount != "auto":
+def asks_for_budget(loss: "DiSKLoss", rule: str, **given: Any) -> bool:
+    """Say whether a scheduler's arguments ask for the budget.
+
+    Raises:
+        ValueError: they do, of a loss that was given a number as its discount.
+    """
+    asked = [name for name, value in given.items() if value is not None] + ["rule"] * (rule != "cosine")
+    if asked and loss.level is not None and loss.level.discount != "auto":
         raise ValueError(
             f"the loss was given discount={loss.level.discount}, which has no {' and '.join(asked)}: build it with "
             f"budget=... or discount=None, or leave these out"
         )
+    return bool(asked)
+
+
+def take_budget(loss: "DiSKLoss") -> None:
+    """Let the budget bound g."""
     loss.level, loss.keeps_multiplier = None, False
 
 
-def multiplier_bounds(loss: "DiSKLoss", multiplier: Any) -> tuple[float, float]:
-    """The schedule's own, or what the loss was given."""
-    own = loss.multiplier.item()
-    if multiplier is None:
-        return (own, own) if loss.keeps_multiplier else PAPER_BOUNDS
-    bounds = pair("multiplier", multiplier)
-    if loss.keeps_multiplier and bounds != (own, own):
+def multiplier_bounds(loss: "DiSKLoss", multiplier: Any, *, scheduled: bool) -> tuple[float, float]:
+    """Return the schedule's own bounds, the paper's where one is asked for otherwise, or what the loss was given."""
+    own, keeps = loss.multiplier.item(), loss.keeps_multiplier
+    if multiplier is None and keeps and not scheduled:
+        return own, own
+    bounds = PAPER_BOUNDS if multiplier is None else pair("multiplier", multiplier)
+    if keeps and loss.level is None and bounds != (own, own):
         warnings.warn(
             f"the loss was given multiplier={own:g}, which the schedule's bounds {bounds} overwrite: give one of them",
             stacklevel=4,

@@ -9,7 +9,7 @@ from . import _checks
 from ._state import write
 from .epoch_statistics import count_batch, is_finite
 from .functional import DiSKTerms, student_temperature_step
-from .level import DiscountLevel, GuideLevel
+from .level import DiscountLevel
 
 if TYPE_CHECKING:
     from .loss import DiSKLoss
@@ -61,7 +61,4 @@ def _step_level(disk: "DiSKLoss", level: DiscountLevel, terms: DiSKTerms, own_lo
     centre = shown.sum() / terms.counted
     seen = torch.stack([terms.discount, terms.discount_slope, terms.agreement, centre, one]) * terms.counted
     seen = seen if disk.reduce_mean is None else disk.reduce_mean(seen)
-    discount, slope, agreement, centre = (seen[:4] / seen[4]).unbind()
-    if isinstance(level, GuideLevel):
-        level.follow(centre)
-    level.step(discount, slope, agreement)  # NaN, which moves nothing, where no position counted
+    level.step(*(seen[:4] / seen[4]).unbind())  # NaN, which moves nothing, where no position counted

@@ -82,26 +82,33 @@ class DiscountLevel(nn.Module):
         self.progress.fill_(min(progress, 1.0))
 
     @torch.no_grad()
-    def step(self, discount: Tensor, slope: Tensor, agreement: Tensor) -> None:
+    def step(self, discount: Tensor, slope: Tensor, agreement: Tensor, mean_logit: Tensor) -> None:
         """Move g after a training batch, in place: ``DiSKLoss`` does. A batch that is not finite moves nothing.
 
         Args:
             discount: mean share of the teacher's pull that was taken off, a scalar.
             slope: its derivative by log g, a scalar.
             agreement: share of the batch on which the student's argmax is the teacher's, a scalar.
+            mean_logit: mean of the guide's own logits, a scalar; read by a :class:`GuideLevel` alone.
 
         Raises:
             RuntimeError: under a transform of ``torch.func`` without the buffers.
         """
         discount, slope, agreement = (value.to(self.log_guide.dtype) for value in (discount, slope, agreement))
         finite = (discount + slope + agreement).isfinite()
+        first = self.agreement < 0
         last = torch.where(self.last_agreement < 0, agreement, self.last_agreement)
-        agreement = torch.where(self.agreement < 0, agreement, torch.lerp(self.agreement, agreement, _MOMENTUM))
+        moved = self._moved(mean_logit, first)
+        agreement = torch.where(first, agreement, torch.lerp(self.agreement, agreement, _MOMENTUM))
         missing = self._target(agreement) - discount
         slope = torch.where(slope > 0, slope, discount * (1 - discount))  # its upper bound, where no sample told it
         step = (missing / slope.clamp(min=_FLAT)).clamp(-_LONGEST_STEP, _LONGEST_STEP)
         log_guide = (self.log_guide + step).clamp(_SMALLEST, 0.0)
-        self._write(finite, log_guide=log_guide, agreement=agreement, last_agreement=last)
+        self._write(finite, log_guide=log_guide, agreement=agreement, last_agreement=last, **moved)
+
+    def _moved(self, mean_logit: Tensor, first: Tensor) -> dict[str, Tensor]:
+        """Return what else a batch moves, by name of the buffer; ``first``: it is the first one."""
+        return {}
 
     @property
     def target(self) -> Tensor:
@@ -151,14 +158,14 @@ class GuideLevel(DiscountLevel):
 
     def place(self, guide_logits: Tensor) -> Tensor:
         """Return log g / (1 - g) per position, (N, d1, ...), of the guide's own logits."""
+        _checks.tensor("guide_logits", guide_logits)
         guide_logits = guide_logits.to(torch.promote_types(guide_logits.dtype, torch.float32))
         log_g = self.log_guide.clamp(max=_HIGHEST)
         logit = (log_g - torch.log(-torch.expm1(log_g))).to(guide_logits.dtype)
         return logit + _RANGE * torch.tanh((guide_logits - self.centre.to(guide_logits.dtype)) / _RANGE)
 
-    @torch.no_grad()
-    def follow(self, mean_logit: Tensor) -> None:
-        """Move the centre to the mean of the guide's own logits over a batch, a scalar; before :meth:`step`."""
+    def _moved(self, mean_logit: Tensor, first: Tensor) -> dict[str, Tensor]:
+        """Let the centre follow the guide."""
         mean_logit = mean_logit.to(self.centre.dtype)
-        moved = torch.where(self.agreement < 0, mean_logit, torch.lerp(self.centre, mean_logit, _MOMENTUM))
-        self._write(mean_logit.isfinite(), centre=moved)
+        centre = torch.where(first, mean_logit, torch.lerp(self.centre, mean_logit, _MOMENTUM))
+        return {"centre": torch.where(mean_logit.isfinite(), centre, self.centre)}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from ._form import resolve_form, settings_of
+from ._form import resolve_form, rest_of, settings_of
 from ._modes import without_autocast
 from ._state import moving
 from ._training_batch import observe, step_student_temperature
@@ -107,7 +107,7 @@ class DiSKLoss(nn.Module):
             _checks.choice("student_temperature", student_temperature, ("fit",))
         fitted = student_temperature == "fit"
         form = resolve_form(guide, discount, multiplier, budget)
-        distill_weight = max(1 - ce_weight, 0.0) if distill_weight is None else distill_weight
+        distill_weight = rest_of(ce_weight) if distill_weight is None else distill_weight
         self.variant = _checks.hyper_parameters(
             ce_weight=ce_weight,
             distill_weight=distill_weight,

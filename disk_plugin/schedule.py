@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from . import _checks, _watch
-from ._form import multiplier_bounds, pair, take_budget
+from ._form import asks_for_budget, multiplier_bounds, pair, take_budget
 from ._untrained import GuideMoves
 from .estimate import estimate_budget
 from .level import DiscountLevel
@@ -92,11 +92,12 @@ class DualScheduler:
         if not isinstance(loss, DiSKLoss):
             raise TypeError(f"loss must be a DiSKLoss (not a wrapper around it), got {type(loss).__name__}")
         _checks.integer("epochs", epochs, at_least=1)
-        asked = {"multiplier": multiplier, "period": period, "budget": budget, "budget_period": budget_period}
-        asked = {name: value for name, value in asked.items() if value is not None}
-        if asked or rule != "cosine":
-            take_budget(loss, [*asked] or ["rule"])
-        self.multiplier_min, self.multiplier_max = multiplier_bounds(loss, multiplier)
+        budget_asked = asks_for_budget(
+            loss, rule, multiplier=multiplier, period=period, budget=budget, budget_period=budget_period
+        )
+        scheduled = period is not None or rule != "cosine" or (budget_asked and loss.level is not None)
+        bounds = multiplier_bounds(loss, multiplier, scheduled=scheduled)
+        self.multiplier_min, self.multiplier_max = bounds
         if self.multiplier_min > self.multiplier_max:
             raise ValueError(f"multiplier must be (smallest, largest), got {multiplier}")
         for name, value in {"period": period, "budget_period": budget_period}.items():
@@ -121,6 +122,8 @@ class DualScheduler:
         self._ascent_multiplier = self.multiplier_min
         self._warned: set[str] = set()
         self._moves = GuideMoves(loss.guide)
+        if budget_asked and loss.level is not None:
+            take_budget(loss)
         loss.reset_statistics()
         self._write()
         self.note = self._note()

@@ -196,7 +196,7 @@ def test_what_stands_at_ignored_positions_changes_no_gradient_statistic_or_tempe
 
 def test_ignored_positions_are_out_of_the_smallest_and_largest_guide():
     student, teacher, target, _ = batch()
-    disk = make_loss()
+    disk = make_loss(discount=None)
     g = disk.guide(teacher).sigmoid()
     for index in (g.argmin(), g.argmax()):
         target[index] = -100
@@ -301,7 +301,7 @@ def test_of_a_soft_target_only_the_cross_entropy_is_soft(variant, soften):
 
 def test_soft_targets_of_another_dtype_are_taken_and_counted():
     student, teacher, target, _ = batch(dtype=torch.float32)
-    disk = DiSKLoss(GuideHead(C))
+    disk = DiSKLoss(GuideHead(C), discount=None)
     found = disk(student, teacher, mixup(target).bfloat16())
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, disk(student, teacher, mixup(target).bfloat16().float()))

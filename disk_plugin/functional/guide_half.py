@@ -201,7 +201,8 @@ def _held_slope(
     """
     left = (-guide_logits).sigmoid()  # d log g / d logit
     gain, cost = removed * left, discount_slope * left
-    means = torch.stack([where.reduce(where.weighted(value), "mean") for value in (gain, cost)])
+    sound = (gain + cost).isfinite()  # a row that is broken breaks the loss, but not the price for the others
+    means = torch.stack([where.reduce(torch.where(sound, where.weighted(each), 0.0), "mean") for each in (gain, cost)])
     if reduce_mean is not None:
         means = reduce_mean(means)
     return (means[0] / means[1].clamp(min=LEAST_SLOPE) * cost - gain).clamp(-1, 1)
