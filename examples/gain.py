@@ -39,6 +39,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.data is None) != (args.teacher is None):
         parser.error("--data and --teacher belong together: the pixel problems need both")
+    args.workers = 1 if args.dry_run else args.workers
     args.seeds = args.seeds or (2 if args.dry_run else 3 if args.choose else 8)
     if args.seeds < 2:
         parser.error(f"--seeds must be at least 2 for an interval, got {args.seeds}")
@@ -131,7 +132,7 @@ def main() -> None:
                 bar.update()
     found = [json.loads((folder / f"{report.slug(cell)}.json").read_text()) for cell, *_ in jobs]
     shown = report.choice(found) if args.choose else report.gain(found)
-    print(shown["table"])
+    print(report.choice_table(shown) if args.choose else report.gain_table(shown))
     (args.out / ("gain_choice.json" if args.choose else "gain.json")).write_text(json.dumps(shown, indent=1) + "\n")
 
 

@@ -28,64 +28,92 @@ def difference(row: dict[str, list[float]], kd: dict[str, list[float]], split: s
 
 def choice(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Judge every form on validation data; name the one that the rule picks."""
-    forms = [form for form in cells[0]["rows"] if form != "KD"]
     rows: dict[str, Any] = {}
-    for form in forms:
+    for form in _forms(cells[0]["rows"]):
         each = {cell["cell"]: difference(cell["rows"][form], cell["rows"]["KD"], "validation") for cell in cells}
-        behind = [name for name, one in each.items() if one["mean"] < -max(2 * one["error"], LEAST_NOISE)]
+        capacity = {name: one for name, one in each.items() if problem_of(name) not in DATA_LIMITED}
         rows[form] = {
             "mean_gain": _over_problems(each),
-            "mean_gain_capacity": _over_problems(
-                {name: one for name, one in each.items() if problem_of(name) not in DATA_LIMITED} or each
-            ),
-            "behind": behind,
+            "mean_gain_capacity": _over_problems(capacity or each),
+            "behind": [name for name, one in each.items() if one["mean"] < -max(2 * one["error"], LEAST_NOISE)],
             "cells": each,
         }
-    safe = [form for form in forms if not rows[form]["behind"]]
+    return {"picked": picked(rows), "rows": rows, "seeds": cells[0]["seeds"]}
+
+
+def picked(rows: dict[str, Any]) -> str:
+    """Apply the rule."""
+    safe = [form for form in rows if not rows[form]["behind"]]
     key = "mean_gain" if safe else "mean_gain_capacity"
-    picked = max(safe or forms, key=lambda form: rows[form][key])
+    return max(safe or rows, key=lambda form: rows[form][key])
+
+
+def choice_table(found: dict[str, Any]) -> str:
+    """Return the forms, the largest mean gain first."""
+    rows = found["rows"]
     lines = [
         "| form | mean gain over KD's best | cells behind KD by more than noise | worst cell |",
         "|---|---|---|---|",
     ]
-    for form in sorted(forms, key=lambda form: -rows[form]["mean_gain"]):
+    for form in sorted(rows, key=lambda form: -rows[form]["mean_gain"]):
         row = rows[form]
         worst = min(row["cells"], key=lambda name: row["cells"][name]["mean"])
         lines.append(
-            f"| {form} | {row['mean_gain']:+.2f} | {len(row['behind'])} of {len(cells)} | "
+            f"| {form} | {row['mean_gain']:+.2f} | {len(row['behind'])} of {len(row['cells'])} | "
             f"{row['cells'][worst]['mean']:+.2f} ({worst}) |"
         )
-    lines += ["", f"By the rule: {picked}{'' if safe else ' (no form is behind KD nowhere)'}."]
-    return {"picked": picked, "rows": rows, "seeds": cells[0]["seeds"], "table": "\n".join(lines)}
+    safe = "" if not rows[found["picked"]]["behind"] else " (no form is behind KD nowhere)"
+    return "\n".join([*lines, "", f"By the rule: {found['picked']}{safe}."])
 
 
 def gain(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tabulate test accuracies: KD's best, and each form's paired difference to it."""
-    forms = [form for form in cells[0]["rows"] if form != "KD"]
-    lines = [
-        f"| problem, start, passes | teacher | KD, best of 36 | {' | '.join(forms)} |",
-        f"|---|---|---|{'---|' * len(forms)}",
-    ]
+    """Compare test accuracies: each form's paired difference to KD's best."""
     rows: dict[str, Any] = {}
     for cell in cells:
         kd = cell["rows"]["KD"]
-        each = {form: difference(cell["rows"][form], kd, "test") for form in forms}
         rows[cell["cell"]] = {
             "kd": kd,
             "kd_settings": cell["kd_settings"],
             "teacher_test": cell["teacher_test"],
-            "differences": each,
-            "rows": {form: cell["rows"][form] for form in forms},
+            "differences": {form: difference(cell["rows"][form], kd, "test") for form in _forms(cell["rows"])},
+            "rows": {form: cell["rows"][form] for form in _forms(cell["rows"])},
         }
-        settings = cell["kd_settings"]
-        mean = sum(kd["test"]) / len(kd["test"])
-        shown = f"{mean:.2f} (temperature {settings['temperature']:g}, ce_weight {settings['ce_weight']:g})"
-        intervals = [
-            f"{one['mean']:+.2f} ({one['interval_95'][0]:+.2f} to {one['interval_95'][1]:+.2f})"
-            for one in each.values()
-        ]
-        lines.append(f"| {cell['cell']} | {cell['teacher_test']:.1f} | {shown} | {' | '.join(intervals)} |")
-    return {"rows": rows, "seeds": cells[0]["seeds"], "table": "\n".join(lines)}
+    return {"rows": rows, "seeds": cells[0]["seeds"]}
+
+
+def gain_table(found: dict[str, Any]) -> str:
+    """Return a row per cell, with 95 % intervals."""
+    forms = [*next(iter(found["rows"].values()))["differences"]]
+    lines = [
+        f"| problem, start, passes | teacher | KD, best of 36 | {' | '.join(forms)} |",
+        f"|---|---|---|{'---|' * len(forms)}",
+    ]
+    for name, row in found["rows"].items():
+        settings, scores = row["kd_settings"], row["kd"]["test"]
+        kd = f"{sum(scores) / len(scores):.2f} (temperature {settings['temperature']:g}, "
+        kd += f"ce_weight {settings['ce_weight']:g})"
+        intervals = []
+        for one in row["differences"].values():
+            low, high = one["interval_95"]
+            intervals.append(f"{one['mean']:+.2f} ({low:+.2f} to {high:+.2f})")
+        lines.append(f"| {name} | {row['teacher_test']:.1f} | {kd} | {' | '.join(intervals)} |")
+    return "\n".join(lines)
+
+
+def network_adds(found: dict[str, Any], form: str, control: str) -> dict[str, Any]:
+    """Paired difference between two forms over all cells: a mean, and its 95 % interval over the cells' means."""
+    means = []
+    for row in found["rows"].values():
+        one = difference(row["rows"][form], row["rows"][control], "test")
+        means.append(one["mean"])
+    values = torch.tensor(means, dtype=torch.float64)
+    half = values.std().item() / len(means) ** 0.5 * stats.t.ppf(0.975, len(means) - 1)
+    mean = values.mean().item()
+    return {"mean": mean, "interval_95": [mean - half, mean + half], "cells": len(means)}
+
+
+def _forms(rows: dict[str, Any]) -> list[str]:
+    return [form for form in rows if form != "KD"]
 
 
 def _over_problems(each: dict[str, dict[str, Any]]) -> float:
