@@ -25,7 +25,7 @@ from regime.cells import cells
 from tqdm import tqdm
 
 STRUCTURES = ((10, 3), (10, 30), (30, 10), (100, 3))  # classes, clusters of each
-WIDTHS, IMAGES = (4, 8, 12, 24, 48), (300, 1000, 3000, 10_000)
+WIDTHS, IMAGES = (4, 8, 12, 24, 48), (300, 1000, 3000)
 COARSE_WIDTHS, COARSE_IMAGES = (4, 12, 48), (300, 3000)
 REAL_SEEDS = 6  # their splits are fixed and small
 
