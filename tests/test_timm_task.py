@@ -519,7 +519,9 @@ def one_step(task, image, target, mode):
     task.get_trainable_module().train()
     without_batch_statistics(task)
     task(image, target)["loss"].backward()
-    return {**gradients(task), **{f"state.{k}": v for k, v in task.disk.guide.state_dict().items()}}
+    result = {**gradients(task), **{f"state.{k}": v.clone() for k, v in task.disk.guide.state_dict().items()}}
+    optimizer_of(task).step()
+    return result
 
 
 def process(rank, address, kind, mode, out, settings):
