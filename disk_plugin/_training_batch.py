@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _checks
 from ._state import write
+from ._watch import warn_if_unheard
 from .epoch_statistics import count_batch, is_finite
 from .functional import DiSKTerms, student_temperature_step
 from .level import DiscountLevel
@@ -47,7 +48,10 @@ def observe(disk: "DiSKLoss", terms: DiSKTerms, guide_logits: Tensor, own_logits
     finite = is_finite(terms)
     write(disk.epoch_batches, disk.epoch_batches + torch.stack([torch.ones_like(finite), ~finite]))
     level = disk.level or disk.guide
-    if isinstance(level, DiscountLevel) and level.discount is not None:
+    if not isinstance(level, DiscountLevel):
+        return
+    warn_if_unheard(level)
+    if level.discount is not None:
         _step_level(disk, level, terms.mean(), own_logits, target)
 
 

@@ -76,6 +76,9 @@ def past_the_end(epoch: int, epochs: int) -> str | None:
     )
 
 
+_UNHEARD = 100  # more than most tests of a loss by itself, less than an epoch
+
+
 @contextmanager
 def low_multiplier_unwarned() -> Iterator[None]:
     """Let a host, which has a log of its own, say there what ``DualScheduler.note`` holds."""
@@ -107,6 +110,20 @@ def warn_if_swapped(
         f"trains the teacher; if they are in order, run the teacher under torch.no_grad()",
         stacklevel=_first_outside(),
     )
+
+
+def warn_if_unheard(level: Any) -> None:
+    """Warn once where nobody says how far training has come, on which a target or a ramp depends."""
+    if level.unheard is None or not level.follows_progress or torch.compiler.is_compiling() or transformed():
+        return
+    level.unheard += 1
+    if level.unheard == _UNHEARD:
+        warnings.warn(
+            f"{_UNHEARD} training batches without a DualScheduler: until one says how far training has come, nothing "
+            f"moves from its start, and discount='auto' is plain distillation; make dual = DualScheduler(disk, "
+            f"epochs=...) and call dual.step() once per epoch",
+            stacklevel=_first_outside(),
+        )
 
 
 def _first_outside() -> int:

@@ -67,6 +67,7 @@ class DiscountLevel(nn.Module):
         _checks.number("over", over, above=0, at_most=1)
         self.discount, self.share, self.over = discount, float(share), float(over)
         self.patience = PATIENCE
+        self.unheard: int | None = 0  # training batches without a word of the progress; None once there was one
         self._initial = dict(_INITIAL)
         for name, number in self._initial.items():
             self.register_buffer(name, torch.tensor(number, dtype=torch.float64))
@@ -75,6 +76,7 @@ class DiscountLevel(nn.Module):
     def set_progress(self, progress: float) -> None:
         """Say which share of training is done, in [0, 1], once per epoch: ``DualScheduler`` does."""
         _checks.number("progress", progress, at_least=0)
+        self.unheard = None
         last, moved = self.last_agreement, self.agreement != self.last_agreement  # else it is said again, on a resume
         gain = (self.agreement - last) / (1 - last).clamp(min=_FLAT)
         self.gate.copy_(torch.where(moved, (1 - self.patience * gain).clamp(0.0, 1.0), self.gate))
@@ -109,6 +111,11 @@ class DiscountLevel(nn.Module):
     def _moved(self, mean_logit: Tensor, first: Tensor) -> dict[str, Tensor]:
         """Return what else a batch moves, by name of the buffer; ``first``: it is the first one."""
         return {}
+
+    @property
+    def follows_progress(self) -> bool:
+        """Whether :meth:`set_progress` changes anything."""
+        return self.discount == "auto"
 
     @property
     def target(self) -> Tensor:

@@ -80,6 +80,11 @@ class UniformGuide(DiscountLevel):
         dtype = torch.promote_types(teacher_logits.dtype, torch.float32)
         return logit.to(dtype).expand(shape)
 
+    @property
+    def follows_progress(self) -> bool:
+        """Whether :meth:`set_progress` changes anything."""
+        return super().follows_progress or (self.ends is not None and self.ends[0] != self.ends[1])
+
     def extra_repr(self) -> str:
         """Show the settings in ``print(guide)``."""
         return f"value={self.ends}, over={self.over}" if self.ends else super().extra_repr()

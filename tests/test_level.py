@@ -210,6 +210,30 @@ def test_the_scheduler_tells_how_far_training_has_come():
     assert dual.note is None
 
 
+@pytest.mark.parametrize("make", [make_loss, lambda: DiSKLoss(UniformGuide((1.0, 0.0))).double()])
+def test_a_loss_that_nobody_tells_the_progress_says_so_once(make):
+    disk = make()
+
+    def train():
+        for _ in range(150):
+            disk(*batch(n=4))
+
+    with pytest.warns(UserWarning, match="100 training batches without a DualScheduler") as told:
+        train()
+    assert len(told) == 1
+    train()
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("make", [make_loss, lambda: make_loss(0.4), lambda: DiSKLoss(UniformGuide(0.1)).double()])
+def test_one_that_is_told_or_need_not_be_does_not(make):
+    disk = make()
+    if make is make_loss:
+        DualScheduler(disk, epochs=4)
+    for _ in range(120):
+        disk(*batch(n=4))
+
+
 # ---- which form a loss takes ----------------------------------------------------------------------------------------
 
 
