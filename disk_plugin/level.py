@@ -13,8 +13,10 @@ SHARE, OVER = 0.8, 0.2  # of the automatic target: chosen by examples/gain.py, s
 MOST = 0.5  # the automatic target's bound: where it would be beyond, the student has hardly begun to follow
 _SMALLEST, _LONGEST_STEP = -16.0, 0.5  # of log g; a Newton step from far off overshoots
 _NONE_YET = -1.0  # agreement before the first batch
+# of a number as target; "auto" starts from nothing, so that training begins as plain distillation
+_FIRST = math.log(0.01)
 _INITIAL = {
-    "log_guide": math.log(0.01),
+    "log_guide": _FIRST,
     "agreement": _NONE_YET,
     "last_agreement": _NONE_YET,
     "progress": 0.0,
@@ -69,6 +71,8 @@ class DiscountLevel(nn.Module):
         self.patience = PATIENCE
         self.unheard: int | None = 0  # training batches without a word of the progress; None once there was one
         self._initial = dict(_INITIAL)
+        if discount == "auto":
+            self._initial["log_guide"] = _SMALLEST
         for name, number in self._initial.items():
             self.register_buffer(name, torch.tensor(number, dtype=torch.float64))
 
@@ -77,11 +81,12 @@ class DiscountLevel(nn.Module):
         """Say which share of training is done, in [0, 1], once per epoch: ``DualScheduler`` does."""
         _checks.number("progress", progress, at_least=0)
         self.unheard = None
-        last, moved = self.last_agreement, self.agreement != self.last_agreement  # else it is said again, on a resume
+        progress, last = min(progress, 1.0), self.last_agreement
+        new = (self.progress != progress) & (self.agreement != last)  # else it is said again, on a resume
         gain = (self.agreement - last) / (1 - last).clamp(min=_FLAT)
-        self.gate.copy_(torch.where(moved, (1 - self.patience * gain).clamp(0.0, 1.0), self.gate))
-        self.last_agreement.copy_(self.agreement)
-        self.progress.fill_(min(progress, 1.0))
+        self.gate.copy_(torch.where(new, (1 - self.patience * gain).clamp(0.0, 1.0), self.gate))
+        self.last_agreement.copy_(torch.where(new, self.agreement, last))
+        self.progress.fill_(progress)
 
     @torch.no_grad()
     def step(self, discount: Tensor, slope: Tensor, agreement: Tensor, mean_logit: Tensor) -> None:

@@ -182,15 +182,17 @@ def test_the_target_waits_while_the_student_still_learns_to_follow():
 
 def test_progress_that_is_said_again_changes_nothing():
     level, _ = level_after([0.4, 0.7], 4)
+    level.step(*(torch.tensor(value, dtype=torch.float64) for value in (0.1, 0.1, 0.9, 0.0)))  # within an epoch
     before = copy.deepcopy(level.state_dict())
     level.set_progress(0.5)
     torch.testing.assert_close(level.state_dict(), before, rtol=0, atol=0)
 
 
-def test_before_the_first_epoch_ends_it_is_plain_distillation():
+@pytest.mark.parametrize("batches", [0, 60])
+def test_before_the_first_epoch_ends_it_is_plain_distillation(batches):
     disk = make_loss(temperature=2.0)
     DualScheduler(disk, epochs=5)
-    for _ in range(60):
+    for _ in range(batches):
         disk(*batch())
     student, teacher, target, features = batch()
     plain = functional.kd_loss(student, teacher, target, temperature=2.0, ce_weight=0.0, distill_weight=1.0)
@@ -418,8 +420,8 @@ def test_evaluation_moves_nothing():
 
 
 def test_the_level_keeps_its_digits_through_a_cast_and_starts_anew_off_the_meta_device():
-    disk = make_loss().to(torch.bfloat16)
-    assert disk.level.log_guide.item() == math.log(0.01)
+    assert make_loss().to(torch.bfloat16).level.log_guide.item() == -16.0
+    assert make_loss(0.4).to(torch.bfloat16).level.log_guide.item() == math.log(0.01)
     with torch.device("meta"):
         bare = DiSKLoss(GuideHead(C))
         assert "GuideLevel" in repr(bare)

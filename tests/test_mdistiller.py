@@ -297,15 +297,19 @@ def test_the_experiments_folder_is_stable_and_told_apart_by_what_defines_the_run
     (folder / "mark").touch()
     assert launch(host, "DATASET.NUM_WORKERS", "1", "--overwrite", epochs=1) == folder
     assert not (folder / "mark").exists()
-    message = refused(host, "--resume", "DISK.BUDGET", "1")
-    assert "DISK.BUDGET: 0.3 then, 1.0 now" in message
+    message = refused(host, "--resume", "DISK.BUDGET", "1", "--allow-changed-settings")
+    assert "DISK.BUDGET: None then, 1 now" in message
+    assert "what bounds g: discount then, budget now" in message
+    assert "what bounds g cannot change within a run" in message
+    message = refused(host, "--resume", "DISK.TEMPERATURE", "1")
+    assert "DISK.TEMPERATURE: 2.0 then, 1.0 now" in message
     assert "--allow-changed-settings" in message
-    launch(host, "--resume", "DISK.BUDGET", "1", "--allow-changed-settings", find=False)
+    launch(host, "--resume", "DISK.TEMPERATURE", "1", "--allow-changed-settings", find=False)
     (copied,) = set(folder.parent.iterdir()) - {folder}
     assert load(copied / "latest")["epoch"] == 2
-    launch(host, "--resume", "DISK.BUDGET", "1", epochs=3, find=False)
+    launch(host, "--resume", "DISK.TEMPERATURE", "1", epochs=3, find=False)
     assert load(copied / "latest")["epoch"] == 3
-    launch(host, "DISK.BUDGET", "2", out="out", epochs=1, find=False)
+    launch(host, "DISK.TEMPERATURE", "3", out="out", epochs=1, find=False)
     assert len(list((host.folder / "out").glob("*/*"))) == 3
     assert load(folder / "latest")["epoch"] == 1
 
@@ -326,6 +330,7 @@ def test_a_run_from_before_there_was_a_replay_goes_on(host):
 
 def test_changed_settings_that_are_allowed_take_effect_and_lasting_ones_are_refused(host):
     words = ["SOLVER.TRAINER", "disk"]
+    words += ["DISK.BUDGET", "0.3"]
     original = launch(host, *words, epochs=1)
     changed = [
         "SOLVER.LR",
@@ -376,7 +381,7 @@ def test_an_overwritten_run_comes_back_if_the_new_one_fails_before_its_first_che
 
 
 def test_a_run_too_short_for_its_multiplier_to_rise_says_so(host, capsys):
-    launch(host, epochs=2)
+    launch(host, "DISK.BUDGET", "0.3", epochs=2)
     assert "in the 2 steps of its schedule the multiplier comes to at most 0.1 of 50" in capsys.readouterr().out
     launch(host, "DISK.DUAL.MULTIPLIER", "[50, 50]", "--overwrite", epochs=2, out="constant")
     assert "comes to at most" not in capsys.readouterr().out
@@ -436,13 +441,13 @@ BAD = [
     ([], {"distiller": "DISC"}, "DISK, DISK_SIMKD, "),
     (["DISK.LAMBDA", "1"], {}, "DISK.LAMBDA; known in DISK: ALTERNATING, BUDGET, CE_WEIGHT"),
     (["DISK.DUAL.LAMBDA", "1"], {}, "known in DISK.DUAL: ASCENT_RATE, BUDGET"),
-    (["DISK.CE_WEIGHT", "much"], {}, "DISK.CE_WEIGHT must be a number such as 0.1, got much"),
+    (["DISK.CE_WEIGHT", "much"], {}, "DISK.CE_WEIGHT must be a number such as 0.0, got much"),
     (
         ["DISK.DUAL.MULTIPLIER", "50"],
         {},
         "DISK.DUAL.MULTIPLIER must be two numbers such as [0.1, 50.0], got 50: '[50, 50]' keeps it constant",
     ),
-    (["DISK.DUAL.MULTIPLIER", "high"], {}, "DISK.DUAL.MULTIPLIER must be a list such as [0.1, 50.0], got high"),
+    (["DISK.DUAL.MULTIPLIER", "high"], {}, "DISK.DUAL.MULTIPLIER must be two numbers such as [0.1, 50.0], got high"),
     (["DISK.GUIDE.HIDDEN_DIMS", "64"], {}, "must be a list such as [64, 128], got 64: '[64]' makes it one"),
     (["SOLVER.LR_DECAY_STAGES", "150"], {}, "SOLVER.LR_DECAY_STAGES must be a list such as ["),
     (["KD.TEMPERATURE", "2.5"], {}, "KD.TEMPERATURE must be a whole number such as 4, got 2.5"),

@@ -15,8 +15,8 @@ from .settings import Settings, is_guided
 _GIVEN = ("data", "teacher weights", "DISTILLER.WARM_START")  # files, told apart by what is in them
 # what a checkpoint holds, its shapes depend on or its whole course does: no flag makes a resumed run change it
 _LASTING = re.compile(
-    r"DISTILLER\.|DATASET\.|teacher weights|SOLVER\.(TRAINER|TYPE|SEED)|DISK\.(GUIDE\.|STUDENT_TEMPERATURE)"
-    r"|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY(_CAPACITY)?$|STUDENT_PASSES)|(DISK_)?SIMKD\.FACTOR"
+    r"DISTILLER\.|DATASET\.|teacher weights|what bounds g$|SOLVER\.(TRAINER|TYPE|SEED)"
+    r"|DISK\.(GUIDE\.|STUDENT_TEMPERATURE)|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY(_CAPACITY)?$|STUDENT_PASSES)|(DISK_)?SIMKD\.FACTOR"
 )
 # of a run that goes on elsewhere: its snapshots of past epochs stay its own
 _NOT_COPIED = shutil.ignore_patterns("epoch_[0-9]*", "student_[0-9]*", "simkd_[0-9]*", f"{SETTINGS}*")

@@ -7,14 +7,14 @@ from typing import Any
 
 import yaml
 
-from .settings import Settings, default_settings
+from .settings import FORM, Settings, default_settings
 
 SETTINGS = "settings.yaml"
 CHECKPOINT = "latest"
 _MAY_GROW = ("SOLVER.EPOCHS",)
 _MARK = {"recorded": "the whole configuration"}  # earlier versions recorded DISTILLER, SOLVER and the distiller's own
 # what those versions did where there was no such key yet
-_BEFORE = {"DISK.ALTERNATING.REPLAY": False}
+_BEFORE = {"DISK.ALTERNATING.REPLAY": False, FORM: "budget"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def _compare(folder: Path, recorded: Settings, now: Settings, ignore: tuple[str,
     absent = now.keys() - then.keys()
     if whole:  # there was no such key: a default leaves the training as it was
         then.update({key: defaults[key] for key in absent & defaults.keys()})
+        then.setdefault(FORM, _BEFORE[FORM])
         unknown: list[str] = []
     else:
         then.update({key: _BEFORE.get(key, now[key]) for key in absent})

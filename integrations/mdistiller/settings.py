@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 from .distillers import GuidedDistiller
 
 Settings = dict[str, Any]
+FORM = "what bounds g"
 # where a run logs, what it is called, how its data is loaded and tested: nothing of it changes what is trained
 _NOT_DEFINING = {
     "EXPERIMENT.NAME",
@@ -99,14 +100,18 @@ def settings_of(cfg: CfgNode, *, data: str, teacher: str, warm_start: str) -> Se
             for key, value in _flat("", cfg).items()
             if key not in _NOT_DEFINING and not key.startswith("LOG.")
         },
+        FORM: "discount" if follows_discount(cfg) else "budget",
         "data": data,
         "teacher weights": teacher,
         "DISTILLER.WARM_START": warm_start,
     }
 
 
-def _defines(key: str) -> bool:
-    return key not in _NOT_DEFINING and not key.startswith("LOG.")
+def follows_discount(cfg: CfgNode) -> bool:
+    """Say whether the loss holds a discount: neither it nor its schedule is asked for a budget."""
+    disk, dual = cfg.DISK, cfg.DISK.DUAL
+    asked = (disk.BUDGET, dual.MULTIPLIER, dual.PERIOD, dual.BUDGET, dual.BUDGET_PERIOD)
+    return disk.DISCOUNT is not None and all(value is None for value in asked) and dual.RULE == "cosine"
 
 
 def default_settings() -> Settings:

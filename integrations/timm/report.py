@@ -33,7 +33,7 @@ class TaskReport(EpochReport):
         if self._task_loss is not None and dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._task_loss)
 
-    def logged(self, task_loss_weight: float) -> dict[str, float]:
+    def logged(self, task_loss_weight: float = 1.0) -> dict[str, float]:
         """Return the means by name; accuracies in percent, as timm's ``top1``; the host's loss is part of DiSK's."""
         means = self.means()
         for side in ("student", "teacher"):
