@@ -70,11 +70,11 @@ def rest_of(ce_weight: Any) -> float:
 
 
 def settings_of(loss: "DiSKLoss", **more: Any) -> str:
-    """Return a loss's settings as ``repr`` shows them; multiplier and budget are those in force."""
+    """Return a loss's settings as ``repr`` shows them; multiplier and budget are those it was built with."""
     names = ["ce_weight", "distill_weight", "temperature", "top_k", "guide_gradient_scale", "ignore_index"]
     shown = {**{name: getattr(loss, name) for name in names}, **more}
-    if loss.level is None and not loss.multiplier.is_meta:
-        shown |= {"multiplier": loss.multiplier.item(), "budget": loss.budget.item()}
+    if loss.level is None:
+        shown |= {name: loss._initial[name] for name in ("multiplier", "budget")}
     return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + f", {loss.variant}"
 
 

@@ -942,7 +942,7 @@ def test_importing_or_recording_loads_an_extra(tmp_path):
     code = (
         "import sys, torch; before = set(sys.modules); import disk_plugin.diagnostics as d; "
         "from disk_plugin.functional import DiSKTerms; record = d.SampleRecord(); "
-        "record.add(torch.arange(2), 0, DiSKTerms(*[torch.ones(2)] * 12)); "
+        "record.add(torch.arange(2), 0, DiSKTerms(*[torch.ones(2)] * len(DiSKTerms._fields))); "
         "d.SampleRecord().load_state_dict(record.state_dict()); "
         "print(({'matplotlib', 'pandas', 'pyarrow', 'sklearn'} & set(sys.modules)) - before)"
     )
@@ -952,7 +952,7 @@ def test_importing_or_recording_loads_an_extra(tmp_path):
 def test_a_figure_needs_a_display_or_pyplot(tmp_path):
     code = (
         "import sys, torch, disk_plugin.diagnostics as d; from disk_plugin.functional import DiSKTerms; "
-        "r = d.SampleRecord(); r.add(torch.arange(2), 0, DiSKTerms(*[torch.ones(2)] * 12), target=torch.arange(2)); "
+        "r = d.SampleRecord(); r.add(torch.arange(2), 0, DiSKTerms(*[torch.ones(2)] * len(DiSKTerms._fields)), target=torch.arange(2)); "
         "t = r.table(); f = [d.plot_over_epochs(t), d.plot_against_ce(t), d.plot_per_class(t), "
         "d.gallery(t, torch.rand(2, 4, 4))]; [x.savefig('f.png') for x in f]; print('matplotlib.pyplot' in sys.modules)"
     )

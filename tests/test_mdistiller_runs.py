@@ -219,35 +219,38 @@ def made_older(folder):
     return folder.rename(folder.with_name(f"{folder.name.rpartition('-')[0]}-0123abcd"))
 
 
+PAPER = ["DISK.BUDGET", "0.3"]  # what bounded g in those versions
+
+
 def test_a_run_whose_settings_an_earlier_version_recorded_goes_on_with_a_word_on_the_others(host, capsys):
-    folder = launch(host, epochs=1)
+    folder = launch(host, *PAPER, epochs=1)
     older = made_older(folder)
     assert f"--resume found {older}, whose settings differ:\n  DISK.BUDGET: 0.3 then, 0.7 now\n" in refused(
-        host, "--resume", "DISK.BUDGET", "0.7"
+        host, *PAPER, "--resume", "DISK.BUDGET", "0.7"
     )
-    assert f"{older} holds an earlier run with these settings" in refused(host)
+    assert f"{older} holds an earlier run with these settings" in refused(host, *PAPER)
     capsys.readouterr()
-    launch(host, "--resume", "KD.TEMPERATURE", "2", find=False)
+    launch(host, *PAPER, "--resume", "KD.TEMPERATURE", "2", find=False)
     printed = capsys.readouterr().out
     assert f"note: {older} was started by a version that recorded DISTILLER, SOLVER, its distiller's own" in printed
     assert "not at their defaults: KD.TEMPERATURE\n" in printed
     (now,) = folders(host)
     assert now not in (older, folder)
     assert load(now / "latest")["epoch"] == 2
-    message = refused(host, "--resume", "KD.TEMPERATURE", "4")  # from here it is recorded
+    message = refused(host, *PAPER, "--resume", "KD.TEMPERATURE", "4")  # from here it is recorded
     assert f"{now}, whose settings differ:\n  KD.TEMPERATURE: 2 then, 4 now\n" in message
 
 
 def test_of_an_older_run_and_one_with_the_very_settings_the_second_goes_on(host):
-    older = made_older(added(host, epochs=1))
-    very = added(host, "KD.TEMPERATURE", "2", epochs=1)  # the older one may have had it or not: it bars nothing
-    launch(host, "--resume", "KD.TEMPERATURE", "2", epochs=2, find=False)
+    older = made_older(added(host, *PAPER, epochs=1))
+    very = added(host, *PAPER, "KD.TEMPERATURE", "2", epochs=1)  # the older one may have had it or not: it bars nothing
+    launch(host, *PAPER, "--resume", "KD.TEMPERATURE", "2", epochs=2, find=False)
     assert [load(folder / "latest")["epoch"] for folder in (older, very)] == [1, 2]
 
 
 def test_an_older_run_is_overwritten_where_it_lies(host):
-    older = made_older(launch(host, epochs=1))
-    folder = launch(host, "--overwrite", epochs=1)
+    older = made_older(launch(host, *PAPER, epochs=1))
+    folder = launch(host, *PAPER, "--overwrite", epochs=1)
     assert folder != older
     assert folders(host) == {folder}
 

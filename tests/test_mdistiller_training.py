@@ -443,7 +443,9 @@ def test_small_values_are_logged_with_their_digits_and_means_over_no_sample_are_
 
 
 def test_a_schedule_that_was_given_a_shorter_length_than_the_run_is_no_mistake(host):
-    folder = shared.launch(host, "DISK.DUAL.EPOCHS", "1")  # of two epochs; a warning would be an error here
+    folder = shared.launch(
+        host, "DISK.BUDGET", "0.3", "DISK.DUAL.EPOCHS", "1"
+    )  # of two epochs; a warning would be an error here
     log = (folder / "worklog.txt").read_text()
     assert re.findall(r"\nmultiplier: (\S+)", log) == ["0.1000", "50.00"]
 
@@ -456,7 +458,15 @@ def test_a_loss_that_is_nan_is_logged_as_such(host, monkeypatch):
     means |= {"student_accuracy": 0.0, "teacher_accuracy": 0.75}
     monkeypatch.setattr(trainer.report, "means", lambda: dict(means))
     values = trainer._epoch_values()
-    assert list(values) == ["logged_loss", "ce", "teacher_acc", "guide_wrong", "multiplier", "budget"]
+    assert list(values) == [
+        "logged_loss",
+        "ce",
+        "teacher_acc",
+        "guide_wrong",
+        "multiplier",
+        "budget",
+        "discount_target",
+    ]
     assert f"{values['ce']:.2f}" == "nan"
 
 

@@ -342,7 +342,7 @@ def test_the_loop_of_the_readme_trains_both_and_keeps_to_its_players():
     torch.manual_seed(0)
     x, (_, teacher, target, features) = torch.randn(120, 5, dtype=torch.double), batch(120)
     student = nn.Linear(5, C).double()
-    replay = make_replay(make_disk(), batch_size=30)
+    replay = make_replay(make_disk(multiplier=None), batch_size=30)
     dual = DualScheduler(replay.disk, epochs=3, multiplier=(5.0, 20.0), period=3)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     path = []

@@ -95,7 +95,7 @@ def test_a_classifier_that_does_not_make_the_logits_is_refused_with_the_reason()
 def guided(weight, *, reduction="mean", error=None, **settings):
     """Terms of one seeded batch, and what received gradients."""
     torch.manual_seed(3)
-    disk, simkd = DiSKLoss(GuideHead(5, 8), budget=0.01), make()
+    disk, simkd = DiSKLoss(GuideHead(5, 8), budget=0.01, ce_weight=0.1), make()
     student_map, teacher_map = batch()
     teacher_logits, target = torch.randn(6, 5), torch.arange(6) % 5
     logits, feature_error = simkd(student_map.requires_grad_(), teacher_map)

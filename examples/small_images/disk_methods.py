@@ -34,7 +34,7 @@ def in_nats(settings: dict[str, Any], *, feature_dim: int, budget: float, steps:
         budget: where the settings name none.
         steps: of the schedule.
     """
-    loss = {"ce_weight": 0.1, **settings}
+    loss = {"ce_weight": 0.1, "temperature": 4.0, **settings}
     loss.setdefault("distill_weight", 1 - loss["ce_weight"])
     inputs, optimizer = loss.pop("guide_inputs", "both"), loss.pop("guide_optimizer", "sgd")
     guide = {"feature_dim": 0 if inputs == "logits" else feature_dim, "use_logits": inputs != "features"}
@@ -43,7 +43,7 @@ def in_nats(settings: dict[str, Any], *, feature_dim: int, budget: float, steps:
     variant = VARIANTS[loss.pop("variant", "paper")]
     variant = variant._replace(**{key: loss.pop(key) for key in variant._fields if key in loss})
     dual = {"multiplier": low_high, "period": max(steps // periods, 1), "budget": loss.pop("budget", budget)}
-    loss |= {"variant": variant, "multiplier": low_high[1]}
+    loss |= {"variant": variant, "discount": None}
     return {"guide": guide, "loss": loss, "dual": dual, "guide_optimizer": optimizer}
 
 
