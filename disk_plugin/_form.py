@@ -104,7 +104,7 @@ def multiplier_bounds(loss: "DiSKLoss", multiplier: Any, *, scheduled: bool) -> 
     if multiplier is None and keeps and not scheduled:
         return own, own
     bounds = PAPER_BOUNDS if multiplier is None else pair("multiplier", multiplier)
-    if keeps and loss.level is None and bounds != (own, own):
+    if keeps and own and bounds != (own, own):  # a multiplier of 0 has nothing to weigh
         warnings.warn(
             f"the loss was given multiplier={own:g}, which the schedule's bounds {bounds} overwrite: give one of them",
             stacklevel=4,

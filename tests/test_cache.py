@@ -301,7 +301,7 @@ def test_a_single_place_and_a_view_for_all_are_read_alike(tmp_path):
 def test_disk_trained_from_the_cache_has_the_loss_and_gradients_of_the_teacher_online(tmp_path, mode):
     teacher, views = make_teacher(), seeded_views()
     cache = write(tmp_path, teacher, views, mode=mode)
-    disk, student = DiSKLoss(GuideHead(CLASSES, cache.feature_dim)), nn.Linear(12, CLASSES)
+    disk, student = DiSKLoss(GuideHead(CLASSES, cache.feature_dim), budget=0.3), nn.Linear(12, CLASSES)
     views.set_epoch(1)
     x, target, index, view = next(iter(DataLoader(views, batch_size=SAMPLES, shuffle=True)))
     found = []

@@ -952,7 +952,8 @@ def test_importing_or_recording_loads_an_extra(tmp_path):
 def test_a_figure_needs_a_display_or_pyplot(tmp_path):
     code = (
         "import sys, torch, disk_plugin.diagnostics as d; from disk_plugin.functional import DiSKTerms; "
-        "r = d.SampleRecord(); r.add(torch.arange(2), 0, DiSKTerms(*[torch.ones(2)] * len(DiSKTerms._fields)), target=torch.arange(2)); "
+        "r = d.SampleRecord(); terms = DiSKTerms(*[torch.ones(2)] * len(DiSKTerms._fields)); "
+        "r.add(torch.arange(2), 0, terms, target=torch.arange(2)); "
         "t = r.table(); f = [d.plot_over_epochs(t), d.plot_against_ce(t), d.plot_per_class(t), "
         "d.gallery(t, torch.rand(2, 4, 4))]; [x.savefig('f.png') for x in f]; print('matplotlib.pyplot' in sys.modules)"
     )
