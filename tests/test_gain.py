@@ -127,6 +127,13 @@ def test_intervals_are_paired_t_intervals():
     assert found["interval_95"] == pytest.approx([7 / 3 - half, 7 / 3 + half], rel=1e-5)
 
 
+def test_the_table_names_each_column_rightly_in_whatever_order_the_cells_were_trained():
+    first, second = cell("a, warm", one=[1.0] * 3, two=[2.0] * 3), cell("b, warm", two=[4.0] * 3, one=[3.0] * 3)
+    lines = report.gain_table(report.gain([first, second])).splitlines()
+    assert lines[0].endswith("| one | two |")
+    assert [re.findall(r"([+-]\d\.\d\d) \(", line) for line in lines[2:]] == [["+1.00", "+2.00"], ["+3.00", "+4.00"]]
+
+
 # ---- what is committed ----------------------------------------------------------------------------------------------
 
 

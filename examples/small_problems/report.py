@@ -93,7 +93,8 @@ def gain_table(found: dict[str, Any]) -> str:
         kd = f"{sum(scores) / len(scores):.2f} (temperature {settings['temperature']:g}, "
         kd += f"ce_weight {settings['ce_weight']:g})"
         intervals = []
-        for one in row["differences"].values():
+        for form in forms:
+            one = row["differences"][form]
             low, high = one["interval_95"]
             intervals.append(f"{one['mean']:+.2f} ({low:+.2f} to {high:+.2f})")
         lines.append(f"| {name} | {row['teacher_test']:.1f} | {kd} | {' | '.join(intervals)} |")
@@ -109,7 +110,7 @@ def network_adds(found: dict[str, Any], form: str, control: str) -> dict[str, An
     values = torch.tensor(means, dtype=torch.float64)
     half = values.std().item() / len(means) ** 0.5 * stats.t.ppf(0.975, len(means) - 1)
     mean = values.mean().item()
-    return {"mean": mean, "interval_95": [mean - half, mean + half], "cells": len(means)}
+    return {"mean": mean, "interval_95": [float(mean - half), float(mean + half)], "cells": len(means)}
 
 
 def _forms(rows: dict[str, Any]) -> list[str]:
