@@ -179,7 +179,7 @@ def test_other_thresholds_are_derived():
 def test_a_cell_is_placed_elsewhere():
     cell = {"problem": "10 classes x 3 clusters", "width": 4, "teacher_train": [100.0, 98.0]}
     cell |= {"student_train": [60.0, 50.0], "student_held_out": [55.0, 45.0]}
-    cell["methods"] = {"KD": {"test": [50.0, 40.0]}, "uniform": {"test": [52.0, 46.0]}}
+    cell["methods"] = {"KD": {"test": [50.0, 40.0]}, "DiSK": {"test": [52.0, 46.0]}}
     (found,) = rule.points({"problems": {"key": {"cells": [cell]}}})
     assert found == ("key, width 4", "key", True, 44.0, 5.0, 4.0, 2.0)  # standard deviation 2 sqrt 2 over sqrt 2
 

@@ -12,7 +12,7 @@ from ._accuracy import compare
 Verdict = Literal["DiSK", "KD"]
 
 # the rule of examples/results/regime_map.json, which examples/regime/rule.py derives; percent points
-SMALLEST_CAPACITY_GAP, LARGEST_DATA_GAP = 30.0, 10.0
+SMALLEST_CAPACITY_GAP, LARGEST_DATA_GAP = 35.0, 30.0
 NEAR_CHANCE = 1.5  # times 1 / C: a student that knows so little was hardly trained
 _GROUNDS = (
     "This rests on a map of small MLPs (examples/results/regime_map.png): the gain is largest with few features for "
