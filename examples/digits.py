@@ -4,7 +4,6 @@
 everything right; the student has four hidden units, a real capacity gap.
 """
 
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -77,12 +76,11 @@ def train(
     seed: int,
     loss_of: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor],
     *,
-    lr: float = 0.1,
     extra_parameters=(),
     after_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> nn.Module:
     """SGD, momentum .9, cosine learning rate; methods differ in ``loss_of(model, x, y, index)`` alone."""
-    optimizer = torch.optim.SGD([*model.parameters(), *extra_parameters], lr=lr, momentum=0.9)
+    optimizer = torch.optim.SGD([*model.parameters(), *extra_parameters], lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for epoch in range(epochs):
         for x, y, index in batches(split, seed, epoch):
@@ -110,8 +108,3 @@ def warm_student(train_split: Split, epochs: int, seed: int) -> nn.Module:
     """Train a student with cross-entropy: the common start of every method."""
     torch.manual_seed(seed)
     return train(make_student(), train_split, epochs, seed, ce_loss)
-
-
-def clone(model: nn.Module) -> nn.Module:
-    """Independent copy of a model."""
-    return copy.deepcopy(model)
