@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     widths: tuple[int, ...]
     activation: str = "relu"
     batch_size: int = 200
+    teacher: nn.Sequential | None = None  # where it is at hand, and not its outputs alone
 
 
 def scaffold_target(width: int = 12) -> Problem:
@@ -145,7 +146,8 @@ def _with_teacher(
         features = teacher[:-1](train.x)
         logits, on_test = teacher[-1](features), accuracy(teacher(test.x), test.y)
     widths = (ends[0], *student, ends[1])
-    return Problem(name, train, validation, test, logits, features, on_test, widths, activation, batch_size)
+    outputs = logits, features, on_test
+    return Problem(name, train, validation, test, *outputs, widths, activation, batch_size, teacher)
 
 
 def _digit_splits() -> list[Split]:
