@@ -203,7 +203,8 @@ def test_a_dry_run_writes_no_table_or_figure(tmp_path, monkeypatch, capsys):
 def test_the_gallery_shows_one_image_twice_or_others_than_those_with_the_largest_discount(problem, starts):
     """The training data are 50 images, each there twice, one after the other half."""
     twice = Split(torch.cat([problem.train.x[:50]] * 2), torch.cat([problem.train.y[:50]] * 2))
-    problem = problem._replace(train=twice)
+    teacher = torch.cat([problem.teacher_logits[:50]] * 2), torch.cat([problem.teacher_features[:50]] * 2)
+    problem = problem._replace(train=twice, teacher_logits=teacher[0], teacher_features=teacher[1])
     disks = losses(problem, {"discount": 0.2})
     watch = shown.Watch(problem, disks)
     students = train_seeds(problem, starts, disks, SEEDS, PASSES, watch)
