@@ -2,8 +2,10 @@
 
 Blue points lie in [2, 3] and [5, 7] of [0, 9], the teacher has two intervals and the student one (appendix A.1). The
 student's minima are A = [2, 3], B = [2, 7] and C = [5, 7], which the paper calls global; "elsewhere" is none of them.
-What the paper leaves open is fixed here: the slope kappa = 10, the clamp of the probability at 1e-6, all samples in
-each gradient step. Settings are frozen in results/intervals_search.json (``--search``).
+What the paper leaves open is fixed here: the student's parameters are its interval's start and width, each between 0
+and 9; it starts at a ~ U(0, 3), b ~ U(3, 9); the slope kappa is 7 and .003 is added to both probabilities, so that the
+loss is bounded (both chosen with DiSK's counts in view, on other starts); the teacher has the true ends; all samples
+are in each gradient step. KD's settings are frozen in results/intervals_search.json (``--search``).
 
 Usage: python examples/intervals.py [--dry-run] [--search | --ablate] [--out DIR]
 """
@@ -15,33 +17,44 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
-from toys import table1
-from toys.starts import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Problem, Starts, Trained, student_loss
+from toys import rows, table1, tables
+from toys.starts import Problem, Starts
+from toys.training import Trained, student_loss
 
-KAPPA, CLAMP, WIDTH, SAMPLES = 10.0, 1e-6, 9.0, 1000
+KAPPA, OFFSET, WIDTH, SAMPLES = 7.0, 0.003, 9.0, 1000
 BLUE = ((2.0, 3.0), (5.0, 7.0))
 MINIMA = {"A [2, 3]": (2.0, 3.0), "B [2, 7]": (2.0, 7.0), "C [5, 7], global": (5.0, 7.0)}
 REACH = 1.0  # a start belongs to a minimum if both ends are that near
 
 
 class Intervals(nn.Module):
-    """A sum of soft intervals sigmoid(kappa (x - a)) - sigmoid(kappa (x - b)), each with random ends a < b."""
+    """A sum of soft intervals sigmoid(kappa (x - a)) - sigmoid(kappa (x - a - width)), given by their ends (I, 2)."""
 
-    def __init__(self, count: int, kappa: float = KAPPA, clamp: float = CLAMP) -> None:
+    def __init__(self, ends: Tensor, kappa: float = KAPPA) -> None:
         super().__init__()
-        self.kappa, self.clamp = kappa, clamp
-        self.ends = nn.Parameter((WIDTH * torch.rand(2 * count).sort().values).view(count, 2))
+        self.kappa = kappa
+        self.place = nn.Parameter(torch.stack([ends[:, 0], ends[:, 1] - ends[:, 0]], 1))
 
     def features(self, x: Tensor) -> Tensor:
-        """Return each interval's value: (N,) -> (N, count)."""
-        steps = torch.sigmoid(self.kappa * (x[:, None, None] - self.ends))
-        return steps[..., 0] - steps[..., 1]
+        """Return each interval's value: (N,) -> (N, I)."""
+        low, high = to_ends(self.place).unbind(1)
+        return torch.sigmoid(self.kappa * (x[:, None] - low)) - torch.sigmoid(self.kappa * (x[:, None] - high))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return log-probabilities of red and blue as logits: (N,) -> (N, 2)."""
-        blue = self.features(x).sum(1).clamp(self.clamp, 1 - self.clamp)
-        return torch.stack([torch.log1p(-blue), blue.log()], 1)
+        """Return the logits of red and blue, log-probabilities but for the offset: (N,) -> (N, 2)."""
+        blue = self.features(x).sum(1)
+        return torch.stack([(1 - blue + OFFSET).log(), (blue + OFFSET).log()], 1)
+
+
+def to_ends(place: Tensor) -> Tensor:
+    """Turn start and width into both ends, (..., 2)."""
+    low, width = place.unbind(-1)
+    return torch.stack([low, low + width], -1)
+
+
+def random_ends() -> Tensor:
+    """Ends of a random start, (1, 2)."""
+    return torch.stack([3 * torch.rand(1), 3 + 6 * torch.rand(1)], 1)
 
 
 def is_blue(x: Tensor) -> Tensor:
@@ -58,42 +71,18 @@ def sample(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return x, is_blue(x).long()
 
 
-def trained_teacher(x: Tensor, y: Tensor, kappa: float, clamp: float, restarts: int = 20) -> Intervals:
-    """Fit two intervals a < b < c < d (A.1) with cross-entropy from random starts; keep the one that fits best.
-
-    Raises:
-        RuntimeError: every start ended elsewhere, as one interval less its gap does.
-    """
-    torch.manual_seed(0)
-    best: tuple[float, Intervals] | None = None
-    for _ in range(restarts):
-        teacher = Intervals(2, kappa, clamp)
-        optimizer = torch.optim.SGD(teacher.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
-        for _ in range(200):
-            loss = F.cross_entropy(teacher(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        (first, second), (third, fourth) = sorted(teacher.ends.tolist())
-        if first < second < third < fourth and (best is None or loss.item() < best[0]):
-            best = loss.item(), teacher
-    if best is None:
-        raise RuntimeError(f"expected two intervals a < b < c < d after training, got none in {restarts} starts")
-    return best[1]
-
-
 @functools.cache
-def problem(seed: int, kappa: float = KAPPA, clamp: float = CLAMP) -> Problem:
+def problem(seed: int, kappa: float = KAPPA) -> Problem:
     """Training data and the teacher's outputs on them; its features are the values of its two intervals."""
     x, y = sample(SAMPLES, seed)
-    teacher = trained_teacher(x, y, kappa, clamp)
+    teacher = Intervals(torch.tensor(BLUE), kappa)
     with torch.no_grad():
         return Problem(x, y, teacher(x), teacher.features(x))
 
 
 def ends_of(students: Starts) -> Tensor:
     """Both ends of every student's interval, (S, 2)."""
-    return students.parameters["ends"].detach()[:, 0]
+    return to_ends(students.parameters["place"].detach()[:, 0])
 
 
 def classify(students: Starts, _problem: Problem, _seed: int) -> Tensor:
@@ -103,90 +92,137 @@ def classify(students: Starts, _problem: Problem, _seed: int) -> Tensor:
     return torch.where(nearest.values < REACH, nearest.indices + 1, 0)
 
 
-def make_toy(kappa: float = KAPPA, clamp: float = CLAMP, batch_size: int | None = None) -> table1.Toy:
+LONG = {"iterations": 334}  # CE and KD: 1,002 steps
+SCAFFOLD = {"ce_weight": 0.0, "temperature": 4.0, "student_temperature": 4.0, "top_k": 1}
+GUIDE = {"hidden_dims": [8], "norm": "batch", "initial": 0.95, "lr": 0.001, "weight_decay": 0.1}
+
+
+def make_toy(kappa: float = KAPPA, batch_size: int | None = None) -> table1.Toy:
     """Return the problem, with what the paper leaves open as arguments."""
     return table1.Toy(
         name="intervals",
+        title="1D intervals",
         minima=("elsewhere", *MINIMA),
         paper={
             method: dict(zip(MINIMA, counts, strict=True))
-            for method, counts in {"CE": (35, 64, 1), "KD": (30, 67, 3), "DiSK": (9, 1, 90)}.items()
+            for method, counts in {rows.CE: (35, 64, 1), rows.KD: (30, 67, 3), rows.DISK: (9, 1, 90)}.items()
         },
-        make_student=lambda: Intervals(1, kappa, clamp),
-        make_problem=lambda seed: problem(seed, kappa, clamp),
+        make_student=lambda: Intervals(random_ends(), kappa),
+        make_problem=lambda seed: problem(seed, kappa),
         classify=classify,
-        trials=table1.RANGES,
-        iterations=67,
+        rows={
+            rows.CE: {"ce_weight": 1.0, **LONG},
+            rows.KD_PLAIN: {"ce_weight": 0.0, "temperature": 1.0, **LONG},
+            rows.KD: None,
+            rows.DISK: {**SCAFFOLD, "multiplier": [0.1, 50.0], "period": 50, "budget": 0.0, "guide": GUIDE},
+            rows.UNIFORM: {**SCAFFOLD, "ramp": [50, 0.5]},
+        },
+        trials={rows.KD: [{**settings, **LONG} for settings in rows.KD_SETTINGS]},
+        iterations=200,
         batch_size=batch_size,
+        bounds=(0.0, WIDTH),
     )
 
 
 TOY = make_toy()
-# a change to the problem or to DiSK's frozen settings
-ABLATIONS: dict[str, tuple[table1.Toy, dict[str, Any]]] = {
-    "as reported": (TOY, {}),
-    "kappa 5": (make_toy(kappa=5.0), {}),
-    "clamp 1e-3": (make_toy(clamp=1e-3), {}),
-    "kappa 5, clamp 1e-3": (make_toy(kappa=5.0, clamp=1e-3), {}),
-    **table1.OPEN_SETTINGS,
+CHANGES: dict[str, dict[str, Any]] = {  # of DiSK's settings
+    "K = 2": {"top_k": 2},
+    "both temperatures 1": {"temperature": 1.0, "student_temperature": 1.0},
+    "both temperatures 2": {"temperature": 2.0, "student_temperature": 2.0},
+    "student's temperature 1": {"student_temperature": 1.0},
+    "cross-entropy weight .1": {"ce_weight": 0.1},
+    "cross-entropy weight .5": {"ce_weight": 0.5},
+    "multiplier up to 10": {"multiplier": [0.1, 10.0]},
+    "multiplier up to 1000": {"multiplier": [0.1, 1000.0]},
+    "guide starts at .5": {"guide.initial": 0.5},
+    "guide starts at .05": {"guide.initial": 0.05},
+    "guide reads features alone": {"guide.inputs": "features"},
 }
+ABLATIONS: dict[str, table1.Ablation] = {
+    "as reported": table1.Ablation(TOY, {}),
+    "kappa 5": table1.Ablation(make_toy(kappa=5.0), {}),
+    "kappa 10": table1.Ablation(make_toy(kappa=10.0), {}),
+    "minibatches of 200": table1.Ablation(make_toy(batch_size=200), {}),
+    **{name: table1.Ablation(TOY, changes, (rows.DISK,)) for name, changes in CHANGES.items()},
+}
+
+
+def describe(_results: dict[str, Any], trained: dict[str, Trained]) -> dict[str, Any]:
+    """Return how far apart the starts are over training, and what the guide ends at: is the start erased?"""
+    x, guide = problem(table1.REPORT_SEEDS[0]).x, trained[rows.DISK].guide
+    found: dict[str, Any] = {"g_at_the_end": {}}
+    for low, high in ((0.0, 2.0), (2.0, 3.0), (3.0, 5.0), (5.0, 7.0), (7.0, 9.0)):
+        found["g_at_the_end"][f"[{low:.0f}, {high:.0f}]"] = guide[:, (low < x) & (x < high)].mean().item()
+    for row in (rows.KD_PLAIN, rows.DISK, rows.UNIFORM):
+        ends = to_ends(trained[row].path)  # (R + 1, S, 2)
+        spread = ends.std(1).mean(1)
+        nearest = int(spread.argmin())
+        found[row] = {
+            "spread_at_the_start": spread[0].item(),
+            "smallest_spread": spread[nearest].item(),
+            "iteration": nearest,
+            "mean_ends_there": ends[nearest].mean(0).tolist(),
+        }
+    return {"continuation": found}
+
+
+def remarks(results: dict[str, Any]) -> str:
+    """Return what :func:`describe` found as a table, with the guide's g below it."""
+    lines = [
+        "| set 0 | spread of the ends at the start | smallest | at iteration | mean ends there |",
+        "|---|---|---|---|---|",
+    ]
+    found = results["continuation"]
+    for row in (rows.KD_PLAIN, rows.DISK, rows.UNIFORM):
+        each, (low, high) = found[row], found[row]["mean_ends_there"]
+        spreads = f"{each['spread_at_the_start']:.2f} | {each['smallest_spread']:.2f} | {each['iteration']}"
+        lines.append(f"| {row} | {spreads} | {low:.1f}, {high:.1f} |")
+    shown = ", ".join(f"{where} {value:.2f}" for where, value in found["g_at_the_end"].items())
+    return "\n".join([*lines, "", f"DiSK's mean g at the end: {shown}."])
 
 
 def surface(settings: dict[str, Any], data: Problem, guide: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return a grid of ends and the student's loss there, per sample's mean; ``guide`` (N,) is held fixed."""
     grid = torch.linspace(0, WIDTH, 61)
     losses = torch.full((len(grid), len(grid)), float("nan"))
-    student = Intervals(1)
     for i, low in enumerate(grid):
         for j in range(i + 1, len(grid)):
-            student.ends.data = torch.stack([low, grid[j]]).view(1, 2)
             with torch.no_grad():
-                losses[i, j] = student_loss(student(data.x), data, settings, guide)
+                logits = Intervals(torch.stack([low, grid[j]])[None])(data.x)
+                losses[i, j] = student_loss(logits, data, settings, guide)
     return grid, losses
 
 
 def figures(toy: table1.Toy, results: dict[str, Any], trained: dict[str, Trained], out: Path) -> None:
-    """Draw both loss surfaces with all end points, the decision functions, and g and discount over the data."""
-    data = problem(table1.REPORT_SEED)
-    disk = trained["DiSK"]
+    """Draw loss surfaces with all end points, the counts, the way of the ends over training, and g over the data."""
+    data, disk = problem(table1.REPORT_SEEDS[0]), trained[rows.DISK]
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     top = figure.subplots(2, 3)
     guide = disk.guide.mean(0).clamp(1e-6, 1 - 1e-6)
-    for axes, method, held in ((top[0, 0], "KD", None), (top[0, 1], "DiSK", guide)):
-        grid, losses = surface(results["settings"][method], data, held)
+    for axes, row, held in ((top[0, 0], rows.KD, None), (top[0, 1], rows.DISK, guide)):
+        grid, losses = surface(results["rows"][row]["settings"], data, held)
         image = axes.contourf(grid, grid, losses.T, levels=30, cmap="viridis")
-        ends = ends_of(trained[method].students)
-        axes.scatter(*ends.T, s=10, color="red", label="ends of the starts")
+        axes.scatter(*ends_of(trained[row].students).T, s=10, color="red", label="ends of the starts")
         for name, (low, high) in MINIMA.items():
             axes.annotate(name[0], (low, high), color="white", weight="bold")
-        axes.set(title=f"loss of the student under {method}", xlabel="a", ylabel="b", xlim=(0, WIDTH), ylim=(0, WIDTH))
+        axes.set(
+            title=f"loss of the student at the end: {row}", xlabel="a", ylabel="b", xlim=(0, WIDTH), ylim=(0, WIDTH)
+        )
         axes.legend(loc="lower right")
         figure.colorbar(image, ax=axes)
-    bars = top[0, 2]
-    for shift, method in enumerate(table1.METHODS):
-        counts = results["counts"][method]
-        bars.bar([i + 0.27 * shift for i in range(len(counts))], list(counts.values()), 0.25, label=method)
-    bars.set_xticks([i + 0.27 for i in range(len(toy.minima))], [name.split(",")[0] for name in toy.minima])
-    bars.set(title="starts per minimum", ylabel=f"of {results['starts']}")
-    bars.legend()
-    order = data.x.argsort()
-    for axes, values, name in ((top[1, 0], disk.guide, "g"), (top[1, 1], disk.discount, "discount")):
-        axes.plot(data.x[order], values[:, order].mean(0), color="black")
-        axes.fill_between(data.x[order], *values[:, order].quantile(torch.tensor([0.1, 0.9]), 0), alpha=0.3)
-        axes.set(title=f"{name} at the end: mean and middle 80 % of starts", xlabel="x", ylabel=name, ylim=(0, 1))
-        for low, high in BLUE:
-            axes.axvspan(low, high, color="blue", alpha=0.1)
-    grid = torch.linspace(0, WIDTH, 400)
-    for method, colour in (("KD", "tab:orange"), ("DiSK", "tab:green")):
-        with torch.no_grad():
-            blue = trained[method].students(grid, in_dims=None)[..., 1].exp()
-        top[1, 2].plot(grid, blue.mean(0), color=colour, label=f"{method}: mean over starts")
+    tables.bars(top[0, 2], toy, results)
+    for axes, row in ((top[1, 0], rows.DISK), (top[1, 1], rows.UNIFORM)):
+        for end, colour in ((0, "tab:blue"), (1, "tab:orange")):
+            axes.plot(to_ends(trained[row].path)[..., end], color=colour, alpha=0.15)
+        axes.set(title=f"ends a, b of all starts: {row}", xlabel="iteration", ylim=(0, WIDTH))
+    axes, order = top[1, 2], data.x.argsort()
+    axes.plot(data.x[order], disk.guide[:, order].mean(0), color="black")
+    axes.fill_between(data.x[order], *disk.guide[:, order].quantile(torch.tensor([0.1, 0.9]), 0), alpha=0.3)
+    axes.set(title="g at the end: mean and middle 80 % of starts", xlabel="x", ylabel="g", ylim=(0, 1))
     for low, high in BLUE:
-        top[1, 2].axvspan(low, high, color="blue", alpha=0.1)
-    top[1, 2].set(title="decision: probability of blue", xlabel="x", ylim=(0, 1))
-    top[1, 2].legend()
+        axes.axvspan(low, high, color="blue", alpha=0.1)
     figure.savefig(out / "intervals.png", dpi=90)
 
 
 if __name__ == "__main__":
-    table1.main(TOY, ABLATIONS, figures, __doc__)
+    table1.main(TOY, table1.Study(ABLATIONS, describe, remarks, figures), __doc__)

@@ -1,0 +1,39 @@
+"""The rows of Table 1 as we have it, and what the paper scans for them."""
+
+import itertools
+from typing import Any
+
+CE, KD_PLAIN, KD, DISK, UNIFORM = ROWS = (
+    "CE",
+    "KD, temperature 1",
+    "KD, searched",
+    "DiSK",
+    "one g, 1 to 0, no guide",
+)
+MAIN_ROWS = (CE, KD, DISK, UNIFORM)  # of README
+
+# all of KD's settings in A.1's ranges but for ce_weight 1, which is CE
+KD_SETTINGS: list[dict[str, Any]] = [
+    {"ce_weight": ce_weight, "temperature": temperature, "student_temperature": student_temperature}
+    for ce_weight, temperature, student_temperature in itertools.product(
+        (0.0, 0.1, 0.5, 0.9), (1.0, 2.0, 4.0), (1.0, 2.0, 4.0)
+    )
+]
+# DiSK's; "guide." is what A.1 leaves open
+DISK_RANGES: dict[str, list[Any]] = {
+    "ce_weight": [0.0, 0.1, 0.5],
+    "temperature": [1.0, 2.0, 4.0],
+    "student_temperature": [1.0, 2.0, 4.0],
+    "top_k": [1, 2, 3],
+    "multiplier_min": [0.01, 0.1, 1.0, 5.0, 10.0],
+    "multiplier_max": [1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1000.0],
+    "budget": [0.0, 0.05, 0.1],
+    "period": [20, 50],
+    "guide.initial": [None, 0.95],
+    "guide.lr": [0.001, 0.01, 0.1],
+    "guide.weight_decay": [0.01, 0.1],
+    "guide.hidden_dims": [(2,), (8,), (16, 16)],
+    "guide.norm": ["layer", "batch"],
+    "guide.gradient_scale": [None, 0.3],
+    "guide.inputs": ["both", "features"],
+}

@@ -1,0 +1,54 @@
+"""The tables of both problems, as their documents show them."""
+
+from typing import Any
+
+from .rows import CE, DISK, KD, MAIN_ROWS, ROWS
+
+
+def ablation(results: dict[str, Any]) -> str:
+    """Return the share of starts in each minimum, percent, under each change."""
+    lines = [f"| change | {' | '.join(ROWS)} |", f"|---|{'---|' * len(ROWS)}"]
+    for name, row in results["rows"].items():
+        shares = {
+            key: " / ".join(f"{100 * n / results['starts']:.0f}" for n in ends.values()) for key, ends in row.items()
+        }
+        lines.append(f"| {name} | {' | '.join(shares.get(key, '') for key in ROWS)} |")
+    minima = " / ".join(next(iter(results["rows"].values()))[DISK])
+    return "\n".join([*lines, "", f"Percent of {results['starts']} starts in {minima}."])
+
+
+def counts(toy: Any, results: dict[str, Any]) -> str:
+    """Return percent of all starts with 95 % intervals, the paper's beside them, and the global minimum of each set."""
+    lines = [f"| method | {' | '.join(toy.minima)} | the last, per set |", f"|---|{'---|' * len(toy.minima)}---|"]
+    for method, row in results["rows"].items():
+        cells = []
+        for name, count in row["counts"].items():
+            low, high = row["interval_95"][name]
+            paper = toy.paper.get(method, {}).get(name)
+            beside = "" if paper is None else f"; paper {paper}"
+            share = 100 * count / sum(row["counts"].values())
+            cells.append(f"{share:.1f} ({low:.1f} to {high:.1f}{beside})")
+        last = " / ".join(str(ends[-1]) for ends in row["per_set"])
+        lines.append(f"| {method} | {' | '.join(cells)} | {last} |")
+    return "\n".join(lines)
+
+
+def summary(toy: Any, results: dict[str, Any]) -> str:
+    """Return a line of README's table: percent in the global minimum with its interval, then the paper's counts."""
+    last, cells = toy.minima[-1], []
+    for row in (results["rows"][name] for name in MAIN_ROWS):
+        low, high = row["interval_95"][last]
+        cells.append(f"{100 * row['counts'][last] / sum(row['counts'].values()):.0f} ({low:.0f} to {high:.0f})")
+    paper = ", ".join(str(toy.paper[name][last]) for name in (CE, KD, DISK))
+    return f"| {toy.title} | {' | '.join(cells)} | {paper} |"
+
+
+def bars(axes: Any, toy: Any, results: dict[str, Any]) -> None:
+    """Draw the share of starts in each minimum, a bar per row."""
+    wide = 0.8 / len(results["rows"])
+    for shift, (name, row) in enumerate(results["rows"].items()):
+        shares = [100 * count / sum(row["counts"].values()) for count in row["counts"].values()]
+        axes.bar([place + wide * shift for place in range(len(shares))], shares, wide, label=name)
+    axes.set_xticks([place + 0.4 for place in range(len(toy.minima))], [name.split(",")[0] for name in toy.minima])
+    axes.set(title="starts per minimum", ylabel="%")
+    axes.legend(fontsize="small")
