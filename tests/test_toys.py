@@ -233,18 +233,21 @@ def test_interval_minima_are_told_apart_by_their_ends():
     assert intervals.classify(Starts(modules), None, 0).tolist() == [1, 2, 3, 0]
 
 
-def test_the_spread_is_that_of_the_ends_when_they_are_nearest():
-    guide = torch.where(intervals.problem(0).x < 3, 0.25, 0.75).expand(2, -1)
-    # starts and widths: apart by 2 in a and 4 in b, then alike in b, then apart again
-    path = torch.tensor([[[1.0, 3.0], [3.0, 5.0]], [[2.0, 5.0], [3.0, 4.0]], [[1.0, 3.0], [3.0, 5.0]]])
-    trained = {row: types.SimpleNamespace(path=path, guide=guide) for row in rows.ROWS}
-    found = intervals.describe({}, trained)["continuation"]
-    apart = math.sqrt(2)  # standard deviation of two values 2 apart
-    assert found[rows.DISK]["spread_at_the_start"] == pytest.approx((apart + 2 * apart) / 2)
-    assert found[rows.DISK]["smallest_spread"] == pytest.approx(apart / 4)
-    assert found[rows.DISK]["iteration"] == 1
-    assert found[rows.DISK]["mean_ends_there"] == [2.5, 7.0]
-    assert list(found["g_at_the_end"].values()) == [0.25, 0.25, 0.75, 0.75, 0.75]
+def test_starts_are_nearest_where_the_middle_of_their_ends_is_narrowest():
+    guide = torch.where(intervals.problem(0).x < 3, 0.25, 0.75).expand(11, -1)
+    # starts and widths: a from 0 to 1 and b from 3 to 5, then a tenth of that, then wide again
+    share = torch.linspace(0, 1, 11)
+    ways = [torch.stack([scale * share, 3 + scale * share], 1) for scale in (1.0, 0.1, 1.0)]
+    late = [torch.zeros(11, 2)] * 100  # after the first half of the first period
+    path = torch.stack([*ways, *[ways[0]] * (intervals.PERIOD // 2 - 2), *late])
+    found = intervals.describe({}, {row: types.SimpleNamespace(path=path, guide=guide) for row in rows.ROWS})
+    for row in (rows.KD_PLAIN, rows.DISK, rows.UNIFORM):
+        each = found["continuation"][row]
+        assert each["middle_80_percent_at_the_start"] == pytest.approx((0.8 + 1.6) / 2)
+        assert each["narrowest"] == pytest.approx(0.12)
+        assert each["iteration"] == 1
+        assert each["median_ends_there"] == pytest.approx([0.05, 3.1])
+    assert list(found["continuation"]["g_at_the_end"].values()) == [0.25, 0.25, 0.75, 0.75, 0.75]
 
 
 def test_gaussian_clusters_follow_the_papers_grid():

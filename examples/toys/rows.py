@@ -12,15 +12,12 @@ CE, KD_PLAIN, KD, DISK, UNIFORM = ROWS = (
 )
 MAIN_ROWS = (CE, KD, DISK, UNIFORM)  # of README
 
-# all of KD's settings in A.1's ranges but for ce_weight 1, which is CE
-KD_SETTINGS: list[dict[str, Any]] = [
-    {"ce_weight": ce_weight, "temperature": temperature, "student_temperature": student_temperature}
-    for ce_weight, temperature, student_temperature in itertools.product(
-        (0.0, 0.1, 0.5, 0.9), (1.0, 2.0, 4.0), (1.0, 2.0, 4.0)
-    )
-]
-# DiSK's; "guide." is what A.1 leaves open
-DISK_RANGES: dict[str, list[Any]] = {
+KD_RANGES: dict[str, list[Any]] = {  # A.1's, but for ce_weight 1, which is CE
+    "ce_weight": [0.0, 0.1, 0.5, 0.9],
+    "temperature": [1.0, 2.0, 4.0],
+    "student_temperature": [1.0, 2.0, 4.0],
+}
+DISK_RANGES: dict[str, list[Any]] = {  # A.1's; "guide." is what it leaves open
     "ce_weight": [0.0, 0.1, 0.5],
     "temperature": [1.0, 2.0, 4.0],
     "student_temperature": [1.0, 2.0, 4.0],
@@ -29,11 +26,14 @@ DISK_RANGES: dict[str, list[Any]] = {
     "multiplier_max": [1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1000.0],
     "budget": [0.0, 0.05, 0.1],
     "period": [20, 50],
-    "guide.initial": [None, 0.95],
-    "guide.lr": [0.001, 0.01, 0.1],
-    "guide.weight_decay": [0.01, 0.1],
-    "guide.hidden_dims": [(2,), (8,), (16, 16)],
+    "guide.lr": [0.01, 0.03, 0.1],
+    "guide.hidden_dims": [(2,), (16, 16)],
     "guide.norm": ["layer", "batch"],
     "guide.gradient_scale": [None, 0.3],
     "guide.inputs": ["both", "features"],
 }
+
+
+def grid(ranges: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Return all settings in the ranges."""
+    return [dict(zip(ranges, values, strict=True)) for values in itertools.product(*ranges.values())]

@@ -105,8 +105,10 @@ def draw(ranges: dict[str, list[Any]], number: int) -> list[Settings]:
     rng, drawn = random.Random(0), []
     while len(drawn) < number:
         values = {name: rng.choice(choices) for name, choices in ranges.items()}
-        smallest, largest = values.pop("multiplier_min"), values.pop("multiplier_max")
-        settings = changed({"multiplier": [min(smallest, largest), largest], "guide": {}}, values)
+        if "multiplier_max" in values:
+            smallest, largest = values.pop("multiplier_min"), values.pop("multiplier_max")
+            values = {"guide": {}, **values, "multiplier": [min(smallest, largest), largest]}
+        settings = changed({}, values)
         if settings not in drawn:
             drawn.append(settings)
     return drawn

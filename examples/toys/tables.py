@@ -6,14 +6,16 @@ from .rows import CE, DISK, KD, MAIN_ROWS, ROWS
 
 
 def ablation(results: dict[str, Any]) -> str:
-    """Return the share of starts in each minimum, percent, under each change."""
-    lines = [f"| change | {' | '.join(ROWS)} |", f"|---|{'---|' * len(ROWS)}"]
-    for name, row in results["rows"].items():
+    """Return the share of starts in each minimum, percent, under each change, of the rows that were tried."""
+    shown = [row for row in ROWS if any(row in tried for tried in results["rows"].values())]
+    lines = [f"| change | {' | '.join(shown)} |", f"|---|{'---|' * len(shown)}"]
+    for name, tried in results["rows"].items():
         shares = {
-            key: " / ".join(f"{100 * n / results['starts']:.0f}" for n in ends.values()) for key, ends in row.items()
+            row: " / ".join(f"{100 * count / results['starts']:.0f}" for count in ends.values())
+            for row, ends in tried.items()
         }
-        lines.append(f"| {name} | {' | '.join(shares.get(key, '') for key in ROWS)} |")
-    minima = " / ".join(next(iter(results["rows"].values()))[DISK])
+        lines.append(f"| {name} | {' | '.join(shares.get(row, '') for row in shown)} |")
+    minima = " / ".join(next(iter(tried.values())))
     return "\n".join([*lines, "", f"Percent of {results['starts']} starts in {minima}."])
 
 
@@ -49,6 +51,8 @@ def bars(axes: Any, toy: Any, results: dict[str, Any]) -> None:
     for shift, (name, row) in enumerate(results["rows"].items()):
         shares = [100 * count / sum(row["counts"].values()) for count in row["counts"].values()]
         axes.bar([place + wide * shift for place in range(len(shares))], shares, wide, label=name)
-    axes.set_xticks([place + 0.4 for place in range(len(toy.minima))], [name.split(",")[0] for name in toy.minima])
+    axes.set_xticks(
+        [place + 0.4 for place in range(len(toy.minima))], [name.removesuffix(", global") for name in toy.minima]
+    )
     axes.set(title="starts per minimum", ylabel="%")
     axes.legend(fontsize="small")
