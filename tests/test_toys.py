@@ -55,7 +55,6 @@ def one_by_one(problem, starts, iterations, settings):
         DiSKLoss(
             GuideHead(3, 4, use_logits=inputs == "both", **guide),
             distill_weight=0.9,
-            multiplier=1.0,
             budget=0.05,
             top_k=2,
             guide_gradient_scale=scale,

@@ -35,7 +35,6 @@ class Guides:
             DiSKLoss(
                 GuideHead(problem.teacher_logits.shape[1], width, use_logits=self.inputs != "features", **own),
                 distill_weight=1 - settings["ce_weight"],
-                multiplier=smallest,
                 guide_gradient_scale=scale,
                 **{key: settings[key] for key in ("ce_weight", "temperature", "top_k", "budget")},
                 student_temperature=settings.get("student_temperature"),
