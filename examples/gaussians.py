@@ -5,8 +5,7 @@ The minima are told apart by accuracy, rounded to a tenth as the paper names the
 What the paper leaves open is fixed here: r = .05 is the variance, as in its N(c, rI) and on its authors' poster; linear
 layers have biases; the teacher is the first that gets 95 % of its training data right; minibatches of 200; batch-norm
 statistics are those of the training data once training is over.
-Settings of KD and DiSK are frozen in results/gaussians_search.json, of a search with r as the standard deviation and
-all samples in each step (``--search`` searches under what is fixed here).
+Settings of KD and DiSK are frozen in results/gaussians_search.json (``--search``).
 
 Usage: python examples/gaussians.py [--dry-run] [--search | --ablate] [--out DIR]
 """

@@ -165,7 +165,16 @@ def describe(_results: dict[str, Any], trained: dict[str, Trained]) -> dict[str,
             "iteration": nearest,
             "median_ends_there": ends[nearest].median(0).values.tolist(),
         }
+    found["kd_from_there"] = kd_from(trained[rows.DISK].path[found[rows.DISK]["iteration"]])
     return {"continuation": found}
+
+
+def kd_from(places: Tensor) -> dict[str, int]:
+    """Count where plain KD ends on the first set, from students that are already at these places (S, 2)."""
+    seed, made = table1.REPORT_SEEDS[0], iter(to_ends(places))
+    continued = TOY._replace(make_student=lambda: Intervals(next(made)[None]))
+    trained = table1.run(continued, TOY.rows[rows.KD_PLAIN], starts=len(places), seed=seed)
+    return dict(zip(TOY.minima, table1.counts(TOY, trained, seed), strict=True))
 
 
 def remarks(results: dict[str, Any]) -> str:
@@ -180,7 +189,9 @@ def remarks(results: dict[str, Any]) -> str:
         spans = f"{each['middle_80_percent_at_the_start']:.2f} | {each['narrowest']:.2f} | {each['iteration']}"
         lines.append(f"| {row} | {spans} | {low:.1f}, {high:.1f} |")
     shown = ", ".join(f"{where} {value:.2f}" for where, value in found["g_at_the_end"].items())
-    return "\n".join([*lines, "", f"DiSK's mean g at the end: {shown}."])
+    kd = " / ".join(str(count) for count in found["kd_from_there"].values())
+    where = f"Plain KD from where DiSK's starts are then: {kd} in {' / '.join(found['kd_from_there'])}."
+    return "\n".join([*lines, "", f"{where} DiSK's mean g at the end: {shown}."])
 
 
 def surface(settings: dict[str, Any], data: Problem, guide: Tensor | None) -> tuple[Tensor, Tensor]:

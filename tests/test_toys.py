@@ -247,6 +247,12 @@ def test_starts_are_nearest_where_the_middle_of_their_ends_is_narrowest():
         assert each["iteration"] == 1
         assert each["median_ends_there"] == pytest.approx([0.05, 3.1])
     assert list(found["continuation"]["g_at_the_end"].values()) == [0.25, 0.25, 0.75, 0.75, 0.75]
+    assert sum(found["continuation"]["kd_from_there"].values()) == 11
+
+
+def test_kd_goes_on_from_the_given_places():
+    places = torch.tensor([[2.0, 1.0], [2.0, 5.0], [5.0, 2.0]])  # starts and widths of A, B and C, which are minima
+    assert list(intervals.kd_from(places).values()) == [0, 1, 1, 1]
 
 
 def test_gaussian_clusters_follow_the_papers_grid():
