@@ -94,8 +94,10 @@ def asks_for_budget(loss: "DiSKLoss", rule: str, **given: Any) -> bool:
 
 
 def take_budget(loss: "DiSKLoss") -> None:
-    """Let the budget bound g."""
+    """Let the budget bound g, as in a loss that was built for it."""
+    del loss.level  # as a module: it would stay in sight
     loss.level, loss.keeps_multiplier = None, False
+    loss._initial["multiplier"] = MULTIPLIER
 
 
 def multiplier_bounds(loss: "DiSKLoss", multiplier: Any, *, scheduled: bool) -> tuple[float, float]:
@@ -107,7 +109,7 @@ def multiplier_bounds(loss: "DiSKLoss", multiplier: Any, *, scheduled: bool) -> 
     if keeps and own and bounds != (own, own):  # a multiplier of 0 has nothing to weigh
         warnings.warn(
             f"the loss was given multiplier={own:g}, which the schedule's bounds {bounds} overwrite: give one of them",
-            stacklevel=4,
+            stacklevel=3,  # the line that makes the scheduler
         )
     return bounds
 
