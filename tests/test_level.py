@@ -94,6 +94,22 @@ def test_the_student_and_the_value_feel_nothing_of_it():
     assert found.loss == found.student_loss
 
 
+def test_where_the_discount_is_held_no_budget_is_read_nor_shared_over_processes():
+    student, teacher, target, _ = batch()
+    logits, asked = torch.zeros(N, dtype=torch.float64), []
+
+    def mean(value):
+        asked.append(value)
+        return value
+
+    held = functional.disk_terms(student, teacher, target, logits, hold_discount=True, reduce_mean=mean)
+    assert len(asked) == 1  # gain and cost of a discount, of which the price is made
+    free = functional.disk_terms(student, teacher, target, logits, hold_discount=True, multiplier=0.0)
+    torch.testing.assert_close(held._asdict(), free._asdict(), rtol=0, atol=0)
+    bounded = functional.disk_terms(student, teacher, target, logits)
+    assert bounded.loss > held.loss
+
+
 def test_ignored_positions_and_weights_count_as_in_a_batch_without_them():
     student, teacher, target, features = batch((3,), n=8)
     target[2, 1] = target[5] = -100
@@ -254,8 +270,8 @@ def test_so_does_what_the_scheduler_is_given(how):
     disk = DiSKLoss(GuideHead(C))
     assert isinstance(disk.level, GuideLevel)
     dual = DualScheduler(disk, epochs=8, **how)
-    assert disk.level is None
     assert (dual.multiplier_min, dual.multiplier_max) == (0.1, 50.0)
+    assert repr(disk) == repr(DiSKLoss(GuideHead(C), discount=None))
 
 
 def test_a_multiplier_given_to_the_loss_stays_unless_bounds_are_asked_for():
@@ -267,8 +283,11 @@ def test_a_multiplier_given_to_the_loss_stays_unless_bounds_are_asked_for():
     assert DualScheduler(disk, epochs=8, budget=(0.5, 0.1)).multiplier_max == 1000.0
     for how in ({"multiplier": (0.1, 50.0)}, {"rule": "ascent"}, {"period": 2}):
         disk = DiSKLoss(GuideHead(C), multiplier=1000.0)
-        with pytest.warns(UserWarning, match=r"given multiplier=1000, which the schedule's bounds \(0.1, 50.0\) over"):
+        with pytest.warns(
+            UserWarning, match=r"given multiplier=1000, which the schedule's bounds \(0.1, 50.0\) over"
+        ) as w:
             DualScheduler(disk, epochs=8, **how)
+        assert w[0].filename == __file__
     disk = DiSKLoss(GuideHead(C), budget=0.02)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -38,7 +38,7 @@ class GuideHalf(NamedTuple):
 
     guide: Tensor  # g per position
     spent: Tensor  # g times the budget's cross-entropy per position
-    over_budget: Tensor  # multiplier (usage - budget)_+
+    over_budget: Tensor  # multiplier (usage - budget)_+; a scalar 0 where the discount is held
     penalty: Tensor  # the authors' extra term; a scalar 0 in the paper's variant
     gradient: Tensor  # 0, with the gradient of scaffold, budget and penalty
 
@@ -151,26 +151,30 @@ def guide_half(
     ``budget_ce``.
     """
     logits = guide_logits.detach()
-    lam, delta = as_dtype(multiplier, logits.dtype), as_dtype(budget, logits.dtype)
     g = logits.sigmoid()
     spent = where.weighted(g * budget_ce)
-    mean_usage = where.reduce(spent.detach(), "mean")
-    if reduce_mean is not None:
-        mean_usage = reduce_mean(mean_usage)
-    # the hinge's gate comes last: a number times a bool would be float32
-    penalty, by_g = g.new_zeros(()), lam * budget_ce.detach() * (mean_usage > delta)
+    penalty = g.new_zeros(())
     if variant.guide_penalty:  # the authors' log(1 + K g)
         penalty = where.reduce(where.weighted(variant.guide_penalty * torch.log1p(classes * g)), reduction)
-        by_g = by_g + variant.guide_penalty * classes / (1 + classes * g)
-    slope = distill_weight * _distill_slope(factor, removed, logits) + by_g * g * (1 - g)
     if discount_slope is not None:
-        slope = _held_slope(removed, discount_slope, logits, where, reduce_mean)
-    elif guide_gradient_scale is not None:
-        slope = guide_gradient_scale * _well_scaled(slope, logits, 1 / (factor + lam))
+        over_budget, slope = g.new_zeros(()), _held_slope(removed, discount_slope, logits, where, reduce_mean)
+    else:
+        lam, delta = as_dtype(multiplier, logits.dtype), as_dtype(budget, logits.dtype)
+        mean_usage = where.reduce(spent.detach(), "mean")
+        if reduce_mean is not None:
+            mean_usage = reduce_mean(mean_usage)
+        over_budget = lam * hinge(spent, where, delta, mean_usage, reduction)
+        # the hinge's gate comes last: a number times a bool would be float32
+        by_g = lam * budget_ce.detach() * (mean_usage > delta)
+        if variant.guide_penalty:
+            by_g = by_g + variant.guide_penalty * classes / (1 + classes * g)
+        slope = distill_weight * _distill_slope(factor, removed, logits) + by_g * g * (1 - g)
+        if guide_gradient_scale is not None:
+            slope = guide_gradient_scale * _well_scaled(slope, logits, 1 / (factor + lam))
     return GuideHalf(
         guide=g,
         spent=spent,
-        over_budget=lam * hinge(spent, where, delta, mean_usage, reduction),
+        over_budget=over_budget,
         penalty=penalty,
         gradient=where.reduce(where.weighted(slope * _zero_valued(guide_logits)), reduction),
     )

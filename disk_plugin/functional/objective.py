@@ -111,7 +111,8 @@ def disk_terms(
             by g, and beyond g = .0009 and .953 a pull back, which keeps the guide alive under the student's optimizer;
             no value changes, and no sample's optimum between them. None: the plain derivative by the logit (the paper).
         hold_discount: the guide minimises L_dist at a given mean discount, which the caller holds (ours, not the
-            paper's), instead of under the budget: its logit receives the slope along which that mean does not change.
+            paper's), instead of under the budget: its logit receives the slope along which that mean does not change,
+            and ``multiplier`` and ``budget`` are not read.
         ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
         sample_weight: weight per sample or position; means still divide by the count of positions not ignored.
         reduce_mean: maps a detached scalar of this batch to its mean over the batches that together are the whole: the
