@@ -57,7 +57,7 @@ def build_loss(cfg: CfgNode, num_classes: int, feature_dim: int) -> DiSKLoss:
     guide = _arguments(cfg.DISK.GUIDE)
     feature_dim = feature_dim if guide.pop("use_features") else 0
     loss = _arguments(cfg.DISK)
-    if isinstance(loss["discount"], str) and loss["discount"] != "auto":
+    if is_number(loss["discount"]):
         loss["discount"] = float(loss["discount"])  # a word in the configuration, which has one type per key
     return DiSKLoss(GuideHead(num_classes, feature_dim, **guide), **loss)
 
@@ -114,6 +114,15 @@ def feature_arguments(cfg: CfgNode) -> dict[str, Any]:
     arguments = _arguments(cfg.DISK_SIMKD)
     arguments.pop("factor")
     return arguments
+
+
+def is_number(text: Any) -> bool:
+    """Say whether a word of the configuration is one."""
+    try:
+        float(text)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _section(target: Callable[..., Any], *, without: tuple[str, ...] = ()) -> CfgNode:

@@ -10,6 +10,7 @@ from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import CFG
 from yacs.config import CfgNode
 
+from .config import is_number
 from .distillers import GuidedDistiller
 
 Settings = dict[str, Any]
@@ -38,7 +39,7 @@ def merge(path: Path, options: list[str], *, distiller: str | None, seed: int | 
         of_the_file = cfg.DISTILLER.clone()
         for key, value in zip(options[::2], options[1::2], strict=True):
             default = _node(cfg, key.split("."))[0]
-            if default == "auto" and _is_number(value):
+            if default == "auto" and is_number(value):
                 value = f"'{value}'"  # yacs refuses a number for a word
             whole = value.lstrip("+-").isdigit() and isinstance(default, float)
             cfg.merge_from_list([key, f"{value}.0" if whole else value])
@@ -168,14 +169,6 @@ def _with_floats(content: dict[str, Any], defaults: CfgNode) -> dict[str, Any]:
                 value = str(value)
         converted[key] = value
     return converted
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _node(cfg: CfgNode, names: list[str]) -> tuple[Any, list[str]]:
