@@ -41,6 +41,13 @@ def splits() -> dict[str, Split]:
     return {name: Split(torch.from_numpy(x), torch.from_numpy(y).long()) for name, (x, y) in parts.items()}
 
 
+def shifted(split: Split) -> Split:
+    """Return every image under the nine shifts of at most one pixel."""
+    padded = F.pad(split.x.view(-1, 8, 8), [1] * 4)
+    moved = [padded[:, row : row + 8, column : column + 8].flatten(1) for row in range(3) for column in range(3)]
+    return Split(torch.cat(moved), split.y.repeat(9))
+
+
 def make_teacher() -> nn.Module:
     """64-256-128-10 MLP."""
     return nn.Sequential(

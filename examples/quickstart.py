@@ -21,8 +21,8 @@ from small_problems import problems, shown
 from small_problems.candidates import KD_TRIALS
 from small_problems.problems import Problem, accuracy
 from small_problems.report import difference
-from small_problems.stacked import KD, CrossEntropy, make_disk, train_seeds
-from small_problems.training import new_student, train_kd
+from small_problems.stacked import KD, CrossEntropy, train_seeds
+from small_problems.training import make_disk, new_student, train_kd
 from torch import nn
 from tqdm import tqdm
 
@@ -75,6 +75,12 @@ def settings_of(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"CE": {}, **searched, UNTUNED: {"temperature": searched["KD"]["temperature"]}}
 
 
+def uniform(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with one g for all samples instead of a guide."""
+    others = {name: value for name, value in settings.items() if name != "discount"}
+    return {"uniform": {"discount": settings.get("discount", "auto")}, **others}
+
+
 def make_losses(problem: Problem, method: str, settings: dict[str, Any], seeds: list[int]) -> list[nn.Module]:
     """Return a method's loss for each seed."""
     losses: list[nn.Module] = []
@@ -85,7 +91,7 @@ def make_losses(problem: Problem, method: str, settings: dict[str, Any], seeds: 
         elif method == "KD":
             losses.append(KD(**settings))
         else:
-            losses.append(make_disk(problem, settings, uniform=method == "UniformGuide"))
+            losses.append(make_disk(problem, uniform(settings) if method == "UniformGuide" else settings))
     return losses
 
 

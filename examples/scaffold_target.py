@@ -25,6 +25,7 @@ from disk_plugin.taps import with_features
 from disk_plugin.variants import VARIANTS
 
 CLASSES, CLUSTERS, DIM, HELD_OUT = 100, 3, 16, 1000
+SPREAD, NOISE = 1.3, 0.55  # standard deviations of the clusters' centres, and around them
 SCAFFOLDED = VARIANTS["paper"]._replace(teacher_target="scaffolded")
 PAPERS = {"ce_weight": 0.1, "temperature": 4.0}  # of every row with a budget but for what it names
 ROWS: dict[str, dict[str, Any]] = {
@@ -50,14 +51,26 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
+def draw_centres(count: int, generator: torch.Generator) -> Tensor:
+    """Draw the clusters' centres, (count, DIM)."""
+    return torch.randn(count, DIM, generator=generator) * SPREAD
+
+
+def draw_samples(centres: Tensor, classes: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw samples (count, DIM) of clusters that are dealt out to the classes, and their labels."""
+    cluster = torch.randint(len(centres), (count,), generator=generator)
+    noise = torch.randn(count, DIM, generator=generator) * NOISE
+    return centres[cluster] + noise, cluster % classes
+
+
 class Problem:
     """Training and validation data, a teacher and its outputs, a CE-trained student."""
 
     def __init__(self, *, dry_run: bool) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.centres = torch.randn(CLASSES * CLUSTERS, DIM, generator=generator) * 1.3
-        self.train = self._sample(600 if dry_run else 6000, generator)
-        self.validation = self._sample(3000, generator)
+        centres = draw_centres(CLASSES * CLUSTERS, generator)
+        self.train = draw_samples(centres, CLASSES, 600 if dry_run else 6000, generator)
+        self.validation = draw_samples(centres, CLASSES, 3000, generator)
         self.passes = 2 if dry_run else 24
         torch.manual_seed(0)
         teacher = nn.Sequential(nn.Linear(DIM, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, CLASSES))
@@ -65,11 +78,6 @@ class Problem:
         self.teacher = with_features(teacher.eval())
         with torch.no_grad():
             self.logits, self.features = self.teacher(self.train[0])
-
-    def _sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        cluster = torch.randint(CLASSES * CLUSTERS, (count,), generator=generator)
-        noise = torch.randn(count, DIM, generator=generator) * 0.55
-        return self.centres[cluster] + noise, cluster % CLASSES
 
     def fit(self, model, loss_of, parameters=(), after_epoch=lambda: None, seed: int = 0) -> None:
         """SGD .1, momentum .9, cosine."""

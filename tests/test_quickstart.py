@@ -10,8 +10,8 @@ import quickstart
 import torch
 from small_problems import shown
 from small_problems.problems import Problem, Split
-from small_problems.stacked import KD, CrossEntropy, make_disk, train_seeds
-from small_problems.training import new_student, train_disk, train_kd, warm_student
+from small_problems.stacked import KD, CrossEntropy, train_seeds
+from small_problems.training import make_disk, new_student, train_disk, train_kd, warm_student
 
 from disk_plugin import DiSKLoss, GuideHead
 from disk_plugin.uniform import UniformGuide
@@ -39,22 +39,20 @@ def starts(problem):
     return [new_student(problem, seed) for seed in SEEDS]
 
 
-def losses(problem, settings, **flags):
+def losses(problem, settings):
     made = []
     for seed in SEEDS:
         torch.manual_seed(seed)
-        made.append(make_disk(problem, settings, **flags))
+        made.append(make_disk(problem, settings))
     return made
 
 
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"discount": 0.2, "ce_weight": 0.1, "temperature": 2.0}])
 def test_stacked_seeds_end_elsewhere_than_single_runs_of_the_same_loop(problem, starts, uniform, settings):
-    alone = dict(settings)
-    if uniform:
-        alone["uniform"] = {"discount": alone.pop("discount", "auto")}
-    expected = [train_disk(problem, start, alone, seed, 4) for start, seed in zip(starts, SEEDS, strict=True)]
-    students = train_seeds(problem, starts, losses(problem, settings, uniform=uniform), SEEDS, 4)
+    settings = quickstart.uniform(settings) if uniform else settings
+    expected = [train_disk(problem, start, settings, seed, 4) for start, seed in zip(starts, SEEDS, strict=True)]
+    students = train_seeds(problem, starts, losses(problem, settings), SEEDS, 4)
     for split in ("train", "validation", "test"):
         measured = quickstart.scored(students, getattr(problem, split))
         assert measured == pytest.approx([getattr(one, split) for one in expected])
@@ -98,7 +96,7 @@ def test_untuned_disk_is_anything_but_readmes_loss(problem):
 
 def test_the_automatic_targets_settings_are_dropped(problem):
     settings = {"discount": "auto", "share": 0.5, "over": 0.7}
-    uniform = make_disk(problem, settings, uniform=True).guide
+    uniform = make_disk(problem, quickstart.uniform(settings)).guide
     for level in (make_disk(problem, settings).level, uniform):
         assert (level.discount, level.share, level.over) == ("auto", 0.5, 0.7)
     assert isinstance(uniform, UniformGuide)

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from small_problems.stacked import Seeds
 from torch import Tensor, nn
-from toys.starts import Starts
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead, functional
 from disk_plugin.uniform import UniformGuide
@@ -35,13 +35,13 @@ ARMS: dict[str, Arm] = {
 
 
 class Guided:
-    """One loss with a guide of its own per student, all of them called at once; one scheduler drives them."""
+    """A loss, a guide and a scheduler per student, the losses called at once."""
 
     def __init__(self, arm: Arm, temperature: float, *, students: int, sizes: tuple[int, int], passes: int) -> None:
         self.arm = arm
         losses = [DiSKLoss(arm.guide(*sizes), temperature=temperature, **arm.loss) for _ in range(students)]
-        self.stacked, self.leader = Starts(losses), losses[0]
-        self.dual = DualScheduler(self.leader, epochs=passes)
+        self.stacked = Seeds(losses)
+        self.duals = [DualScheduler(loss, epochs=passes) for loss in losses]
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -53,20 +53,12 @@ class Guided:
         widths = len(logits) // len(batch.y)
         inputs = [batch.teacher_logits, batch.y] + [batch.teacher_features] * self.arm.reads_features
         repeated = [value.repeat(widths, *[1] * (value.ndim - 1)) for value in inputs]
-        return self.stacked(logits, *repeated, in_dims=0).sum()
+        return self.stacked(logits, *repeated).sum()
 
     def step(self) -> None:
-        """End a pass: the scheduler tells every student's level, whose target depends on what it saw."""
-        level = self.leader.level or self.leader.guide
-        prefix = "guide." if level is self.leader.guide else "level."
-        own = {name: self.stacked.buffers[f"{prefix}{name}"] for name in dict(level.named_buffers())}
-        epoch = self.dual.epoch
-        for student in range(self.stacked.count):
-            level.load_state_dict({name: values[student] for name, values in own.items()})
-            self.dual.epoch = epoch
-            self.dual.step()
-            for name, values in own.items():
-                values[student] = level.get_buffer(name)
+        """End a pass."""
+        for dual in self.duals:
+            dual.step()
 
 
 def kd(logits: Tensor, batch: Batch, settings: dict[str, float]) -> Tensor:

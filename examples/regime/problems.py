@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import digits
 import torch
+from scaffold_target import draw_centres, draw_samples
 from small_images import data
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from .stacked import Batch, Stack, cross_entropy, fit
 
-DIM, SPREAD, NOISE = 16, 1.3, 0.55  # of examples/scaffold_target.py
 HELD_OUT = 4000  # fresh samples for the choice of settings, and as many for the result
 CIFAR_SIDE, CIFAR_COMPONENTS = 16, 128
 
@@ -50,11 +50,9 @@ def synthetic(classes: int, clusters: int, images: int, seeds: Sequence[int], *,
     held_out = 200 if dry_run else HELD_OUT
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        centres = torch.randn(classes * clusters, DIM, generator=generator) * SPREAD
+        centres = draw_centres(classes * clusters, generator)
         for name, count in {"train": images, "validation": held_out, "test": held_out}.items():
-            cluster = torch.randint(classes * clusters, (count,), generator=generator)
-            noise = torch.randn(count, DIM, generator=generator) * NOISE
-            parts[name].append((centres[cluster] + noise, cluster % classes))
+            parts[name].append(draw_samples(centres, classes, count, generator))
     splits = {name: Split(*map(torch.stack, zip(*pairs, strict=True))) for name, pairs in parts.items()}
     passes = 2 if dry_run else passes_of(images)
     name = f"{classes} classes x {clusters} clusters"
@@ -64,11 +62,8 @@ def synthetic(classes: int, clusters: int, images: int, seeds: Sequence[int], *,
 def digit_images(seeds: Sequence[int], *, shifted: bool, dry_run: bool = False) -> Problem:
     """scikit-learn's digits; shifted by up to one pixel each way they are nine times as many and harder."""
     splits = {}
-    for name, (x, y) in digits.splits().items():
-        if shifted:
-            padded = F.pad(x.reshape(-1, 8, 8), (1, 1, 1, 1))
-            x = torch.cat([padded[:, i : i + 8, j : j + 8].flatten(1) for i in range(3) for j in range(3)])
-            y = y.repeat(9)
+    for name, split in digits.splits().items():
+        x, y = digits.shifted(split) if shifted else split
         splits[name] = Split(x.expand(len(seeds), *x.shape), y.expand(len(seeds), -1))
     passes = 2 if dry_run else 30 if shifted else 120
     name = "digits, shifted" if shifted else "digits"

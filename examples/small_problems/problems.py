@@ -9,19 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from sklearn.datasets import load_digits, make_classification
-from sklearn.model_selection import train_test_split
+from digits import Split, shifted
+from digits import splits as digit_splits
+from scaffold_target import CLASSES, CLUSTERS, draw_centres, draw_samples
+from sklearn.datasets import make_classification
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
-
-
-class Split(NamedTuple):
-    """Inputs (N, D) and labels (N,)."""
-
-    x: Tensor
-    y: Tensor
 
 
 class Problem(NamedTuple):
@@ -42,25 +37,22 @@ class Problem(NamedTuple):
 
 def scaffold_target(width: int = 12) -> Problem:
     """100 classes of three Gaussian clusters each in 16 dimensions; 6,000 images, the data of scaffold_target.py."""
-    clusters, dim = 300, 16
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(clusters, dim, generator=generator) * 1.3
-    splits = []
-    for count in (6000, 3000, 10000):
-        cluster = torch.randint(clusters, (count,), generator=generator)
-        noise = torch.randn(count, dim, generator=generator) * 0.55
-        splits.append(Split(centres[cluster] + noise, cluster % 100))
+    centres = draw_centres(CLASSES * CLUSTERS, generator)
+    splits = [Split(*draw_samples(centres, CLASSES, count, generator)) for count in (6000, 3000, 10000)]
     return _with_teacher(f"scaffold_target, {width} units", splits, (256, 128), (width,), passes=24)
 
 
 def digits(width: int = 4) -> Problem:
     """scikit-learn's digits, 898 images to train on: four units overfit them."""
-    return _with_teacher("digits", _digit_splits(), (256, 128), (width,), passes=40, activation="gelu", batch_size=100)
+    return _with_teacher(
+        "digits", [*digit_splits().values()], (256, 128), (width,), passes=40, activation="gelu", batch_size=100
+    )
 
 
 def shifted_digits(width: int = 4) -> Problem:
     """The digits under the nine shifts of at most one pixel, in every split: more than four units can hold."""
-    splits = [_shifted(split) for split in _digit_splits()]
+    splits = [shifted(split) for split in digit_splits().values()]
     return _with_teacher("digits, shifted", splits, (256, 128), (width,), passes=40, activation="gelu", batch_size=100)
 
 
@@ -148,21 +140,6 @@ def _with_teacher(
     widths = (ends[0], *student, ends[1])
     outputs = logits, features, on_test
     return Problem(name, train, validation, test, *outputs, widths, activation, batch_size, teacher)
-
-
-def _digit_splits() -> list[Split]:
-    data = load_digits()
-    x, y = data.data.astype("float32") / 16, data.target
-    x, x_test, y, y_test = train_test_split(x, y, test_size=0.3, stratify=y, random_state=0)
-    x, x_validation, y, y_validation = train_test_split(x, y, test_size=2 / 7, stratify=y, random_state=0)
-    parts = ((x, y), (x_validation, y_validation), (x_test, y_test))
-    return [Split(torch.from_numpy(x), torch.from_numpy(y).long()) for x, y in parts]
-
-
-def _shifted(split: Split) -> Split:
-    padded = F.pad(split.x.view(-1, 8, 8), [1] * 4)
-    moved = [padded[:, row : row + 8, column : column + 8].flatten(1) for row in range(3) for column in range(3)]
-    return Split(torch.cat(moved), split.y.repeat(9))
 
 
 def _cut(x, y, counts: tuple[int, int]) -> list[Split]:

@@ -6,15 +6,13 @@ four times as long as one seed's. The objects stay whole: each may be looked at,
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F  # noqa: N812
 
-from disk_plugin import DiSKLoss, DualScheduler, GuideHead, functional
-from disk_plugin.uniform import UniformGuide
+from disk_plugin import DiSKLoss, DualScheduler, functional
 
 from .problems import Problem
 from .training import LEARNING_RATE, MOMENTUM, batches
@@ -38,23 +36,6 @@ class KD(nn.Module):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, features: Tensor) -> Tensor:
         """Return the mean."""
         return functional.kd_loss(student_logits, teacher_logits, target, **self.settings)
-
-
-def make_disk(problem: Problem, settings: dict[str, Any], *, uniform: bool = False) -> DiSKLoss:
-    """Return README's loss, or the same with one g for all samples.
-
-    ``settings`` are ce_weight, temperature and discount of the loss, and share and over of an automatic discount.
-    """
-    settings = dict(settings)
-    target = {name: settings.pop(name) for name in ("share", "over") if name in settings}
-    if uniform:
-        guide = UniformGuide(discount=settings.pop("discount", "auto"))
-        disk = DiSKLoss(guide, **settings)
-    else:
-        disk = DiSKLoss(GuideHead(problem.widths[-1], problem.teacher_features.shape[1]), **settings)
-    for name, value in target.items():
-        setattr(disk.level or disk.guide, name, value)
-    return disk
 
 
 class Seeds:

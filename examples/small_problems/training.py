@@ -44,21 +44,30 @@ def warm_student(problem: Problem, seed: int, passes: int) -> nn.Sequential:
     return student
 
 
-def train_disk(problem: Problem, start: nn.Sequential, settings: dict[str, Any], seed: int, passes: int) -> Scores:
-    """Train a student by README's loop.
+def make_disk(problem: Problem, settings: dict[str, Any]) -> DiSKLoss:
+    """Return README's loss.
 
     ``settings`` are those of ``DiSKLoss``, but for ``uniform``: the arguments of a ``UniformGuide`` instead of a guide;
-    ``share``, ``over`` and ``patience`` of the automatic target; ``dual``: arguments of ``DualScheduler``.
+    and ``share``, ``over`` and ``patience`` of an automatic target.
     """
-    student, settings = copy.deepcopy(start), dict(settings)
-    uniform, dual_settings = settings.pop("uniform", None), settings.pop("dual", {})
+    settings = dict(settings)
+    uniform = settings.pop("uniform", None)
     target = {name: settings.pop(name) for name in ("share", "over", "patience") if name in settings}
-    torch.manual_seed(seed)
-    classes, features = problem.widths[-1], problem.teacher_features.shape[1]
-    guide = GuideHead(classes, features) if uniform is None else UniformGuide(**uniform)
-    disk = DiSKLoss(guide, **settings)
+    if uniform is None:
+        disk = DiSKLoss(GuideHead(problem.widths[-1], problem.teacher_features.shape[1]), **settings)
+    else:
+        disk = DiSKLoss(UniformGuide(**uniform), **settings)
     for name, value in target.items():
-        setattr(disk.level or guide, name, value)
+        setattr(disk.level or disk.guide, name, value)
+    return disk
+
+
+def train_disk(problem: Problem, start: nn.Sequential, settings: dict[str, Any], seed: int, passes: int) -> Scores:
+    """Train a student by README's loop; ``settings`` as in :func:`make_disk`, and ``dual`` for ``DualScheduler``."""
+    student, settings = copy.deepcopy(start), dict(settings)
+    dual_settings = settings.pop("dual", {})
+    torch.manual_seed(seed)
+    disk = make_disk(problem, settings)
     dual = DualScheduler(disk, epochs=passes, **dual_settings)
     x, y = problem.train
 
