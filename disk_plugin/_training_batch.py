@@ -1,4 +1,4 @@
-"""What a training batch changes in a loss: statistics, a fitted temperature, the one g of a ``UniformGuide``."""
+"""What a training batch changes in a loss: statistics, a fitted temperature, the level of g."""
 
 from typing import TYPE_CHECKING
 

@@ -76,7 +76,7 @@ def past_the_end(epoch: int, epochs: int) -> str | None:
     )
 
 
-_UNHEARD = 100  # more than most tests of a loss by itself, less than an epoch
+_UNHEARD = 100  # batches: by then it is training, not a look at the loss
 
 
 @contextmanager

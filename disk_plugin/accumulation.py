@@ -20,7 +20,8 @@ class AccumulatedBatch:
     :func:`disk_plugin.distributed.attach` it is one average of the guide's gradients per step.
 
     Exact up to rounding where the guide treats samples one by one (``norm="layer"``). Epoch statistics count the whole
-    once, in ``terms``; there too a fitted student temperature moves, after the student's half, not before it.
+    once, in ``terms``; there too the level of g and a fitted student temperature move, after the student's half, not
+    before it.
 
     Args:
         disk: the loss.

@@ -125,7 +125,7 @@ class DiscountLevel(nn.Module):
     @property
     def target(self) -> Tensor:
         """The mean discount that is aimed at now, a scalar."""
-        return self.log_guide.new_tensor(0.0) + self._target(self.agreement.clamp(min=0.0))
+        return self._target(self.agreement.clamp(min=0.0))
 
     def _write(self, finite: Tensor, **moved: Tensor) -> None:
         for name, value in moved.items():
@@ -140,11 +140,11 @@ class DiscountLevel(nn.Module):
     def _ramp(self) -> Tensor:
         return (self.progress / self.over).clamp(max=1.0)
 
-    def _target(self, agreement: Tensor) -> Tensor | float:
+    def _target(self, agreement: Tensor) -> Tensor:
         """The discount that is aimed at now."""
-        if self.discount == "auto":
-            return (self.share * (1 - agreement)).clamp(max=MOST) * self._ramp() * self.gate
-        return float(self.discount or 0.0)
+        if isinstance(self.discount, float):
+            return torch.full_like(agreement, self.discount)
+        return (self.share * (1 - agreement)).clamp(max=MOST) * self._ramp() * self.gate
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DiscountLevel":
         """Move the module; its scalars stay float64, and start anew off the meta device."""

@@ -34,8 +34,8 @@ class DiSKTask(GuidedTask):
             with the mean and std of its ``pretrained_cfg`` (``create_model(..., pretrained_cfg_overlay={"mean": ...})``
             for one that was trained otherwise), or of the ``DistillationTeacher``; ImageNet's where neither says.
         criterion: of the task, None for cross-entropy.
-        epochs: whole epochs that the schedules of multiplier and budget span; None for the constant ``multiplier`` and
-            ``budget``, which a checkpoint that is loaded then brings along.
+        epochs: whole epochs that the schedules span; None for a constant ``discount``, or a constant ``multiplier`` and
+            ``budget``, which a checkpoint that is loaded then brings along: an automatic discount would stay 0.
         mode: ``"joint"`` or ``"alternating"``.
         guide: keywords of ``GuideHead``, and ``use_features`` (default True): the teacher's pre-logits as a second
             input beside its logits. Or a module, which gets both if it takes two inputs.
