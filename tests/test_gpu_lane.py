@@ -372,11 +372,12 @@ def test_differences_are_to_the_better_kd_of_the_same_seeds():
     assert found["kd-1"]["minus_kd"] == {"0": -3.0, "1": 1.0}
 
 
-def test_kd_and_both_forms_of_disk_have_the_same_temperatures():
+def test_kd_has_the_temperatures_of_both_forms_of_disk_and_one_more():
     kinds = {REFERENCE: [], "disk": [], "uniform": []}
     for kind, settings in METHODS.values():
         kinds.get(kind, []).append(settings.get("temperature"))
-    assert kinds["kd"] == kinds["disk"] == kinds["uniform"]
+    assert kinds["disk"] == kinds["uniform"] == kinds["kd"][:-1]
+    assert kinds["kd"][-1] == 4.0
     assert METHODS["paper"][1] == presets.PAPER["loss"]
 
 

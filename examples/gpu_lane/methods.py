@@ -20,7 +20,8 @@ from .sgd import SGD
 NUM_CLASSES = 100
 GUIDE_PASSES = 3  # of Algorithm 1, before as many passes of the student
 
-# name -> (kind, settings): KD and both forms of DiSK at the same two temperatures, and nothing else chosen
+# name -> (kind, settings): KD and both forms of DiSK at the same two temperatures, KD also at the field's usual one,
+# and nothing else chosen
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ce": ("ce", {}),
     "kd-1": ("kd", {"temperature": 1.0, "ce_weight": 0.0, "distill_weight": 1.0}),
@@ -29,6 +30,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "kd-2": ("kd", {"temperature": 2.0, "ce_weight": 0.1, "distill_weight": 0.9}),
     "disk-2": ("disk", {"temperature": 2.0}),
     "uniform-2": ("uniform", {"temperature": 2.0, "ce_weight": 0.0, "distill_weight": 1.0}),
+    "kd-4": ("kd", {"temperature": 4.0, "ce_weight": 0.1, "distill_weight": 0.9}),
     "paper": ("paper", presets.PAPER["loss"]),
 }
 REFERENCE = "kd"  # what the others are compared with: the better of this kind

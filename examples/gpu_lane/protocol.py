@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from small_images import data
+from small_images.final import error
 from small_images.resnet import ResNet, State
 from small_images.views import accuracies
 
@@ -28,6 +29,7 @@ from .store import Guard, Results, Store
 from .views import DeviceViews, fitting
 
 STUDENTS = ("resnet10-xxs", "resnet10-s")  # the second one when every seed of the first is done
+_JUDGED = 10_000  # training images by which the warm start's error is measured, as they are
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -115,7 +117,8 @@ class Protocol:
         start, accuracy = warm
         plan = Plan(student, self.args.epochs, seed, self.args.batch_size)
         about = {"feature_dim": self.views.teacher.classifier.in_features, "epochs": plan.epochs, "seed": seed}
-        about |= {"budget": 1 - accuracy / 100, "samples": len(self.views.train.labels)}
+        train = self.views.train
+        about |= {"budget": error(student, start, train.part(slice(_JUDGED))), "samples": len(train.labels)}
         own = {name: made(name, **about) for name in methods}
         run = Run("students", plan, own, start, self.views, self.test, self.store, self.ways)
         done = run.fit(self.guard)
