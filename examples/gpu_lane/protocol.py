@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from small_images import data
-from small_images.final import error
 from small_images.resnet import ResNet, State
-from small_images.views import accuracies
+from small_images.views import accuracies, error
 
 from . import packed
 from .graphs import BRANCHES, GRAPH

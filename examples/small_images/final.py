@@ -4,13 +4,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .data import Split
 from .experiment import Experiment
 from .methods import METHODS
 from .report import better_kd, differences, machine, summary
-from .resnet import ResNet, State
+from .resnet import State
 from .training import Recipe, Run, finished_log
-from .views import accuracies, digest
+from .views import digest, error
 
 THIRD = "kd, 1/3 of the passes"
 
@@ -107,13 +106,3 @@ class Final:
         """Passes over the data: of the student, and forwards of it beside those."""
         row = self.rows[label]
         return {"student": row.epochs, "extra_forwards": METHODS[row.method].extra_passes * row.epochs}
-
-
-def error(student: str, start: State, images: Split) -> float:
-    """Return the error of the warm start: the paper's heuristic for the budget.
-
-    On the 5,000 images of the search, which the report trains on: no look at the test split.
-    """
-    model = ResNet(student).to(images.images.device)
-    model.load_state_dict(start)
-    return 1 - accuracies(model, images, 1)[0] / 100

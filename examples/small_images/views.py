@@ -106,6 +106,13 @@ def accuracies(model: ResNet, split: data.Split, copies: int) -> list[float]:
     return (100 * right.float().mean(0)).tolist()
 
 
+def error(student: str, start: State, images: data.Split) -> float:
+    """Return the error of a warm start, in [0, 1]: the paper's budget; on images that are no test's."""
+    model = ResNet(student).to(images.images.device)
+    model.load_state_dict(start)
+    return 1 - accuracies(model, images, 1)[0] / 100
+
+
 def batches(views: Views, index: Tensor, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
     """Yield an epoch's batches, in an order that depends on seed and epoch alone."""
     images, outputs = views(seed, epoch)
