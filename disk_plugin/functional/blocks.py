@@ -17,7 +17,7 @@ from .fused import BITS, fused_rows
 
 # Entries of a block: on a CPU what stays in a core's cache, elsewhere what bounds the memory.
 _BLOCK = {"cpu": 2**17}
-_BLOCK_ELSEWHERE = 2**26
+_BLOCK_ELSEWHERE = 2**24
 
 
 class Rows(NamedTuple):

@@ -25,7 +25,9 @@ def recorded(
     """
     if losses.device.type == "cpu":
         ways = ()
-    before = [tensor.clone() for tensor in state] if ways else []
+    # detached: a clone's graph would keep alive the parameters' gradient accumulators, bound to the stream they were
+    # made on, which a recording on another one must not wait for
+    before = [tensor.detach().clone() for tensor in state] if ways else []
     for how in ways:
         try:
             graph = _graph(partial(step, how == BRANCHES), state, before, losses)
@@ -52,15 +54,16 @@ def _graph(
         for _ in range(_WARM_UP):
             step()
     torch.cuda.current_stream().wait_stream(side)
-    expected = losses.tolist()
+    expected = losses.flatten().tolist()
     _restore(state, before)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # a recording that fails leaves its stream the current one
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         step()
     _restore(state, before)
     for _ in range(_WARM_UP):
         graph.replay()
-    found = losses.tolist()
+    found = losses.flatten().tolist()
     if not alike(found, expected):
         raise RuntimeError(f"{_WARM_UP} replayed steps must have the losses {expected}, got {found}")
     return graph

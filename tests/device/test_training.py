@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from gpu_lane import graphs
 from torch import nn
 from torch.utils.data import TensorDataset
 from twins import C, D, N, assert_close, batch, evaluated, moved, twins
@@ -199,6 +200,50 @@ def test_a_graph_of_a_step_goes_on_as_steps_do(cuda, make_guide):
     assert_close(found, [value.cpu() for value in expected], 1e-5)
     assert_close([disk.epoch_statistics], [twin.epoch_statistics.cpu()], 1e-6)
     assert_close(disk.guide.buffers(), [value.cpu() for value in twin.guide.buffers()], 1e-6)
+
+
+@every_guide
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_the_lane_records_a_step_as_parallel_branches(cuda, make_guide, shape):
+    """Parameters of a loss among the state, in the form that README's loop has; losses of one method or of several."""
+    disk = DiSKLoss(make_guide()).to(cuda)
+    student, *others = moved(batch(), cuda)
+    student.requires_grad_()
+    state, losses, stream = [*disk.parameters(), *disk.buffers()], torch.zeros(shape, device=cuda), torch.cuda.Stream()
+
+    def step(parallel):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            loss = disk(student, *others)
+            gradients = torch.autograd.grad(loss, [student, *disk.parameters()])[1:]
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.no_grad():
+            for parameter, gradient in zip(disk.parameters(), gradients, strict=True):
+                parameter -= 0.1 * gradient
+        losses.add_(loss.detach())
+
+    before = [tensor.clone() for tensor in disk.state_dict().values()]
+    make, how = graphs.recorded(step, [*state, losses], losses)
+    assert how == graphs.BRANCHES
+    assert all(torch.equal(*pair) for pair in zip(disk.state_dict().values(), before, strict=True))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    make()
+    torch.cuda.synchronize()
+    assert losses.abs().min() > 0
+
+
+def test_a_step_that_cannot_be_recorded_is_made_as_it_is(cuda):
+    losses = torch.zeros((), device=cuda)
+
+    def step(parallel):
+        losses.add_(losses.item() + 1.0)  # waits for the device
+
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        make, how = graphs.recorded(step, [losses], losses)
+    assert how == graphs.EAGER
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    make()
+    assert losses.item() == 1.0
 
 
 def test_a_scheduler_drives_the_buffers_that_a_graph_reads(cuda):
