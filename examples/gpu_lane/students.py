@@ -60,7 +60,8 @@ def dense_is_faster(name: str, states: list[State], batch_size: int, device: str
     """Time forward and backward of both forms of the joint network."""
     if len(states) == 1:
         return False
-    images = torch.randn(batch_size, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    # drawn on the host: after a recording that failed, torch may refuse to draw on the device
+    images = torch.randn(batch_size, 3, 32, 32).to(device, memory_format=torch.channels_last)
     seconds = {}
     for dense in (False, True):
         model = network(name, states, device, dense=dense)
