@@ -117,12 +117,12 @@ def test_networks_have_the_size_of_their_namesakes(name, parameters):
     assert sum(each.numel() for each in cifar_resnets.CifarResNet(name).parameters()) == parameters
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", [*TABLES, "loss_gpu"])
 def test_readme_shows_the_figures_that_are_kept(name):
     if name == "timm_step":
         pytest.importorskip("timm")
     found = json.loads((FOLDER / "results" / f"{name}.json").read_text())
     shown = re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", (FOLDER / "README.md").read_text(), re.DOTALL)
     assert shown is not None, f"benchmarks/README.md lacks the markers of {name}"
-    assert shown[1] == importlib.import_module(name).table(found)
+    assert shown[1] == importlib.import_module(name.removesuffix("_gpu")).table(found)
     assert all(row["pairs"] >= 30 for row in found.get("rows", []))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -361,15 +362,26 @@ def test_a_given_teacher_is_not_trained(tmp_path):
 
 
 def test_differences_are_to_the_better_kd_of_the_same_seeds():
+    where = {"device": "CPU", "torch": "2.13", "teacher": 60.0}
     rows = [
-        {"student": "resnet10-xxs", "method": name, "seed": seed, "accuracy": accuracy}
+        {"student": "resnet10-xxs", "method": name, "seed": seed, "accuracy": accuracy, **where}
         for name, accuracies in {"kd-1": (30.0, 32.0), "kd-2": (33.0, 31.0), "disk-2": (34.0,)}.items()
         for seed, accuracy in enumerate(accuracies)
     ]
     found = report.summary(rows, {}, {}, done=False)["students"]["resnet10-xxs"]
     assert found["disk-2"]["against"] == "kd-2"
-    assert found["disk-2"]["minus_kd"] == {"0": 1.0}
-    assert found["kd-1"]["minus_kd"] == {"0": -3.0, "1": 1.0}
+    assert found["disk-2"]["minus_kd"] == {"mean": 1.0, "interval_95": None, "values": [1.0]}
+    assert found["kd-2"]["minus_kd"] is None
+    gap = found["kd-1"]["minus_kd"]
+    assert gap["values"] == [-3.0, 1.0]
+    half = 12.706 * 2  # t of one degree of freedom, times the standard error: 8 ** .5 / 2 ** .5
+    assert gap["interval_95"] == pytest.approx([-1 - half, -1 + half], rel=1e-3)
+
+
+def test_readme_shows_the_results_that_are_kept():
+    rows = [json.loads(line) for line in (ROOT / "examples/results/gpu/results.jsonl").read_text().splitlines()]
+    shown = re.search(r"<!-- gpu -->\n(.*?)\n<!-- /gpu -->", (ROOT / "examples/README.md").read_text(), re.DOTALL)
+    assert shown[1] == report.table(report.summary(rows, {}, rows[0]["protocol"]))
 
 
 def test_kd_has_the_temperatures_of_both_forms_of_disk_and_one_more():

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from scipy import stats
+
+from .paired import paired, shown_difference
 
 _KINDS = ("right", "wrong")
 
@@ -47,21 +48,8 @@ def differences(logs: dict[str, Runs], reference: str | None) -> dict[str, Any]:
         if name == reference or not common:
             continue
         gap = [runs[seed][-1]["accuracy"] - logs[reference][seed][-1]["accuracy"] for seed in common]
-        mean, interval = statistics.fmean(gap), None
-        if len(gap) > 1:
-            half = stats.t.ppf(0.975, len(gap) - 1) * statistics.stdev(gap) / len(gap) ** 0.5
-            interval = [mean - half, mean + half]
-        found[f"{name} - {reference}"] = {"mean": mean, "interval_95": interval, "values": gap, "seeds": common}
+        found[f"{name} - {reference}"] = {**paired(gap), "seeds": common}
     return found
-
-
-def shown_difference(gap: dict[str, Any] | None) -> str:
-    """Return a paired difference as a cell."""
-    if not gap:
-        return ""
-    if gap["interval_95"] is None:
-        return f"{gap['mean']:+.2f} (one seed)"
-    return f"{gap['mean']:+.2f} ({gap['interval_95'][0]:+.2f} to {gap['interval_95'][1]:+.2f})"
 
 
 def table(results: dict[str, Any]) -> str:
