@@ -5,7 +5,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from . import _checks
-from .features.guided import GuidedFeatureTerms
+from .features.guided import GuidedTerms
 from .functional import DiSKTerms
 
 _OVER_ALL = ("logged_loss", "ce", "distill", "divergence", "usage", "feature")  # samples; then right and wrong ones
@@ -33,20 +33,20 @@ class EpochReport:
         self._guided = False
 
     @torch.no_grad()
-    def add(self, terms: DiSKTerms | GuidedFeatureTerms) -> None:
+    def add(self, terms: DiSKTerms | GuidedTerms) -> None:
         """Add a batch's terms, evaluated with ``reduction="none"``; one that is not finite counts in no mean.
 
         Raises:
             ValueError: terms reduced to scalars.
         """
-        disk = terms.disk if isinstance(terms, GuidedFeatureTerms) else terms
+        disk = terms.disk if isinstance(terms, GuidedTerms) else terms
         if not disk.guide.ndim:
             raise ValueError('terms must be evaluated with reduction="none", one value per sample, got scalars')
-        self._guided = isinstance(terms, GuidedFeatureTerms)
+        self._guided = isinstance(terms, GuidedTerms)
         right, wrong = disk.correct, disk.counted - disk.correct
         columns = [disk.counted, right, disk.teacher_correct, terms.logged_loss]
         columns += [disk.ce, disk.distill, disk.divergence, disk.usage]
-        columns += [terms.feature if isinstance(terms, GuidedFeatureTerms) else torch.zeros_like(right)]
+        columns += [terms.feature if isinstance(terms, GuidedTerms) else torch.zeros_like(right)]
         columns += [disk.guide * right, disk.guide * wrong, disk.discount * right, disk.discount * wrong]
         # MPS has no float64
         dtype = torch.float32 if right.device.type == "mps" else torch.float64

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..features.guided import GuidedFeatureTerms
+from ..features.guided import GuidedTerms
 from ..functional import DiSKTerms
 from . import tables
 from ._extra import extra
@@ -57,7 +57,7 @@ class SampleRecord:
         self,
         index: Tensor,
         epoch: int,
-        terms: DiSKTerms | GuidedFeatureTerms,
+        terms: DiSKTerms | GuidedTerms,
         *,
         target: Tensor | None = None,
         **extras: Tensor,
@@ -165,11 +165,11 @@ class SampleRecord:
         self._batches = []
 
 
-def _per_position(terms: DiSKTerms | GuidedFeatureTerms) -> DiSKTerms:
+def _per_position(terms: DiSKTerms | GuidedTerms) -> DiSKTerms:
     """Refuse what is not DiSK's terms per position."""
-    disk = terms.disk if isinstance(terms, GuidedFeatureTerms) else terms
+    disk = terms.disk if isinstance(terms, GuidedTerms) else terms
     if not isinstance(disk, DiSKTerms):
-        raise TypeError(f"terms must be DiSKTerms or GuidedFeatureTerms, got {type(terms).__name__}")
+        raise TypeError(f"terms must be DiSKTerms or GuidedTerms, got {type(terms).__name__}")
     if not disk.guide.ndim:
         raise ValueError('terms must be evaluated with reduction="none", one value per sample, got scalars')
     return disk

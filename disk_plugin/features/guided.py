@@ -1,40 +1,48 @@
-"""Feature matching weighted by the guide: Kag et al. (ICLR 2023), A.7, the same for every feature-matching method."""
+"""Any distillation loss weighted by the guide, per sample: Kag et al. (ICLR 2023), A.7."""
 
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _checks
 from ..functional import DiSKTerms
 from ..functional._positions import promote
 from ..loss import DiSKLoss
+from .method import Method, Outputs, PlainLoss, to_outputs
 
 FeatureWeight = Literal["one_minus_guide", "one_minus_discount", "guide", "uniform"]
 FEATURE_WEIGHTS: tuple[str, ...] = ("one_minus_guide", "one_minus_discount", "guide", "uniform")
 
 
-class GuidedFeatureTerms(NamedTuple):
-    """What :func:`guided_feature_terms` gives: scalars, or (N, d1, ...) with ``reduction="none"``.
+class GuidedTerms(NamedTuple):
+    """What :class:`Guided` and :func:`guided_feature_terms` give: scalars, or (N, d1, ...) with ``reduction="none"``.
 
     ``feature`` and ``logged_loss`` are detached. Of per-sample terms take ``mean()``, which divides by the samples that
     count.
     """
 
     loss: Tensor  # student_loss + guide_loss
-    student_loss: Tensor  # feature_weight w(g) ||Psi f_S - f_T||^2 [+ DiSK's student half], guide detached
+    student_loss: Tensor  # the method's weighted losses [+ DiSK's student half], guide detached
     guide_loss: Tensor  # distill_weight L_dist + multiplier (usage - budget)_+, student detached
-    feature: Tensor  # w(g) ||Psi f_S - f_T||^2, before feature_weight
-    logged_loss: Tensor  # feature_weight feature [+ DiSK's logged_loss] >= 0: what to log
+    feature: Tensor  # w(g) times the method's loss per sample, before its weight; 0 without a method
+    logged_loss: Tensor  # the student's loss with DiSK's logged_loss, >= 0 where the method's is: what to log
     disk: DiSKTerms  # of the student's prediction
 
-    def mean(self) -> "GuidedFeatureTerms":
+    def mean(self) -> "GuidedTerms":
         """Return what ``reduction="mean"`` gives: sums over the samples by the number of those that count."""
         if not self.loss.ndim:
             return self
-        total = self.disk.counted.sum().clamp(min=1)
+        total, disk = self.disk.counted.sum().clamp(min=1), self.disk.mean()
+        if self.student_loss is self.disk.student_loss:  # DiSK alone: its own mean, to the last bit
+            carried = disk.loss, disk.student_loss, disk.guide_loss
+            return GuidedTerms(*carried, self.feature.sum() / total, disk.logged_loss, disk)
         loss, student_loss, guide_loss, feature, logged = (value.sum() / total for value in self[:5])
-        return GuidedFeatureTerms(loss, student_loss, guide_loss, feature, logged, self.disk.mean())
+        return GuidedTerms(loss, student_loss, guide_loss, feature, logged, disk)
+
+
+GuidedFeatureTerms = GuidedTerms  # its first name
 
 
 def feature_weights(terms: DiSKTerms, weight: FeatureWeight) -> Tensor:
@@ -73,8 +81,9 @@ def guided_feature_terms(
     feature_weight: float = 1.0,
     logit_loss: bool = False,
     guide_logits: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     reduction: Literal["mean", "none"] = "mean",
-) -> GuidedFeatureTerms:
+) -> GuidedTerms:
     r"""Evaluate a feature-matching loss weighted by the guide: Kag et al. (ICLR 2023), A.7, eq. (6).
 
     .. math:: \beta\,\tfrac1N\sum_i w(g(x_i))\,\|\Psi(f_S(x_i)) - f_T(x_i)\|^2
@@ -95,6 +104,7 @@ def guided_feature_terms(
         feature_weight: beta, >= 0.
         logit_loss: add ce_weight CE + distill_weight L_dist of ``student_logits`` to the student's loss.
         guide_logits: what ``disk.guide_logits`` gave, where that has to be called elsewhere (see ``DiSKLoss.terms``).
+        sample_weight: weight per sample or position, of all terms; means still divide by the count.
         reduction: ``"mean"`` over the samples that are not ignored, or ``"none"``.
 
     Shape:
@@ -105,21 +115,182 @@ def guided_feature_terms(
         ValueError: an unknown ``weight``, shapes that do not fit, ``feature_weight`` < 0.
         TypeError: ``disk`` is not a ``DiSKLoss``.
     """
-    if not isinstance(disk, DiSKLoss):
-        raise TypeError(f"disk must be a DiSKLoss, got {type(disk).__name__}")
     _checks.number("feature_weight", feature_weight, at_least=0)
     _checks.choice("reduction", reduction, ("mean", "none"))
+    _check_disk(disk)
+    _checks.choice("weight", weight, FEATURE_WEIGHTS)
     terms = disk.terms(
-        student_logits, teacher_logits, target, teacher_features, guide_logits=guide_logits, reduction="none"
+        student_logits,
+        teacher_logits,
+        target,
+        teacher_features,
+        guide_logits=guide_logits,
+        sample_weight=sample_weight,
+        reduction="none",
     )
-    _checks.per_position("feature_error", feature_error, student_logits)
-    (error,) = promote(feature_error)
-    # masked before the multiplication: 0 times a NaN of an ignored sample is NaN
-    feature = feature_weights(terms, weight).to(error.dtype) * torch.where(terms.counted > 0, error, 0.0)
-    student_loss = feature_weight * feature
-    logged_loss = student_loss.detach()
-    if logit_loss:
-        student_loss, logged_loss = student_loss + terms.student_loss, logged_loss + terms.logged_loss
-    loss = student_loss + terms.guide_loss
-    found = GuidedFeatureTerms(loss, student_loss, terms.guide_loss, feature.detach(), logged_loss, terms)
+    how = _Weighing(weight, feature_weight, logit_loss, frozenset())
+    found = _weighed(terms, {"feature_error": feature_error}, student_logits, sample_weight, how)
     return found.mean() if reduction == "mean" else found
+
+
+class Guided(nn.Module):
+    r"""DiSK as a learned reducer of any distillation loss: Kag et al. (ICLR 2023), A.7, eq. (6).
+
+    .. math:: \beta\,\tfrac1N\sum_i w(g(x_i))\,\ell_i \;[+\;\text{DiSK's student half}]
+
+    with the method's losses per sample :math:`\ell_i`; the guide learns from eq. (5) of the method's prediction, with
+    the student held fixed, and not from the method's losses (see :func:`guided_feature_terms`). Without a method it is
+    DiSK itself, with the same kind of terms. **This module has parameters**, the guide's and the method's: give
+    ``trainable_parameters()`` to the optimizer.
+
+    Args:
+        disk: the loss that owns the guide.
+        method: a :class:`Method`, or any callable (student_logits, teacher_logits, target) -> losses (N,); None for
+            DiSK alone.
+        weight: which w, see :func:`feature_weights`.
+        method_weight: beta, >= 0.
+        logit_loss: add ce_weight CE + distill_weight L_dist of the prediction to the student's loss.
+
+    Shape:
+        logits (N, C) or (N, C, d1, ...); losses (N,) or (N, d1, ...); returns a scalar.
+
+    Raises:
+        ValueError: values out of range; in ``forward`` losses that are not one value per sample.
+        TypeError: ``disk`` is not a ``DiSKLoss``, ``method`` cannot be called.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from disk_plugin import DiSKLoss, GuideHead
+        >>> guided = Guided(DiSKLoss(GuideHead(10)), lambda s, t, y: F.mse_loss(s, t, reduction="none").mean(1))
+        >>> student_logits = torch.randn(4, 10, requires_grad=True)
+        >>> guided(student_logits, torch.randn(4, 10), torch.arange(4)).backward()
+    """
+
+    def __init__(
+        self,
+        disk: DiSKLoss,
+        method: Method | Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        *,
+        weight: FeatureWeight = "one_minus_guide",
+        method_weight: float = 1.0,
+        logit_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_disk(disk)
+        if method is not None and not callable(method):
+            raise TypeError(f"method must be a Method or a callable, got {type(method).__name__}")
+        _checks.choice("weight", weight, FEATURE_WEIGHTS)
+        _checks.number("method_weight", method_weight, at_least=0)
+        self.disk = disk
+        self.method = method if method is None or isinstance(method, Method) else PlainLoss(method)
+        self.weight, self.method_weight, self.logit_loss = weight, float(method_weight), bool(logit_loss)
+
+    def forward(
+        self,
+        student: Tensor | Outputs,
+        teacher: Tensor | Outputs,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Return ``terms(...).loss``; logits alone will do for a method that reads nothing else."""
+        return self.terms(student, teacher, target, sample_weight=sample_weight).loss
+
+    def terms(
+        self,
+        student: Tensor | Outputs,
+        teacher: Tensor | Outputs,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> GuidedTerms:
+        """Evaluate method and guide; the guide reads the teacher's logits and, if there are any, its features."""
+        _checks.choice("reduction", reduction, ("mean", "none"))
+        student, teacher = to_outputs(student), to_outputs(teacher)
+        logits, losses = (student.logits, {}) if self.method is None else self.method.evaluate(student, teacher, target)
+        terms = self.weigh(logits, target, teacher, losses, sample_weight=sample_weight)
+        return terms.mean() if reduction == "mean" else terms
+
+    def weigh(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        teacher: Outputs,
+        losses: Mapping[str, Tensor],
+        *,
+        guide_logits: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> GuidedTerms:
+        """Weigh the losses that :meth:`Method.evaluate` gave, per sample: for a host that calls it elsewhere.
+
+        ``guide_logits`` is what ``disk.guide_logits`` gave, where that too has to be called elsewhere.
+        """
+        features = (
+            teacher.features if getattr(self.disk.guide, "feature_dim", True) else None
+        )  # the method may read them
+        terms = self.disk.terms(
+            logits,
+            teacher.logits,
+            target,
+            features,
+            guide_logits=guide_logits,
+            sample_weight=sample_weight,
+            reduction="none",
+        )
+        if self.method is None:
+            zero = torch.zeros_like(terms.guide)
+            return GuidedTerms(terms.loss, terms.student_loss, terms.guide_loss, zero, terms.logged_loss, terms)
+        how = _Weighing(self.weight, self.method_weight, self.logit_loss, self.method.unguided)
+        return _weighed(terms, losses, logits, sample_weight, how)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return what an optimizer trains beside the student: the guide and what the method trains."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        shown = f"weight={self.weight!r}, method_weight={self.method_weight}, logit_loss={self.logit_loss}"
+        return "" if self.method is None else shown
+
+
+class _Weighing(NamedTuple):
+    """How losses become one."""
+
+    weight: FeatureWeight
+    method_weight: float
+    logit_loss: bool
+    unguided: frozenset[str]
+
+
+def _weighed(
+    terms: DiSKTerms,
+    losses: Mapping[str, Tensor],
+    student_logits: Tensor,
+    sample_weight: Tensor | None,
+    how: _Weighing,
+) -> GuidedTerms:
+    """Evaluate eq. (6) per sample."""
+    w = feature_weights(terms, how.weight)
+    feature = torch.zeros_like(w)
+    for name, loss in losses.items():
+        _checks.per_position(name, loss, student_logits)
+        (loss,) = promote(loss)
+        # masked before the multiplication: 0 times a NaN of an ignored sample is NaN
+        loss = torch.where(terms.counted > 0, loss, 0.0)
+        feature = feature + (loss if name in how.unguided else w.to(loss.dtype) * loss)
+    if sample_weight is not None:
+        feature = feature * sample_weight.reshape(*sample_weight.shape, *[1] * (feature.ndim - sample_weight.ndim))
+    student_loss = how.method_weight * feature
+    logged_loss = student_loss.detach()
+    if how.logit_loss:
+        student_loss, logged_loss = student_loss + terms.student_loss, logged_loss + terms.logged_loss
+    return GuidedTerms(
+        student_loss + terms.guide_loss, student_loss, terms.guide_loss, feature.detach(), logged_loss, terms
+    )
+
+
+def _check_disk(disk: object) -> None:
+    if not isinstance(disk, DiSKLoss):
+        raise TypeError(f"disk must be a DiSKLoss, got {type(disk).__name__}")

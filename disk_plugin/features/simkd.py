@@ -1,7 +1,8 @@
 """SimKD (Chen et al., CVPR 2022): match the teacher's last feature map, then reuse the teacher's classifier."""
 
 import copy
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from .. import _checks
 from .._watch import warn_if_swapped
 from ..functional._positions import promote
+from .method import LAST_MAP, Method, Outputs, Pair
 
 # a wrong map or classifier is off by the logits' own size; pooling in another order is off by rounding
 _RELATIVE_TOLERANCE = 1e-3
@@ -22,7 +24,7 @@ class SimKDOutput(NamedTuple):
     feature_error: Tensor
 
 
-class SimKD(nn.Module):
+class SimKD(Method):
     """SimKD's projector and reused classifier (Chen et al., CVPR 2022).
 
     **This module has parameters**, its projector's: give ``trainable_parameters()`` to an optimizer. That projector
@@ -55,6 +57,11 @@ class SimKD(nn.Module):
         >>> logits.shape, feature_error.shape
         (torch.Size([4, 10]), torch.Size([4]))
     """
+
+    reads = frozenset({LAST_MAP})
+    own_prediction = True
+    weight_name = "feature_weight"
+    shape_settings = ("factor",)
 
     def __init__(
         self,
@@ -89,7 +96,34 @@ class SimKD(nn.Module):
         self.classifier = copy.deepcopy(classifier).eval().requires_grad_(False)
         self.told: set[str] = set()  # of what has been warned
 
-    def forward(self, student_map: Tensor, teacher_map: Tensor) -> SimKDOutput:
+    @classmethod
+    def for_pair(cls, pair: Pair, **settings: Any) -> "SimKD":
+        """Build it from the pair's last maps and the teacher's head.
+
+        Raises:
+            ValueError: a last map of another shape, or a teacher's head that does not read its map alone.
+        """
+        for side, outputs in (("student", pair.student), ("teacher", pair.teacher)):
+            shape = tuple(outputs.maps[LAST_MAP].shape) if LAST_MAP in outputs.maps else "none"
+            if len(shape) != 4 or shape == "none":
+                raise ValueError(f"SimKD needs a last map (N, C, H, W) of the {side}, got {shape}")
+        student_map, teacher_map = pair.student.maps[LAST_MAP], pair.teacher.maps[LAST_MAP]
+        size = (teacher_map.shape[2], teacher_map.shape[3])
+        channels = student_map.shape[1], teacher_map.shape[1]
+        return cls(*channels, pair.teacher_head(), teacher_size=size, **settings)
+
+    def forward(self, student: Outputs | Tensor, teacher: Outputs | Tensor, target: Tensor | None = None) -> Any:
+        """Return the losses by name; of two maps alone what :meth:`match` returns. No label is used."""
+        if isinstance(student, Tensor) or isinstance(teacher, Tensor):
+            return self.match(student, teacher)  # type: ignore[arg-type]
+        return {"feature": self.match(student.maps[LAST_MAP], teacher.maps[LAST_MAP]).feature_error}
+
+    def evaluate(self, student: Outputs, teacher: Outputs, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return prediction and losses, of one projection."""
+        logits, error = self.match(student.maps[LAST_MAP], teacher.maps[LAST_MAP])
+        return logits, {"feature": error}
+
+    def match(self, student_map: Tensor, teacher_map: Tensor) -> SimKDOutput:
         """Return the prediction and the distance to the teacher's map, per sample."""
         expected = (student_map.shape[0], self.teacher_channels, *self.teacher_size)
         if tuple(teacher_map.shape) != expected:
@@ -117,10 +151,32 @@ class SimKD(nn.Module):
         projected: Tensor = self.projector(student_map)
         return projected
 
-    def predict(self, student_map: Tensor) -> Tensor:
-        """Return the logits (N, C) of inference, where there is no teacher."""
+    def predict(self, student: Outputs | Tensor) -> Tensor:
+        """Return the logits (N, C) of inference, where there is no teacher, from outputs or the map alone."""
+        student_map = student if isinstance(student, Tensor) else student.maps[LAST_MAP]
         logits: Tensor = self.classifier(self.project(student_map))
         return logits
+
+    def about(self) -> dict[str, Any]:
+        """Return the size to which a larger student map is pooled."""
+        return {"teacher_size": list(self.teacher_size)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> "SimKD":
+        """Rebuild it from its state; the classifier must be one of :func:`pooled_classifier`."""
+        first, last = state["projector.0.weight"], state["projector.6.weight"]
+        linear = next(name for name in state if name.startswith("classifier.") and name.endswith(".weight"))
+        classes, width = state[linear].shape
+        bias = linear.removesuffix("weight") + "bias" in state
+        simkd = cls(
+            first.shape[1],
+            last.shape[0],
+            pooled_classifier(nn.Linear(width, classes, bias=bias)),
+            teacher_size=tuple(about["teacher_size"]),
+            factor=last.shape[0] // first.shape[0],
+        )
+        simkd.load_state_dict(state)
+        return simkd
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the projector's parameters; the classifier is frozen."""
