@@ -1,0 +1,175 @@
+"""Turn any classifier into x -> (logits, features), by a forward pre-hook on the layer that makes the logits."""
+
+import numbers
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_RELATIVE_TOLERANCE = 1e-2  # a wrong layer is off by its whole size; half precision and post-scaling noise are not
+
+
+class FeatureTap(nn.Module):
+    """A classifier that also returns what its last Linear reads: see :func:`with_features`.
+
+    Attributes:
+        feature_dim: D, the width of the features.
+        layer: dotted name of the tapped layer inside ``model``.
+    """
+
+    def __init__(self, model: nn.Module, layer: str, feature_dim: int, *, check_output: bool) -> None:
+        super().__init__()
+        self.model, self.layer, self.feature_dim = model, layer, feature_dim
+        self._check_output, self._checked = check_output, False
+        self._watch_mode = not model.training
+        tapped = model.get_submodule(layer)
+        tapped._disk_seen = None  # type: ignore[assignment]
+        tapped.register_forward_pre_hook(_keep_input, with_kwargs=True)
+        tapped.register_forward_hook(_keep_output)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Call the model; return its logits and the tapped layer's input."""
+        # looked up anew and kept on the layer itself: DataParallel replicas and copies of the model have their own;
+        # kept during this call only, so that nothing holds a graph and a direct call of the model keeps nothing
+        if self._watch_mode and self.model.training and not torch.is_grad_enabled():
+            self._warn_of_mode()
+        tapped = self.model.get_submodule(self.layer)
+        seen: dict[str, Any] = {}
+        tapped._disk_seen = seen  # type: ignore[assignment]
+        try:
+            logits = logits_of(self.model(*args, **kwargs))
+        finally:
+            tapped._disk_seen = None  # type: ignore[assignment]
+        features = seen.get("input")
+        if not isinstance(features, Tensor):
+            raise RuntimeError(
+                f"layer {self.layer!r} was not called with a Tensor in the model's forward pass (a compiled model must "
+                f"be wrapped before its first call)"
+            )
+        if not self._checked:
+            self._checked = self._check(logits, features, seen.get("output"))
+        return logits, features
+
+    def _warn_of_mode(self) -> None:
+        self._watch_mode = False
+        warnings.warn(
+            "the model was in evaluation mode when it was wrapped and is in training mode now, where dropout and "
+            "BatchNorm make other outputs: train() of a module that holds it reaches it too; call eval() on this "
+            "teacher after that",
+            stacklevel=4,
+        )
+
+    def _check(self, logits: Tensor, features: Tensor, output: Any) -> bool:
+        """On the first batch that can tell: the features fit, and a layer we chose ourselves makes the logits."""
+        if features.ndim < 2 or features.shape[0] != logits.shape[0] or self.feature_dim not in features.shape[1:]:
+            raise RuntimeError(
+                f"layer {self.layer!r} reads a tensor of shape {tuple(features.shape)}, expected "
+                f"({logits.shape[0]}, {self.feature_dim}, ...) beside logits of shape {tuple(logits.shape)}"
+            )
+        size = logits.detach().float().norm()
+        if not self._check_output or not size.isfinite() or size == 0:
+            return not self._check_output  # an empty, all-zero or NaN batch tells nothing: the next one will
+        if not _same(output, logits):
+            raise RuntimeError(
+                f"the last Linear layer {self.layer!r} does not make the model's logits of shape "
+                f"{tuple(logits.shape)}: pass layer=NAME, one of {_linear_names(self.model)}"
+            )
+        return True
+
+
+def with_features(model: nn.Module, layer: str | None = None) -> FeatureTap:
+    """Return a module x -> (logits, features), where features are what the model's last Linear layer reads.
+
+    Nothing in the model's own code changes: the layer gets two forward hooks. Its output may be a Tensor, a tuple or
+    list whose first element is the logits, a dict with ``"logits"`` or ``"out"``, or an object with ``.logits``. On
+    the first batch the layer's output is compared with the logits, so that a wrong layer cannot pass unnoticed; a
+    layer named by hand is only checked for being called. Gradients and train/eval mode are the caller's; one warning
+    comes where a model that was wrapped in evaluation mode runs in training mode without gradients, as a teacher does
+    that its parent's ``train()`` has reached.
+
+    Args:
+        model: any classifier.
+        layer: dotted name of the layer whose input is the features; None for the last ``nn.Linear``. A layer read
+            as (N, D, d1, ...) gives dense features.
+
+    Returns:
+        A module with ``feature_dim`` (for ``GuideHead(num_classes, feature_dim)``), ``layer`` and ``model``.
+
+    Raises:
+        ValueError: the model has no Linear layer, or none of that name.
+        TypeError: ``model`` is no module; the named layer has no input width; in ``forward`` an output of another kind.
+        RuntimeError: in ``forward``, the layer is not called or does not make the logits.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> teacher = with_features(nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5)).eval())
+        >>> logits, features = teacher(torch.randn(2, 3, 4))
+        >>> logits.shape, features.shape, teacher.feature_dim
+        (torch.Size([2, 5]), torch.Size([2, 8]), 8)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a Module, got {type(model).__name__}")
+    names = _linear_names(model)
+    if layer is None and not names:
+        raise ValueError("model has no nn.Linear layer whose input could be the features: pass layer=NAME")
+    name = names[-1] if layer is None else layer
+    modules = dict(model.named_modules())
+    if name not in modules:
+        raise ValueError(f"layer must name a module of the model, such as one of {names}, got {name!r}")
+    tapped = modules[name]
+    width = getattr(tapped, "in_features", getattr(tapped, "in_channels", None))
+    if not isinstance(width, numbers.Integral):  # numpy's too
+        raise TypeError(f"layer {name!r} must have in_features or in_channels, got {type(tapped).__name__}")
+    tap = FeatureTap(model, name, int(width), check_output=layer is None)
+    tap.training = model.training  # not train(): that would reach the submodules, whose modes are the caller's
+    return tap
+
+
+def logits_of(output: Any) -> Tensor:
+    """Find the logits in a model's output: a Tensor, (logits, ...), {"logits": ...}, {"out": ...} or ``.logits``.
+
+    Raises:
+        TypeError: the output is of another kind; the message names it.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("logits")
+        found = output.get("out") if found is None else found
+    if found is None and isinstance(output, tuple | list) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        kind = f"dict with keys {list(output)}" if isinstance(output, Mapping) else type(output).__name__
+        raise TypeError(
+            f"the model must return logits as a Tensor, a tuple, a dict with 'logits' or 'out', or an object with "
+            f".logits, got {kind}"
+        )
+    return found
+
+
+def _keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    seen: Any = module._disk_seen
+    if seen is not None:
+        seen["input"] = args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _keep_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    seen: Any = module._disk_seen
+    if seen is not None:
+        seen["output"] = output
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _same(output: Any, logits: Tensor) -> bool:
+    """Whether a layer's output is the logits, up to half precision."""
+    if not isinstance(output, Tensor) or output.numel() != logits.numel():
+        return False
+    difference = (output.detach().reshape(logits.shape).float() - logits.detach().float()).norm()
+    return bool(difference <= _RELATIVE_TOLERANCE * logits.detach().float().norm())
