@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from disk_plugin import DiSKLoss, GuideHead
 from disk_plugin.replay import GuideReplay
 from disk_plugin.taps import with_features
+from disk_plugin.training import guide_pass
 from disk_plugin.uniform import UniformGuide
 
 PASSES = 3  # of the student in an outer iteration
@@ -100,11 +101,7 @@ class DiSK:
     def guide_pass(self, batches: Batches) -> None:
         """Train the guide alone; the student is fixed, its BatchNorm statistics included."""
         self.student.eval()
-        for image, target in batches:
-            logits, features = self._teach(image)
-            with torch.no_grad():
-                student_logits = self.student(image)
-            update(self.of_guide, self.disk.terms(student_logits, logits, target, features).guide_loss)
+        guide_pass(self.of_guide, batches, self._guide_loss)
         self.student.train()
 
     def dead_pass(self, batches: Batches) -> None:
@@ -113,6 +110,13 @@ class DiSK:
             for image, _ in batches:
                 self._teach(image)
                 self.student(image)
+
+    def _guide_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        image, target = batch
+        logits, features = self._teach(image)
+        with torch.no_grad():
+            student_logits = self.student(image)
+        return self.disk.terms(student_logits, logits, target, features).guide_loss
 
     @torch.no_grad()
     def _teach(self, image: Tensor) -> tuple[Tensor, Tensor]:

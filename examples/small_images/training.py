@@ -6,12 +6,15 @@ augmented once for all. The students are one joint network (see resnet.py), step
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from disk_plugin.training import guide_pass
 
 from . import data
 from .methods import Batch, Method
@@ -160,15 +163,16 @@ class Run:
             student = self.recipe.network().to(self.recipe.device)
             student.load_state_dict(states[name])
             student.eval()
-            for guide_pass in range(method.guide_passes):
-                epoch = min(self.epoch + guide_pass, self.recipe.epochs - 1)
-                for batch in batches(self.views, self.index, self.recipe.seed, epoch, self.recipe.batch_size):
-                    with torch.no_grad(), precision(self.recipe.device):
-                        logits = student(batch.images).float()
-                    method.optimizer.zero_grad()
-                    method.guide_loss(logits, batch).backward()
-                    method.optimizer.step()
+            for number in range(method.guide_passes):
+                epoch = min(self.epoch + number, self.recipe.epochs - 1)
+                part = batches(self.views, self.index, self.recipe.seed, epoch, self.recipe.batch_size)
+                guide_pass(method.optimizer, part, partial(self._guide_loss, method, student))
             method.end_guide_passes()
+
+    def _guide_loss(self, method: Method, student: ResNet, batch: Batch) -> Tensor:
+        with torch.no_grad(), precision(self.recipe.device):
+            logits = student(batch.images).float()
+        return method.guide_loss(logits, batch)
 
     def _log(self, losses: Tensor) -> None:
         scores = self.accuracies(self.held_out)

@@ -1,6 +1,7 @@
 """The guide's half of Algorithm 1 for many starts at once: one :class:`DiSKLoss` with a guide of its own per start."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead
 from disk_plugin.functional import DiSKTerms
+from disk_plugin.training import guide_pass
 
-from .starts import LEARNING_RATE, WEIGHT_DECAY, Problem, Starts, step
+from .starts import LEARNING_RATE, WEIGHT_DECAY, Problem, Starts
 
 
 class Guides:
@@ -50,11 +52,13 @@ class Guides:
     def train(self, students: Starts, batches: Iterator[Problem], steps: int) -> None:
         """Train the guides with the students held, then let the multiplier move on."""
         self.losses.buffers["multiplier"].fill_(self.leader.multiplier)
-        for _ in range(steps):
-            batch = next(batches)
+
+        def guide_loss(batch: Problem) -> Tensor:
             with torch.no_grad():
                 logits = students(batch.x, in_dims=None)
-            step(self.optimizer, self._terms(logits, batch).guide_loss.sum())
+            return self._terms(logits, batch).guide_loss.sum()
+
+        guide_pass(self.optimizer, islice(batches, steps), guide_loss)
         self.dual.step()
 
     def student_loss(self, logits: Tensor, batch: Problem) -> Tensor:
