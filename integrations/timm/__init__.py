@@ -7,8 +7,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .simkd import SimKDModel
-    from .task import DiSKSimKDTask, DiSKTask
+    from .simkd import DiSKSimKDTask, SimKDModel
+    from .task import DiSKTask
 
 __all__ = ["DiSKSimKDTask", "DiSKTask", "SimKDModel"]
 
@@ -22,4 +22,4 @@ def __getattr__(name: str) -> Any:
     require_timm()
     from . import simkd, task
 
-    return getattr(simkd if name == "SimKDModel" else task, name)
+    return getattr(task if name == "DiSKTask" else simkd, name)

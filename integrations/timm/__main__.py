@@ -1,8 +1,12 @@
 """``python -m disk_plugin.integrations.timm path/to/train.py ...``: timm's own training script, with DiSK in it."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
+
+from disk_plugin.features import METHODS
+from disk_plugin.features.launching import import_methods
 
 from . import flags
 
@@ -18,6 +22,10 @@ YAML file of -c, which may be one shipped here: configs/imagenet/r50_r18.yaml, v
 def main(argv: list[str] | None = None) -> None:
     """Load the script, put DiSK into its namespace, run it."""
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        METHODS.update(import_methods(_imports(argv), METHODS, flag="--disk-import"))
+    except (ImportError, ValueError) as error:
+        sys.exit(f"error: {error}")
     if not argv or argv[0].startswith("-"):
         _explain(argv)
         return
@@ -48,6 +56,18 @@ def _explain(argv: list[str]) -> None:
         parser.print_help()
     else:
         parser.error(f"expected the path of timm's train.py first, got {argv[0] if argv else 'nothing'}")
+
+
+def _imports(argv: list[str]) -> list[str]:
+    """Return the modules that are asked for, before their methods have flags; ``-c`` files may name some too."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--disk-import", nargs="+", action="extend", default=[])
+    parser.add_argument("-c", "--config", default="")
+    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    path = next((path for path in (Path(known.config), _CONFIGS / known.config) if path.is_file()), None)
+    named = [] if path is None else re.findall(r"^disk_import:\s*\[(.*)\]", path.read_text(), re.M)
+    listed = [name.strip(" '\"") for name in named[0].split(",")] if named else []
+    return [*known.disk_import, *listed]
 
 
 def _shipped_configs(argv: list[str]) -> list[str]:

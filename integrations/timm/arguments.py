@@ -10,6 +10,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from disk_plugin import DiSKLoss, _checks
+from disk_plugin.features.method import Method
 
 from .flags import REFUSED
 
@@ -101,3 +102,35 @@ def check_student(student: nn.Module) -> None:
             f"the student must return one prediction, got {type(student).__name__} after set_distilled_training(True): "
             f"DiSK trains the mean of both heads, as inference uses it; call set_distilled_training(False)"
         )
+
+
+def method_class(
+    method: str | type[Method] | Method | None, known: Mapping[str, type[Method]]
+) -> type[Method] | Method | None:
+    """Return a method by its name, or as it was given.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a name nor a method.
+    """
+    if isinstance(method, str):
+        if method not in known:
+            raise ValueError(f"method must be one of {sorted(known)}, a Method class or a Method, got {method!r}")
+        return known[method]
+    if method is None or isinstance(method, Method) or (isinstance(method, type) and issubclass(method, Method)):
+        return method
+    raise TypeError(f"method must be a name, a Method class or a Method, got {type(method).__name__} {method!r}")
+
+
+def method_settings(kind: type[Method] | Method, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a method's keywords; its own cross-entropy has no weight, as the criterion is the host's.
+
+    Raises:
+        ValueError: settings of a method that is built already.
+    """
+    if isinstance(kind, Method):
+        if settings:
+            raise ValueError(f"method_settings={dict(settings)} are for a name or a class, got a built method")
+        return {}
+    has_ce = "ce_weight" in inspect.signature(kind).parameters
+    return {**({"ce_weight": 0.0} if has_ce else {}), **(settings or {})}

@@ -11,8 +11,9 @@ from typing import Any
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead
 from disk_plugin._watch import low_multiplier_unwarned
-from disk_plugin.features.guided import FEATURE_WEIGHTS, guided_feature_terms
-from disk_plugin.features.simkd import SimKD
+from disk_plugin.features import METHODS
+from disk_plugin.features.guided import FEATURE_WEIGHTS, Guided
+from disk_plugin.features.launching import explained, settings_of
 from disk_plugin.variants import VARIANTS
 
 from .recipe import Recipe
@@ -25,7 +26,8 @@ REFUSED = {
     "torchscript": "a scripted student has no configuration to read",
 }
 _SWITCH = {"action": argparse.BooleanOptionalAction}
-MODES, MATCHINGS = ["joint", "alternating"], ["none", "simkd"]
+MODES = ["joint", "alternating"]
+_CRITERIONS = {"ce_weight"}  # a method's own cross-entropy: the host has a criterion
 _ALTERNATING: dict[str, tuple[str, dict[str, Any]]] = {
     "guide_passes": ("guide passes before each group of student passes", {"type": int, "metavar": "N"}),
     "student_passes": ("epochs in such a group", {"type": int, "metavar": "N"}),
@@ -111,15 +113,41 @@ def add(parser: argparse.ArgumentParser) -> None:
     for argument, (text, how) in _ALTERNATING.items():
         flag(argument.replace("_", "-"), f"alternating: {text}", of(Recipe, argument), **how)
 
-    matching = "simkd: match the teacher's last map and predict through its head; --distill-loss-weight weighs it"
-    flag("feature-matching", matching, "none", choices=MATCHINGS)
-    weight = "what weighs a sample's feature term"
-    flag("feature-weight", weight, of(guided_feature_terms, "weight"), choices=list(FEATURE_WEIGHTS))
-    factor = "the projector's inner width is the teacher's channels // N"
-    flag("simkd-factor", factor, of(SimKD, "factor"), type=int, metavar="N")
+    chosen = ["none", *METHODS]
+    method = "distill by this method, weighted by the guide, instead of the logits; --distill-loss-weight weighs it"
+    flag("method", method, "none", choices=chosen)
+    flag("feature-matching", "the first name of --disk-method", "none", choices=chosen)
+    weight = "what weighs a sample of the method's loss"
+    flag("feature-weight", weight, of(Guided, "weight"), choices=list(FEATURE_WEIGHTS))
+    for name, kind in METHODS.items():
+        for argument, default in _method_settings(name).items():
+            how = _SWITCH if isinstance(default, bool) else {"type": type(default), "metavar": argument.upper()}
+            flag(f"{name}-{argument}".replace("_", "-"), f"{name}: {explained(kind, argument)}", default, **how)
+    imported = "import modules of your own, whose methods, models and data sets then have names"
+    flag("import", imported, [], nargs="+", action="extend", metavar="MODULE")
     checkpoint = "the teacher's weights, in place of timm's pretrained ones"
     flag("teacher-checkpoint", checkpoint, None, metavar="FILE")
     flag("allow-fresh-guide", "resume, with a new guide, from a checkpoint without one", False, **_SWITCH)
+
+
+def _method_settings(name: str) -> dict[str, Any]:
+    """Return the settings of a method that have a flag, with their defaults."""
+    return {key: value for key, value in settings_of(METHODS[name]).items() if key not in _CRITERIONS}
+
+
+def chosen_method(args: argparse.Namespace) -> str:
+    """Return the method's name, ``"none"`` for DiSK, under whichever of its two flags it was given.
+
+    Raises:
+        ValueError: two of them; an unknown one.
+    """
+    given = {getattr(args, f"disk_{flag}") for flag in ("method", "feature_matching")} - {"none"}
+    if len(given) > 1:
+        raise ValueError(f"--disk-method and --disk-feature-matching are one setting, got {sorted(given)}")
+    name = given.pop() if given else "none"
+    if name not in ("none", *METHODS):
+        raise ValueError(f"disk_method must be one of {['none', *METHODS]}, got {name!r}")
+    return name
 
 
 def names() -> set[str]:
@@ -145,7 +173,8 @@ def check(args: argparse.Namespace) -> None:
     if unknown:
         raise ValueError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
     _check_host(args)
-    for name, choices in (("mode", MODES), ("feature_matching", MATCHINGS), ("feature_weight", FEATURE_WEIGHTS)):
+    chosen_method(args)
+    for name, choices in (("mode", MODES), ("feature_weight", FEATURE_WEIGHTS)):
         if getattr(args, f"disk_{name}") not in choices:
             raise ValueError(f"disk_{name} must be one of {list(choices)}, got {getattr(args, f'disk_{name}')!r}")
     _check_types(args)
@@ -176,12 +205,13 @@ def _check_unused(args: argparse.Namespace) -> None:
     off = {
         "--disk-mode alternating": [] if args.disk_mode == "alternating" else list(_ALTERNATING),
         "--disk-replay": [] if args.disk_replay else ["replay_capacity", "replay_batch_size"],
-        "--disk-feature-matching simkd": (
-            [] if args.disk_feature_matching == "simkd" else ["feature_weight", "simkd_factor"]
-        ),
+        "--disk-method": [] if chosen_method(args) != "none" else ["feature_weight"],
         "--disk-rule ascent": [] if args.disk_rule == "ascent" else ["ascent_rate"],
         "--disk-rule adaptive": [] if args.disk_rule == "adaptive" else ["multiplier_cap"],
     }
+    for name in METHODS:
+        if name != chosen_method(args):
+            off[f"--disk-method {name}"] = [f"{name}_{setting}" for setting in _method_settings(name)]
     for needed, unused in off.items():
         for name in unused:
             value = getattr(args, f"disk_{name}")
@@ -225,8 +255,10 @@ def task_arguments(args: argparse.Namespace, *, epochs: int) -> dict[str, Any]:
     }
     if args.disk_mode == "alternating":
         arguments["alternating"] = {name: getattr(args, f"disk_{name}") for name in _ALTERNATING}
-    if args.disk_feature_matching == "simkd":
-        arguments |= {"feature_weight": args.disk_feature_weight, "factor": args.disk_simkd_factor}
+    name = chosen_method(args)
+    if name != "none":
+        settings = {key: getattr(args, f"disk_{name}_{key}") for key in _method_settings(name)}
+        arguments |= {"method": name, "method_settings": settings, "weight": args.disk_feature_weight}
     return arguments
 
 

@@ -1,6 +1,7 @@
 """What DiSK's tasks share: guide, schedule, epochs, checkpoints, and what the host asks of a task."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -9,20 +10,22 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from disk_plugin import DiSKLoss
-from disk_plugin.distributed import mean_over_processes, share_student_temperature
-from disk_plugin.features.guided import GuidedFeatureTerms
-from disk_plugin.functional import DiSKTerms
+from disk_plugin.distributed import mean_over_processes
+from disk_plugin.features import METHODS
+from disk_plugin.features.guided import FeatureWeight, Guided, GuidedTerms
+from disk_plugin.features.method import Method, Outputs
+from disk_plugin.training import GuidedTraining, repeated
 
 from . import arguments
 from .guide_module import build_guide, reads_features
-from .guide_passes import GuidePasses
+from .guide_optimizer import build_guide_optimizer, cosine
+from .model import MethodModel, Parts, build_method
 from .normalisation import of_images
 from .recipe import Recipe
 from .report import TaskReport
-from .schedule import Schedule
-from .state import load, state_of
+from .state import load
 from .student_task import StudentTask
-from .teacher import FrozenTeacher, TeacherOutputs, check_classes, image_size, probe
+from .teacher import FrozenTeacher, check_classes, image_size, probe
 from .trainable import DiSKTrainableModule
 
 
@@ -32,11 +35,10 @@ class GuidedTask(StudentTask):
     Attributes:
         disk: the ``DiSKLoss``.
         dual: its ``DualScheduler``, or None.
-        report: means over the epoch's samples so far.
-        matches_features: whether the task reads the teacher's last map.
+        training_core: what an epoch of guided training is, whatever the host.
     """
 
-    matches_features = False
+    model_of: Callable[..., MethodModel] = MethodModel  # of a method with a prediction of its own
     teacher: Any  # the host's, then a FrozenTeacher around it
 
     def __init__(
@@ -50,6 +52,9 @@ class GuidedTask(StudentTask):
         guide: Mapping[str, Any] | nn.Module | None = None,
         dual: Mapping[str, Any] | None = None,
         alternating: Mapping[str, Any] | None = None,
+        method: str | type[Method] | Method | None = None,
+        method_settings: Mapping[str, Any] | None = None,
+        weight: FeatureWeight = "one_minus_guide",
         input_size: tuple[int, int, int] | None = None,
         input_mean: Sequence[float] | None = None,
         input_std: Sequence[float] | None = None,
@@ -70,37 +75,42 @@ class GuidedTask(StudentTask):
         self.allow_fresh_guide = allow_fresh_guide
         guide = {} if guide is None else guide
         self._use_features = reads_features(guide)
-        self._reads_features = self._use_features or self.matches_features
+        kind = arguments.method_class(method, METHODS)
+        self._reads_map = kind is not None and bool(kind.reads - {"features"})
+        self._reads_features = self._use_features or (kind is not None and bool(kind.reads))
         with torch.random.fork_rng(devices=[]):  # all on the CPU: with one seed a baseline sees the same batches
             image = torch.randn(1, *size).to(self.device, self.dtype)
-            student, head = self._build(student_model, image, guide)
+            head = self._build_guide(student_model, image, guide)
+            self._parts = None if kind is None else self._build_method(kind, student_model, image, method_settings)
         # the criterion is the host's, so that this loss's own cross-entropy has no weight
         weights = {"ce_weight": 0.0, "distill_weight": self.distill_loss_weight, "temperature": self.temperature}
         self.disk = DiSKLoss(head, **{**loss, **weights}).to(self.device)
         self.disk.reduce_mean = mean_over_processes
         self.recipe = Recipe(**(alternating or {})) if mode == "alternating" else None
-        self.guide_passes = None if self.recipe is None else GuidePasses(self.disk, self.recipe, epochs)
-        self.schedule = Schedule(self.disk, epochs, 1 if self.recipe is None else self.recipe.student_passes, dual)
-        self.dual = self.schedule.dual
-        self._stateful = {"disk": self.disk, "dual": self.dual, "guide_passes": self.guide_passes}
-        self.trainable_module = DiSKTrainableModule(student, head if self.recipe is None else None)
-        self.report, self._judged = TaskReport(), False
+        guided = Guided(
+            self.disk,
+            None if self._parts is None else self._parts.method,
+            weight=weight,
+            method_weight=self.distill_loss_weight,
+        )
+        own: dict[str, Any] = {}
+        if self.recipe is not None:
+            own = {"guide_optimizer": build_guide_optimizer(self.recipe, self.disk)}
+            own["guide_rate"] = cosine(self.recipe.guide_lr, epochs)
+        self.training_core = GuidedTraining(
+            guided, epochs=epochs, recipe=self.recipe, dual=dual, report=TaskReport, **own
+        )
+        self.dual, self.schedule = self.training_core.schedule.dual, self.training_core.schedule
+        self.guide_passes, self._judged = self.training_core.guide_passes, False
+        self.trainable_module = self._trainable(student_model, None if mode == "alternating" else head)
         self.train()
 
-    def trained(self, student: nn.Module, image: Tensor) -> nn.Module:
-        """Return what is trained and what inference runs; ``image`` is one to try it on."""
-        raise NotImplementedError
-
-    def terms(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        teacher: TeacherOutputs,
-        guide_logits: Tensor | None,
-        feature_error: Tensor | None,
-    ) -> DiSKTerms | GuidedFeatureTerms:
-        """Evaluate the losses per sample; where the guide is outside the trainable module it is called here."""
-        raise NotImplementedError
+    @property
+    def report(self) -> TaskReport:
+        """Means over the epoch's samples so far."""
+        report: Any = self.training_core.report
+        made: TaskReport = report
+        return made
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002 (timm's name)
         """Evaluate a batch.
@@ -114,53 +124,59 @@ class GuidedTask(StudentTask):
             weighted feature term), ``logged_loss`` (>= 0: the weighted task loss plus DiSK's ``logged_loss``),
             ``usage``, ``guide``, ``discount`` (means).
         """
-        teacher = self._teacher(input)
-        logits, guide_logits, feature_error = self.trainable_module(input, *teacher)
+        teacher_logits, teacher_features, shown = self._teacher(input)
+        teacher = Outputs(teacher_logits, teacher_features)
+        logits, guide_logits, losses = self.trainable_module(input, target, teacher, shown)
         task_loss = self.criterion(logits, target)
-        terms = self.terms(logits, target, teacher, guide_logits, feature_error)
+        terms = self.training_core.terms(logits, target, teacher, losses, guide_logits=guide_logits)
         if self.disk.training:
-            self.report.add(terms)
             self.report.add_task_loss(task_loss, len(logits))
-            share_student_temperature(self.disk)
-            if self.guide_passes is not None:
-                self.guide_passes.record(self.schedule.epoch, logits, target, teacher)
-        means: Any = terms.mean()
-        loss = self.task_loss_weight * task_loss + (means.loss if self.recipe is None else means.student_loss)
-        disk, kd_loss = (means.disk, means.feature) if self.matches_features else (means, means.distill)
+        means = terms.mean()
+        loss = self.task_loss_weight * task_loss + self.training_core.descended(means)
+        disk, kd_loss = means.disk, means.disk.distill if self._parts is None else means.feature
         logged = self.task_loss_weight * task_loss.detach() + means.logged_loss
-        shown = {"task_loss": task_loss.detach(), "kd_loss": kd_loss, "logged_loss": logged}
-        shown |= {"usage": disk.usage, "guide": disk.guide, "discount": disk.discount}
-        return {"loss": loss, "output": logits, **shown}
+        shown_means = {"task_loss": task_loss.detach(), "kd_loss": kd_loss, "logged_loss": logged}
+        shown_means |= {"usage": disk.usage, "guide": disk.guide, "discount": disk.discount}
+        return {"loss": loss, "output": logits, **shown_means}
 
     def begin_epoch(self, epoch: int) -> None:
         """Bring multiplier and budget to an epoch counted from 0, wherever a resumed run starts."""
-        self.report = TaskReport()
-        self.schedule.begin(epoch)
+        self.training_core.begin_epoch(epoch)
 
-    def run_guide_passes(self, loader: Iterable[tuple[Tensor, Tensor]], **around: Any) -> int:
-        """Make Algorithm 1's guide passes before this epoch; return how many; ``around``: see ``GuidePasses.run``."""
+    def run_guide_passes(
+        self,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        *,
+        prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda image, target: (image, target),
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> int:
+        """Make Algorithm 1's guide passes before this epoch; return how many there were.
+
+        ``prepare`` makes of a batch of the loader images and target on the device; ``autocast`` is the host's.
+        """
         if self.guide_passes is None:
             return 0
+
+        def guide_loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+            with autocast():
+                return self._guide_terms(*prepare(*batch)).mean().guide_loss
+
         training = self.trainable_module.training
         self.trainable_module.eval()
         try:
-            return self.guide_passes.run(self.schedule.epoch, loader, self._guide_terms, **around)
+            return self.guide_passes.run(self.schedule.epoch, repeated(loader), guide_loss)
         finally:
             self.trainable_module.train(training)
 
     def end_epoch(self) -> dict[str, float]:
         """Step the schedule; return the epoch's multiplier, budget and means over the samples of all processes."""
-        means = {"multiplier": float(self.disk.multiplier), "budget": float(self.disk.budget)}
-        if self.disk.level is not None:
-            means["discount_target"] = float(self.disk.level.target)
-        self.report.sum_over_processes()
-        means |= self.report.logged(self.task_loss_weight)
-        classes, trained = unwrap_model(self.student).num_classes, self.schedule.epoch > 0
-        self._judged = self.report.judge_teacher(classes, quiet=self._judged, trained=trained)
-        self.report = TaskReport()
-        self.schedule.end()
-        if self.guide_passes is not None:
-            self.guide_passes.run_replay(self.schedule.epoch)
+        report, trained = self.report, self.schedule.epoch > 0
+        means = self.training_core.end_epoch()
+        means |= report.logged(self.task_loss_weight)
+        for name in ("student_accuracy", "teacher_accuracy"):
+            means.pop(name, None)  # logged in percent, as timm's top1
+        classes = unwrap_model(self.student).num_classes
+        self._judged = report.judge_teacher(classes, quiet=self._judged, trained=trained)
         return means
 
     def train(self, mode: bool = True) -> "GuidedTask":
@@ -179,7 +195,7 @@ class GuidedTask(StudentTask):
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Return guide, multiplier, budget and their progress: tensors, numbers and containers of them."""
-        return {} if ema else state_of(self._stateful)
+        return {} if ema else {name: part.state_dict() for name, part in self._stateful.items()}
 
     def load_task_state(
         self,
@@ -196,27 +212,52 @@ class GuidedTask(StudentTask):
         if not ema:
             load(self._stateful, state, allow_fresh_guide=self.allow_fresh_guide)
 
-    def _build(
-        self, student: nn.Module, image: Tensor, guide: Mapping[str, Any] | nn.Module
-    ) -> tuple[nn.Module, nn.Module]:
-        """Try the teacher; return what is trained and the guide."""
+    @property
+    def _stateful(self) -> dict[str, Any]:
+        """What ``task_state`` holds; a method that predicts is part of the model that the host saves."""
+        parts = self.training_core.stateful
+        if self._parts is not None and (self._parts.method.own_prediction or not self._parts.method.state_dict()):
+            del parts["method"]
+        return parts
+
+    def _build_guide(self, student: nn.Module, image: Tensor, guide: Mapping[str, Any] | nn.Module) -> nn.Module:
+        """Try the teacher; return the guide."""
         classes = unwrap_model(student).num_classes
         logits, pre_logits, _ = probe(self.teacher, self._normalize(image), classes, features=self._reads_features)
-        head = build_guide(guide, logits, pre_logits if self._use_features else None)
-        return self.trained(student, image), head
+        return build_guide(guide, logits, pre_logits if self._use_features else None)
+
+    def _build_method(
+        self,
+        kind: type[Method] | Method,
+        student: nn.Module,
+        image: Tensor,
+        settings: Mapping[str, Any] | None,
+    ) -> Parts:
+        settings = arguments.method_settings(kind, settings)
+        how: dict[str, Any] = {"teacher_image": self._normalize(image), "settings": settings}
+        return build_method(kind, student, self.teacher.model, image, **how)
+
+    def _trainable(self, student: nn.Module, guide: nn.Module | None) -> DiSKTrainableModule:
+        if self._parts is None:
+            return DiSKTrainableModule(student, guide)
+        if self._parts.method.own_prediction:
+            return DiSKTrainableModule(self.model_of(student, self._parts, unwrap_model(student).num_classes), guide)
+        return DiSKTrainableModule(student, guide, self._parts.method, self._parts.student)
 
     def _normalize(self, input: Tensor) -> Tensor:  # noqa: A002 (timm's name)
         return self.teacher.normalize_input(input, self.student_mean, self.student_std)
 
     @torch.no_grad()
-    def _teacher(self, input: Tensor) -> TeacherOutputs:  # noqa: A002 (timm's name)
-        """Run the teacher; what neither guide nor feature matching reads is None."""
+    def _teacher(self, input: Tensor) -> tuple[Tensor, Tensor | None, Outputs | None]:  # noqa: A002 (timm's name)
+        """Run the teacher; return its logits, what the guide reads beside them, and what the method reads."""
         logits, pre_logits, last_map = self.teacher.outputs(self._normalize(input), features=self._reads_features)
-        return logits, pre_logits if self._use_features else None, last_map if self.matches_features else None
+        shown = None if self._parts is None else self._parts.teacher_outputs(logits, pre_logits, last_map)
+        return logits, pre_logits if self._use_features else None, shown
 
-    def _guide_terms(self, input: Tensor, target: Tensor) -> DiSKTerms | GuidedFeatureTerms:  # noqa: A002
+    def _guide_terms(self, input: Tensor, target: Tensor) -> GuidedTerms:  # noqa: A002 (timm's name)
         """Evaluate the terms of a guide pass: nothing of the student is trained."""
-        teacher = self._teacher(input)
+        teacher_logits, teacher_features, shown = self._teacher(input)
+        teacher = Outputs(teacher_logits, teacher_features)
         with torch.no_grad():
-            logits, _, feature_error = self.trainable_module(input, *teacher)
-        return self.terms(logits, target, teacher, None, feature_error)
+            logits, _, losses = self.trainable_module(input, target, teacher, shown)
+        return self.training_core.guided.weigh(logits, target, teacher, losses)

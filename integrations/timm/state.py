@@ -4,12 +4,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from disk_plugin.training.guided_training import check_parts
+
 _logger = logging.getLogger(__name__)
-
-
-def state_of(stateful: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state of each object that there is: the loss with its guide, the schedule, the guide's passes."""
-    return {name: carried.state_dict() for name, carried in stateful.items() if carried is not None}
 
 
 def holds_guide(state: Any) -> bool:
@@ -18,7 +15,7 @@ def holds_guide(state: Any) -> bool:
 
 
 def load(stateful: Mapping[str, Any], state: Mapping[str, Any] | None, *, allow_fresh_guide: bool) -> None:
-    """Load what ``state_of`` returned.
+    """Load the state of each part: the loss with its guide, the method, the schedule, the guide's passes.
 
     Raises:
         RuntimeError: nothing to load and no leave to go on, or a state of another mode or guide.
@@ -32,12 +29,6 @@ def load(stateful: Mapping[str, Any], state: Mapping[str, Any] | None, *, allow_
             )
         _logger.warning("The checkpoint holds no state of DiSK: its student goes on with an untrained guide.")
         return
-    expected = {name for name, carried in stateful.items() if carried is not None}
-    if set(state) != expected:
-        raise RuntimeError(
-            f"the checkpoint must hold {sorted(expected)}, got {sorted(state)}: the run was joint and is now "
-            f"alternating or the reverse, or only one of the two has schedules"
-        )
+    check_parts(state, stateful)
     for name, carried in stateful.items():  # the schedule after the loss, into which it writes
-        if carried is not None:
-            carried.load_state_dict(state[name])
+        carried.load_state_dict(state[name])

@@ -40,7 +40,7 @@ class StudentTask(LogitDistillationTask):
 
     @property
     def student(self) -> nn.Module:
-        """What inference runs, unwrapped: the bare student, or the ``SimKDModel``."""
+        """What inference runs, unwrapped: the bare student, or the ``MethodModel``."""
         return unwrap_model(self.trainable_module).student
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
@@ -69,5 +69,7 @@ class StudentTask(LogitDistillationTask):
         Not where there is no global norm: for AGC (``exclude_head``), and with ``clips_by_norm`` False.
         """
         student = list(self.student.parameters())[: -2 if exclude_head else None]
+        method = unwrap_model(self.trainable_module).method
+        student += [] if method is None else method.trainable_parameters()
         guide = list(self.disk.guide.parameters()) if self.recipe is None else []
         return clip_together(student, guide, shortened=self.clips_by_norm and not exclude_head)

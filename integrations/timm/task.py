@@ -1,16 +1,6 @@
-"""DiSK as timm's training tasks: on logits, and as the weight of SimKD's feature matching."""
-
-from typing import Any, cast
-
-from torch import Tensor, nn
-
-from disk_plugin import _checks
-from disk_plugin.features.guided import FEATURE_WEIGHTS, FeatureWeight, GuidedFeatureTerms, guided_feature_terms
-from disk_plugin.functional import DiSKTerms
+"""DiSK as timm's training tasks: on logits, and as the weight of any other distillation method."""
 
 from .guided_task import GuidedTask
-from .simkd import SimKDModel
-from .teacher import TeacherOutputs
 
 
 class DiSKTask(GuidedTask):
@@ -24,6 +14,14 @@ class DiSKTask(GuidedTask):
     the argmax of a soft target. *Joint*: the guide is part of ``get_trainable_module()`` and so of the host's
     optimizer, DDP and clipping. *Alternating*: Algorithm 1, the guide has its own optimizer, see ``run_guide_passes``.
     Validation, EMA and checkpoints know the bare student alone; ``task_state`` holds the guide and its schedule.
+
+    With a ``method`` it is eq. (6), A.7, for any of them:
+
+    .. math:: w_{task}\,criterion(p) + w_{distill}\,\tfrac1N\sum_i w(g_i)\,\ell_i
+
+    with the method's losses per sample and the guide's loss of its prediction p. Of a method with a prediction of its
+    own (SimKD: the teacher's head on the projected map) what is validated, averaged and saved is a ``MethodModel``,
+    without which the student cannot predict. A method by itself has ``weight="uniform"``.
 
     The hinge is over one micro-batch, of all processes together. Under gradient accumulation the mean gradient is that
     of the full batch where all micro-batches keep to the budget or all exceed it, and differs where they disagree.
@@ -41,6 +39,10 @@ class DiSKTask(GuidedTask):
             input beside its logits. Or a module, which gets both if it takes two inputs.
         dual: keywords of ``DualScheduler``; its ``budget`` defaults to the loss's.
         alternating: keywords of ``Recipe``.
+        method: a name in ``disk_plugin.features.METHODS``, a ``Method`` class or one that is built; None for DiSK.
+        method_settings: keywords of the method's class; a cross-entropy of its own is 0 by default, as the
+            criterion is one.
+        weight: what weighs a sample, one of ``FEATURE_WEIGHTS``.
         input_size: (C, H, W) of the training images; None for what the student was built for.
         input_mean: what the images are normalised with, one value or one per channel; None for the student's
             ``pretrained_cfg``. The teacher gets them normalised as its own were.
@@ -59,75 +61,6 @@ class DiSKTask(GuidedTask):
     Raises:
         ValueError: a criterion without classes that exclude each other (BCE), or over several views (JSD); a teacher
             with other classes or another image size; a guide of other widths; a student that returns two predictions;
-            values out of range.
+            a pair that the method cannot use; values out of range.
         TypeError: unknown keywords.
     """
-
-    def trained(self, student: nn.Module, image: Tensor) -> nn.Module:
-        """Return the student as it is."""
-        return student
-
-    def terms(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        teacher: TeacherOutputs,
-        guide_logits: Tensor | None,
-        feature_error: Tensor | None,
-    ) -> DiSKTerms:
-        """Evaluate (5) per sample."""
-        return self.disk.terms(logits, teacher[0], target, teacher[1], guide_logits=guide_logits, reduction="none")
-
-
-class DiSKSimKDTask(GuidedTask):
-    r"""SimKD (Chen et al., CVPR 2022) weighted by DiSK's guide, Kag et al. (ICLR 2023), A.7, eq. (6).
-
-    .. math:: w_{task}\,criterion(p) + w_{distill}\,\tfrac1N\sum_i w(g_i)\,\|\Psi(f_S)_i - f_{T,i}\|^2,
-
-    p being the teacher's own head on the projected map, at inference too: what is validated, averaged and saved is a
-    ``SimKDModel``, without which the student cannot predict. The guide feels scaffold and budget of p. SimKD itself
-    has ``task_loss_weight=0`` and ``feature_weight="uniform"``.
-
-    Args:
-        student_model, teacher_model, criterion, **settings: those of ``DiSKTask``.
-        feature_weight: what weighs a sample, one of ``FEATURE_WEIGHTS``.
-        factor: the projector's inner width is the teacher's channels // factor.
-
-    Raises:
-        ValueError: besides ``DiSKTask``'s: a teacher whose head does not read the feature map.
-    """
-
-    matches_features = True
-
-    def __init__(
-        self, *models: Any, feature_weight: FeatureWeight = "one_minus_guide", factor: int = 2, **settings: Any
-    ) -> None:
-        _checks.choice("feature_weight", feature_weight, FEATURE_WEIGHTS)
-        self._feature_weight, self._factor = feature_weight, factor
-        super().__init__(*models, **settings)
-
-    def trained(self, student: nn.Module, image: Tensor) -> SimKDModel:
-        """Return student, projector and the teacher's head as one model."""
-        return SimKDModel(student, self.teacher.model, image, teacher_image=self._normalize(image), factor=self._factor)
-
-    def terms(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        teacher: TeacherOutputs,
-        guide_logits: Tensor | None,
-        feature_error: Tensor | None,
-    ) -> GuidedFeatureTerms:
-        """Evaluate (6) and the guide's loss per sample."""
-        return guided_feature_terms(
-            self.disk,
-            logits,
-            teacher[0],
-            target,
-            teacher[1],
-            cast(Tensor, feature_error),
-            weight=self._feature_weight,
-            feature_weight=self.distill_loss_weight,
-            guide_logits=guide_logits,
-            reduction="none",
-        )

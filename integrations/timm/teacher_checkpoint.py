@@ -12,6 +12,8 @@ from timm.models import load_state_dict as read_state_dict
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from disk_plugin.features import METHODS
+
 
 def load_teacher(name: str, checkpoint: str, student: nn.Module, **factory: Any) -> nn.Module:
     """Build a teacher by name, with the student's classes and channels, and the weights of a file; no network.
@@ -80,10 +82,12 @@ def _full_name(name: str, trained: str | None, checkpoint: str) -> str:
 
 def _check_fit(weights: Mapping[str, Tensor], teacher: Any, checkpoint: str) -> None:
     """Say in words what a list of mismatched tensors would bury."""
-    if any(key.startswith("simkd.") for key in weights):
+    parts = {key.split(".")[0] for key in weights}
+    if "student" in parts and len(parts) > 1:  # of a MethodModel
+        names = [METHODS[part].__name__ if part in METHODS else part for part in sorted(parts - {"student"})]
         raise ValueError(
-            f"{checkpoint} must hold a model that predicts by itself, got a student of SimKD, whose own head is "
-            f"untrained: it predicts through the projector and the head of its teacher"
+            f"{checkpoint} must hold a model that predicts by itself, got a student of {names[0]}, whose own head is "
+            f"untrained: it predicts through the method's layers"
         )
     built = teacher.state_dict()
     for layer, dimension, what in (("classifier", 0, "classes"), ("first_conv", 1, "channel(s)")):

@@ -1,36 +1,54 @@
-"""What the host's optimizer, DDP, compiler and clipping see: the student and, in joint mode, the guide."""
+"""What the host's optimizer, DDP, compiler and clipping see: the student, the method and, in joint mode, the guide."""
 
 from timm.task.distillation import FeatureDistillationTrainableModule
 from torch import Tensor, nn
 
 from disk_plugin._modes import without_autocast
+from disk_plugin.features.method import Method, Outputs
+
+from .model import MethodModel, Reader
 
 
 class DiSKTrainableModule(FeatureDistillationTrainableModule):
-    """Student and guide in one forward, so that DistributedDataParallel synchronises both.
+    """Student, method and guide in one forward, so that DistributedDataParallel synchronises all of them.
 
     The guide alone and not its loss, whose buffers (statistics, multiplier) each process keeps for itself.
-    The host's base class maps the student's ``no_weight_decay`` and layer-decay groups, the guide is in the last group.
+    The host's base class maps the student's ``no_weight_decay`` and layer-decay groups, the others are in the last.
+
+    Args:
+        student: what inference runs: the student, or the ``MethodModel`` around it.
+        guide: None where it is trained apart.
+        method: with the student's reader; None without one, or where it is part of the ``MethodModel``.
+        read: how the method's inputs are read off the student.
     """
 
-    def __init__(self, student: nn.Module, guide: nn.Module | None) -> None:
+    def __init__(
+        self, student: nn.Module, guide: nn.Module | None, method: Method | None = None, read: Reader | None = None
+    ) -> None:
         super().__init__(student)
-        self.guide = guide
+        self.guide, self.method, self.read = guide, method, read or Reader()
 
     def forward(
         self,
         input: Tensor,  # noqa: A002 (timm's name)
-        teacher_logits: Tensor,
-        teacher_features: Tensor | None,
-        teacher_map: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return logits (N, C), guide logits (N,) and, of a ``SimKDModel``, the distance to the teacher's map (N,)."""
-        if teacher_map is None:
-            logits, error = self.student(input), None
+        target: Tensor,
+        teacher: Outputs,
+        shown: Outputs | None,
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Return logits (N, C), guide logits (N,) and the method's losses per sample by name.
+
+        ``teacher`` is what the guide reads, ``shown`` what the method reads of the teacher.
+        """
+        losses: dict[str, Tensor] = {}
+        if shown is not None and isinstance(self.student, MethodModel):
+            inner = self.student
+            logits, losses = inner.method.evaluate(inner.read(inner.student, input), shown, target)
+        elif shown is not None and self.method is not None:
+            logits, losses = self.method.evaluate(self.read(self.student, input), shown, target)
         else:
-            logits, error = self.student.match(input, teacher_map)
+            logits = self.student(input)
         if self.guide is None:
-            return logits, None, error
-        with without_autocast(teacher_logits):
-            inputs = [teacher_logits] if teacher_features is None else [teacher_logits, teacher_features]
-            return logits, self.guide(*inputs), error
+            return logits, None, losses
+        with without_autocast(teacher.logits):
+            inputs = [teacher.logits] if teacher.features is None else [teacher.logits, teacher.features]
+            return logits, self.guide(*inputs), losses

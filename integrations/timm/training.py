@@ -15,7 +15,7 @@ from . import flags
 from .guided_task import GuidedTask
 from .normalisation import per_channel
 from .resume import resume_task
-from .task import DiSKSimKDTask, DiSKTask
+from .task import DiSKTask
 from .teacher_checkpoint import load_teacher
 
 _logger = logging.getLogger("train")
@@ -64,10 +64,9 @@ def _make_task(
         _logger.info(f"Teacher {teacher_model}: timm's pretrained weights (offline: --disk-teacher-checkpoint FILE)")
     data = resolve_data_config(vars(args), model=unwrap_model(student_model), verbose=False)
     arguments = flags.task_arguments(args, epochs=_epochs(train, args))
-    kind = DiSKSimKDTask if args.disk_feature_matching == "simkd" else DiSKTask
     images: dict[str, Any] = {"input_size": tuple(data["input_size"])}
     images |= {f"input_{name}": per_channel(data[name], images["input_size"][0]) for name in ("mean", "std")}
-    task = kind(student_model, teacher_model, **images, **host, **arguments)
+    task = DiSKTask(student_model, teacher_model, **images, **host, **arguments)
     task.clips_by_norm = getattr(args, "clip_mode", "norm") == "norm"
     if is_primary(args):
         _describe(task, args)

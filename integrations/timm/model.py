@@ -1,0 +1,137 @@
+"""Student and method in timm: what each model shows, and the model of a method that has a prediction of its own."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from timm.task.distillation import FeatureDistillationTrainableModule
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from disk_plugin._modes import in_mode
+from disk_plugin.features.method import LAST_MAP, Method, Outputs, Pair
+from disk_plugin.features.simkd import check_classifier
+from disk_plugin.taps.timm_models import Layout, TeacherHead
+
+
+class Reader(NamedTuple):
+    """How to read a method's inputs off one of timm's models.
+
+    Attributes:
+        reads: ``Method.reads``.
+        layout: of the last map, None where it is not read.
+        head: whether the model's own head takes part.
+    """
+
+    reads: frozenset[str] = frozenset()
+    layout: Layout | None = None
+    head: bool = True
+
+    def __call__(self, model: Any, input: Tensor) -> Outputs:  # noqa: A002 (timm's name)
+        """Run the model once; a head that draws random numbers draws them anew for logits and features."""
+        if not self.reads:
+            return Outputs(model(input))
+        features = model.forward_features(input)
+        logits: Any = model.forward_head(features) if self.head else None
+        return Outputs(
+            logits,
+            model.forward_head(features, pre_logits=True) if "features" in self.reads else None,
+            {} if self.layout is None else {LAST_MAP: self.layout.to_map(features)},
+        )
+
+
+class Parts(NamedTuple):
+    """A method built for a pair, and how both models are read."""
+
+    method: Method
+    student: Reader
+    teacher: Layout | None
+
+    def teacher_outputs(self, logits: Tensor, pre_logits: Tensor | None, last_map: Tensor | None) -> Outputs:
+        """Return what the method reads of the teacher's outputs."""
+        maps = {} if last_map is None or self.teacher is None else {LAST_MAP: self.teacher.to_map(last_map)}
+        return Outputs(logits, pre_logits if "features" in self.method.reads else None, maps)
+
+
+def build_method(
+    kind: type[Method] | Method,
+    student: Any,
+    teacher: Any,
+    image: Tensor,
+    *,
+    teacher_image: Tensor | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Parts:
+    """Build a method for a pair, tried on one image of the training size; ``teacher_image`` is it as the teacher reads.
+
+    Raises:
+        ValueError: a model that does not show what the method reads; what the method itself refuses.
+    """
+    student, teacher = unwrap_model(student), unwrap_model(teacher)
+    unknown = kind.reads - {"features", LAST_MAP}
+    if unknown:
+        raise ValueError(f"timm's models show 'features' and the map 'last', the method reads {sorted(unknown)} too")
+    reads_map = LAST_MAP in kind.reads
+    with in_mode(student, training=False), in_mode(teacher, training=False):
+        reader = Reader(kind.reads, Layout.of(student, student.forward_features(image)) if reads_map else None)
+        seen = reader(student, image)
+        teacher_image = image if teacher_image is None else teacher_image
+        with torch.no_grad():
+            layout = Layout.of(teacher, teacher.forward_features(teacher_image)) if reads_map else None
+            shown = Reader(kind.reads, layout)(teacher, teacher_image)
+
+        def head() -> nn.Module:
+            if layout is None:
+                raise ValueError("the teacher's head is for methods that read its last map")
+            module = TeacherHead(teacher, layout, shown.maps[LAST_MAP])
+            with torch.no_grad():
+                check_classifier(module, shown.maps[LAST_MAP], shown.logits)
+            return module
+
+        method = kind if isinstance(kind, Method) else kind.for_pair(Pair(seen, shown, head), **(settings or {}))
+        if kind.own_prediction:
+            _freeze_unused(student, seen)
+            reader = reader._replace(head=False)
+    return Parts(method.to(device=image.device, dtype=image.dtype), reader, layout)
+
+
+class MethodModel(FeatureDistillationTrainableModule):
+    """Student and method as one model, which training sees and inference runs: the student alone cannot predict.
+
+    The student's own head takes no part and is frozen. Rebuild the model around fresh ``student`` and ``teacher``
+    objects (:func:`build_method`) to load a checkpoint's ``state_dict`` into it.
+
+    Args:
+        student: a timm model.
+        parts: of :func:`build_method`.
+        num_classes: of the prediction.
+
+    Shape:
+        input (N, C, H, W); returns logits (N, classes).
+    """
+
+    def __init__(self, student: Any, parts: Parts, num_classes: int) -> None:
+        super().__init__(student)
+        self.read, self.teacher_layout, self.num_classes = parts.student, parts.teacher, num_classes
+        self.method_name = type(parts.method).__name__.lower()
+        self.add_module(self.method_name, parts.method)
+
+    @property
+    def method(self) -> Method:
+        """The method, whose name is that of its class in a checkpoint's keys."""
+        method: Method = getattr(self, self.method_name)
+        return method
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (timm's name)
+        """Return the logits of inference."""
+        return self.method.predict(self.read(self.student, input))
+
+
+def _freeze_unused(student: nn.Module, seen: Outputs) -> None:
+    """Freeze what features and maps do not depend on, the head: DistributedDataParallel wants every gradient."""
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    shown = [value for value in (seen.features, *seen.maps.values()) if value is not None]
+    size = torch.stack([value.square().sum() for value in shown]).sum()
+    for parameter, gradient in zip(parameters, torch.autograd.grad(size, parameters, allow_unused=True), strict=True):
+        if gradient is None:
+            parameter.requires_grad_(False)
