@@ -22,6 +22,8 @@ from torch import nn
 torchvision = pytest.importorskip("torchvision")
 pytest.importorskip("yacs")
 
+from disk_plugin.training import guide_passes  # noqa: E402
+
 # a few steps at the smallest multiplier let momentum carry g near 1 on all of 24 random images, of which the teacher
 # knows nothing: no matter here
 pytestmark = pytest.mark.filterwarnings("ignore:the guide is dead", "ignore:the teacher is right on")
@@ -438,7 +440,7 @@ BAD = [
     (["--host", "/nowhere"], {}, "--host must name a checkout of mdistiller, which contains tools/train.py"),
     (["--host", "/nowhere"], {}, "git clone https://github.com/megvii-research/mdistiller"),
     (["--cfg", "none.yaml"], {}, "--cfg must name a YAML file, found none at none.yaml"),
-    ([], {"distiller": "DISC"}, "DISK, DISK_SIMKD, "),
+    ([], {"distiller": "DISC"}, "DISK, DISK_DKD, DISK_SIMKD, "),
     (["DISK.LAMBDA", "1"], {}, "DISK.LAMBDA; known in DISK: ALTERNATING, BUDGET, CE_WEIGHT"),
     (["DISK.DUAL.LAMBDA", "1"], {}, "known in DISK.DUAL: ASCENT_RATE, BUDGET"),
     (["DISK.CE_WEIGHT", "much"], {}, "DISK.CE_WEIGHT must be a number such as 0.0, got much"),
@@ -651,9 +653,10 @@ def test_a_registered_trainer_applies_one_hinge_to_the_batch_gathered_from_all_r
     with torch.no_grad():
         target[:4] = distiller.student(image[:4])[0].argmax(1)  # half of the batch spends less than the other
     terms = distiller.terms(*gathered(distiller, image, target), epoch=1)
-    halves = terms.usage[:4].mean(), terms.usage[4:].mean()
+    usage = terms.disk.usage
+    halves = usage[:4].mean(), usage[4:].mean()
     distiller.disk.budget.fill_(0.0)
-    cfg.DISK.DUAL.BUDGET = float(terms.usage.mean() * 0.999)
+    cfg.DISK.DUAL.BUDGET = float(usage.mean() * 0.999)
     assert min(halves) < cfg.DISK.DUAL.BUDGET < max(halves)
     losses = []
     for wrapper in (Split, torch.nn.DataParallel):
@@ -668,7 +671,7 @@ def test_a_registered_trainer_applies_one_hinge_to_the_batch_gathered_from_all_r
 
 
 def gathered(distiller, image, target):
-    logits, inputs = distiller.outputs(image)
+    logits, inputs = distiller.outputs(image, target)
     return logits, target, inputs
 
 
@@ -694,7 +697,7 @@ def test_a_guide_in_the_students_step_is_in_training_mode_and_one_outside_is_not
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
-def test_algorithm_1_alternates_and_each_pass_leaves_the_other_player_alone(host, norm):
+def test_algorithm_1_alternates_and_each_pass_leaves_the_other_player_alone(host, norm, monkeypatch):
     words = ["SOLVER.TRAINER", "disk", "SOLVER.EPOCHS", 3, "DISK.ALTERNATING.STUDENT_PASSES", 2]
     words += ["DISK.GUIDE.NORM", norm]
     words += [
@@ -717,15 +720,16 @@ def test_algorithm_1_alternates_and_each_pass_leaves_the_other_player_alone(host
     def snapshot():
         return copy.deepcopy(distiller.student.state_dict()), copy.deepcopy(distiller.disk.guide.state_dict())
 
-    guide_pass, train_iter = trainer._guide_pass, trainer.train_iter
+    guide_pass, train_iter = guide_passes.guide_pass, trainer.train_iter
 
-    def watched_guide_pass(epoch, name):
+    def watched_guide_pass(*arguments):
         student, guide = snapshot()
-        guide_pass(epoch, name)
+        assert distiller.disk.guide.training
+        guide_pass(*arguments)
         assert distiller.disk.guide.training
         assert_same(distiller.student.state_dict(), student)
         assert any(not torch.equal(value, distiller.disk.guide.state_dict()[name]) for name, value in guide.items())
-        seen.append(f"g{epoch}")
+        seen.append(f"g{trainer.core.schedule.epoch + 1}")
 
     def watched_train_iter(data, epoch, meters):
         student, guide = snapshot()
@@ -736,7 +740,8 @@ def test_algorithm_1_alternates_and_each_pass_leaves_the_other_player_alone(host
         seen.append(f"s{epoch}")
         return message
 
-    trainer._guide_pass, trainer.train_iter = watched_guide_pass, watched_train_iter
+    monkeypatch.setattr(guide_passes, "guide_pass", watched_guide_pass)
+    trainer.train_iter = watched_train_iter
     trainer.train()
     assert seen == ["g1", "g1", "g1", "s1", "s1", "s2", "s2", "g3", "s3", "s3"]
     assert trainer.guide_optimizer.param_groups[0]["lr"] == pytest.approx(
@@ -746,7 +751,7 @@ def test_algorithm_1_alternates_and_each_pass_leaves_the_other_player_alone(host
 
 
 @pytest.mark.parametrize("kind", ["DISK", "DISK_SIMKD"])
-def test_with_a_record_the_first_guide_passes_alone_run_over_the_loader(host, kind):
+def test_with_a_record_the_first_guide_passes_alone_run_over_the_loader(host, kind, monkeypatch):
     words = ["SOLVER.TRAINER", "disk", "SOLVER.EPOCHS", 6, "DISK.ALTERNATING.STUDENT_PASSES", 2]
     words += ["DISK.ALTERNATING.GUIDE_PASSES", 1, "DISK.ALTERNATING.REPLAY", True, "SOLVER.BATCH_SIZE", 8]
     modules, cfg, distiller = distiller_of(host, kind, *words, *MOVING, "DISK.DUAL.PERIOD", 2)
@@ -755,20 +760,22 @@ def test_with_a_record_the_first_guide_passes_alone_run_over_the_loader(host, ki
     torch.Tensor.cuda = nn.Module.cuda = lambda self, *_, **__: self
     wrapped = torch.nn.DataParallel(distiller)
     trainer = modules.engine.trainer_dict["disk"]("own", wrapped, loader, [(image, target)], cfg)
-    seen, guide_pass, train_guide = [], trainer._guide_pass, trainer.replay.train_guide
+    replay = trainer.core.guide_passes.replay
+    seen, guide_pass, train_guide = [], guide_passes.guide_pass, replay.train_guide
 
-    def watched_guide_pass(epoch, name):
-        seen.append(("literal", epoch))
-        guide_pass(epoch, name)
+    def watched_guide_pass(*arguments):
+        seen.append(("literal", trainer.core.schedule.epoch + 1))
+        guide_pass(*arguments)
 
     def watched_train_guide(passes):
         student, guide = copy.deepcopy(distiller.student.state_dict()), copy.deepcopy(distiller.disk.guide.state_dict())
-        seen.append(("replay", passes, len(trainer.replay), distiller.disk.multiplier.item()))
+        seen.append(("replay", passes, len(replay), distiller.disk.multiplier.item()))
         train_guide(passes)
         assert_same(distiller.student.state_dict(), student)
         assert not any(torch.equal(value, guide[name]) for name, value in distiller.disk.guide.state_dict().items())
 
-    trainer._guide_pass, trainer.replay.train_guide = watched_guide_pass, watched_train_guide
+    monkeypatch.setattr(guide_passes, "guide_pass", watched_guide_pass)
+    replay.train_guide = watched_train_guide
     trainer.train()
     multipliers = [distiller.dual(iteration)[0] for iteration in (1, 2)]  # of the student's passes that follow
     # of two student passes of 24 samples the last is recorded

@@ -1,4 +1,4 @@
-"""DiSK, SimKD and SimKD+DiSK in mdistiller (megvii-research/mdistiller), none of whose files is edited.
+"""DiSK, and methods guided by it, in mdistiller (megvii-research/mdistiller), none of whose files is edited.
 
 From the command line, with everything that the host's own ``tools/train.py`` does::
 
@@ -19,12 +19,13 @@ package registry: ``git clone https://github.com/megvii-research/mdistiller``, a
 def register() -> None:
     """Add DiSK to the ``mdistiller`` that is on ``sys.path``; may be called again.
 
-    - ``distiller_dict``: ``DISK``, ``SIMKD``, ``DISK_SIMKD``.
+    - ``distiller_dict``: ``DISK`` and, of each of ``disk_plugin.features.METHODS``, ``<NAME>`` (unless the host has
+      one) and ``DISK_<NAME>``, the method weighted by the guide.
     - ``trainer_dict``: ``disk``, Algorithm 1. The host's trainers are replaced by subclasses with the same loops that
       also seed each epoch if ``SOLVER.SEED`` is set, start the student from ``DISTILLER.WARM_START``, log DiSK's terms
       and the teacher's accuracy, evaluate DiSK's loss once over the gathered batch instead of once per replica, and put
       an epoch's files in their places together.
-    - ``CFG``: the sections ``DISK``, ``SIMKD``, ``DISK_SIMKD``, the keys ``SOLVER.SEED`` and ``DISTILLER.WARM_START``;
+    - ``CFG``: their sections, the keys ``SOLVER.SEED`` and ``DISTILLER.WARM_START``;
       ``LOG.WANDB`` becomes False, as the host fails with True where wandb is not installed.
     - ``mdistiller.engine.trainer``: checkpoints are replaced atomically, and learning rates are Python floats, as the
       NumPy scalars that the host saves after a decay cannot be loaded by torch 2.6 and later.

@@ -8,6 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from disk_plugin.features import METHODS
+from disk_plugin.features.launching import import_methods
+
 from . import checkout, register
 
 _CONFIGS = Path(__file__).parent
@@ -45,13 +48,24 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m disk_plugin.integrations.mdistiller",
-        description="Train with DiSK, SimKD, SimKD+DiSK or any of mdistiller's own distillers by its tools/train.py.",
+        description="Train with DiSK, other methods alone or guided by it, or any of mdistiller's own distillers, "
+        "by its tools/train.py.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--host", metavar="DIR", help="a checkout of mdistiller, the folder that contains tools/ and mdistiller/")
-    add("--distiller", metavar="NAME", help="DISK, SIMKD, DISK_SIMKD, KD, ...; over the YAML's DISTILLER.TYPE")
+    names = ", ".join(f"{name.upper()}, DISK_{name.upper()}" for name in METHODS)
+    add("--distiller", metavar="NAME", help=f"DISK, {names}, KD, ...; over the YAML's DISTILLER.TYPE")
+    add(
+        "--import",
+        dest="imports",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="import a module of your own first: its methods become NAME and DISK_NAME, and it may add models and data "
+        "sets to the host's tables; may be given several times",
+    )
     add(
         "--cfg",
         metavar="FILE",
@@ -113,6 +127,7 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
     if not args.resume and (args.allow_changed_settings or args.chosen is not None):
         raise ValueError("--allow-changed-settings and --from say how to go on with a run: give --resume too")
     root = checkout.open_checkout(args.host)
+    METHODS.update(import_methods(args.imports, METHODS, flag="--import"))
     register()
     from . import host, settings
     from .folder import Folder

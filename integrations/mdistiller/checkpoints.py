@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from disk_plugin.features.simkd import SimKD, pooled_classifier
+from disk_plugin.features import METHODS, Method
 
-from .feature_maps import student_map
+from .feature_maps import shown
 
 Weights = dict[str, Tensor]
 
-_UNTRAINED_HEAD = "untrained_head"  # in files of a student whose own classifier SimKD leaves as it was
+_UNTRAINED_HEAD = "untrained_head"  # in files of a student whose own classifier its method leaves as it was
 
 
 def write(content: Any, path: str) -> None:
@@ -78,19 +78,19 @@ def read_student(path: str, *, key: str, head: bool = True) -> Weights:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no checkpoint, none with weights, or one of SimKD's student if ``head``.
+        ValueError: no checkpoint, none with weights, or one of a student that cannot predict alone if ``head``.
     """
     return _student_of(_read(path, key=key, trust=False, head=head))
 
 
 def warm_start_weights(cfg: CfgNode) -> Weights:
-    """Return the weights that ``DISTILLER.WARM_START`` names; SimKD may go on from its own, as it reads no classifier.
+    """Return the weights that ``DISTILLER.WARM_START`` names; a method that reads no classifier may go on from its own.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: see :func:`read_student`.
     """
-    head = "SIMKD" not in cfg.DISTILLER.TYPE
+    head = not any(cfg.DISTILLER.TYPE in (name.upper(), f"DISK_{name.upper()}") for name in _predicting())
     return read_student(cfg.DISTILLER.WARM_START, key="DISTILLER.WARM_START", head=head)
 
 
@@ -107,19 +107,29 @@ def _read(path: str, *, key: str, trust: bool, head: bool) -> Weights:
         raise ValueError(f'{key} must hold {{"model": state dict}} or a bare state dict, got {kind} in {path}')
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
-    if head and (marked or _of_simkd(content, Path(path))):
+    names = _predicting()
+    found = [name for name in names if _is_of(name, content, Path(path))] or (list(names) if marked else [])
+    if head and found:
+        files = " or ".join(f"{name}_best and {name}_latest" for name in found)
+        owners = " or ".join(names[name].__name__ for name in found)
+        sections = " and ".join(f"{name.upper()} and DISK_{name.upper()}" for name in found)
         raise ValueError(
-            f"{key} needs a network with a trained classifier, got a student trained by SimKD in {path}: it predicts "
-            f"through projector and teacher's classifier, which are in simkd_best and simkd_latest (for --evaluate), "
-            f"and its own was never trained (DISTILLER.WARM_START of SIMKD and DISK_SIMKD takes it all the same)"
+            f"{key} needs a network with a trained classifier, got a student trained by {owners} in {path}: it "
+            f"predicts through the method's own layers, which are in {files} (for --evaluate), and its own was never "
+            f"trained (DISTILLER.WARM_START of {sections} takes it all the same)"
         )
     return content
 
 
-def _of_simkd(weights: Weights, path: Path) -> bool:
-    """Tell SimKD's whole runs, its ``simkd_*`` files and, in their folder, student files without the mark."""
-    older = path.name.startswith("student_") and path.with_name("simkd_latest").exists()
-    return older or any(name.startswith("simkd.") for name in weights)
+def _predicting() -> dict[str, type[Method]]:
+    """Return the methods without which their students cannot predict."""
+    return {name: kind for name, kind in METHODS.items() if kind.own_prediction}
+
+
+def _is_of(name: str, weights: Weights, path: Path) -> bool:
+    """Tell a method's whole runs, its own files and, in their folder, student files without the mark."""
+    older = path.name.startswith("student_") and path.with_name(f"{name}_latest").exists()
+    return older or any(key.startswith(f"{name}.") for key in weights)
 
 
 def _student_of(weights: Weights) -> Weights:
@@ -162,17 +172,19 @@ def load_weights(model: nn.Module, weights: Weights, what: str, role: str) -> No
     model.load_state_dict(weights)
 
 
-class SimKDStudent(nn.Module):
-    """What inference needs of SimKD: the student, its projector and the teacher's classifier."""
+class DeployedStudent(nn.Module):
+    """What inference needs of a method with a prediction of its own: the student and the method."""
 
-    def __init__(self, student: nn.Module, simkd: SimKD) -> None:
+    def __init__(self, student: nn.Module, name: str, method: Method) -> None:
         super().__init__()
-        self.student, self.simkd = student, simkd
+        self.student, self._name = student, name
+        self.add_module(name, method)
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Return logits (N, C) and the student's features, as the host's models do."""
-        _, features = self.student(image)
-        return self.simkd.predict(student_map(features)), features
+        method: Any = getattr(self, self._name)
+        logits, features = self.student(image)
+        return method.predict(shown(logits, features, method.reads)), features
 
 
 def marked_untrained(student_state: dict[str, Any]) -> dict[str, Any]:
@@ -180,28 +192,24 @@ def marked_untrained(student_state: dict[str, Any]) -> dict[str, Any]:
     return {**student_state, _UNTRAINED_HEAD: True}
 
 
-def simkd_state(distiller: Any) -> dict[str, Any]:
-    """Return a checkpoint that can be evaluated without the teacher: see :func:`simkd_student`."""
-    return {
-        "model": SimKDStudent(distiller.student, distiller.simkd).state_dict(),
-        "teacher_size": list(distiller.simkd.teacher_size),
-    }
+def deployed_state(distiller: Any) -> dict[str, Any]:
+    """Return a checkpoint that can be evaluated without the teacher: see :func:`deployed_student`."""
+    model = DeployedStudent(distiller.student, distiller.method_name, distiller.method)
+    return {"model": model.state_dict(), **distiller.method.about()}
 
 
-def simkd_student(student: nn.Module, content: dict[str, Any]) -> SimKDStudent:
-    """Rebuild from the checkpoint of :func:`simkd_state` what it holds, around a fresh student."""
-    weights = content["model"]
-    first, last = weights["simkd.projector.0.weight"], weights["simkd.projector.6.weight"]
-    linear = next(name for name in weights if name.startswith("simkd.classifier.") and name.endswith(".weight"))
-    classes, width = weights[linear].shape
-    classifier = pooled_classifier(nn.Linear(width, classes, bias=linear.removesuffix("weight") + "bias" in weights))
-    simkd = SimKD(
-        first.shape[1],
-        last.shape[0],
-        classifier,
-        teacher_size=tuple(content["teacher_size"]),
-        factor=last.shape[0] // first.shape[0],
-    )
-    model = SimKDStudent(student, simkd)
+def deployed_method(content: Any) -> str | None:
+    """Return whose :func:`deployed_state` a checkpoint is, or None."""
+    weights = content.get("model") if isinstance(content, dict) else None
+    parts = {str(key).split(".")[0] for key in weights} if isinstance(weights, dict) else set()
+    return next((name for name in _predicting() if parts == {"student", name}), None)
+
+
+def deployed_student(student: nn.Module, name: str, content: dict[str, Any]) -> DeployedStudent:
+    """Rebuild from the checkpoint of :func:`deployed_state` what it holds, around a fresh student."""
+    weights, prefix = content["model"], f"{name}."
+    own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    about = {key: value for key, value in content.items() if key != "model"}
+    model = DeployedStudent(student, name, METHODS[name].from_state(own, about))
     load_weights(model, weights, "the checkpoint", "student")
     return model

@@ -10,11 +10,12 @@ from mdistiller.engine import trainer as host
 
 from disk_plugin._watch import past_the_end_unwarned
 from disk_plugin.epoch_report import EpochReport
-from disk_plugin.features.guided import GuidedFeatureTerms
+from disk_plugin.features import GuidedTerms, Method
 from disk_plugin.functional import DiSKTerms
+from disk_plugin.training import GuidedTraining, Schedule
 
-from .checkpoints import load_weights, marked_untrained, simkd_state, warm_start_weights
-from .distillers import DISK_SIMKD, SIMKD, GuidedDistiller
+from .checkpoints import deployed_state, load_weights, marked_untrained, warm_start_weights
+from .distillers import GuidedDistiller, predicting_method, read
 from .epoch_files import Saves, collected, commit, settle
 from .seeds import restart_workers, seed_everything
 from .teacher_watch import TeacherWatch
@@ -34,8 +35,9 @@ class CompleteTrainer(host.BaseTrainer):
             load_weights(module.student, weights, f"DISTILLER.WARM_START {cfg.DISTILLER.WARM_START}", "student")
         super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
         keep_settings(self.optimizer)
-        self.report = EpochReport()
         self.guided = isinstance(module, GuidedDistiller)
+        self.core = self.guided_training(module) if self.guided else None
+        self._own_report = EpochReport()  # of a distiller without a guide
         self.guide_turn = False
         self._classes, self._judged = 0, False
         if self.guided:
@@ -43,6 +45,20 @@ class CompleteTrainer(host.BaseTrainer):
             distiller.register_forward_hook(self._evaluate_losses, with_kwargs=True)
         elif hasattr(module, "teacher"):
             TeacherWatch(distiller, self._add)
+
+    def guided_training(self, module: GuidedDistiller, **core: Any) -> GuidedTraining:
+        """Return what an epoch of guided training is, whatever the host."""
+        return GuidedTraining(module.guided, schedule=Schedule(module.dual, module.epochs_per_iteration), **core)
+
+    @property
+    def report(self) -> EpochReport:
+        """Means over the epoch's samples so far."""
+        return self._own_report if self.core is None else self.core.report
+
+    def restart_report(self) -> None:
+        """Forget what the report has collected."""
+        if self.core is not None:
+            self.core.restart_report()
 
     def train(self, resume: bool = False) -> None:
         """Run the host's epochs; before a killed run goes on, bring its files in order."""
@@ -55,7 +71,11 @@ class CompleteTrainer(host.BaseTrainer):
         if self.cfg.SOLVER.SEED is not None:
             seed_everything(self.cfg.SOLVER.SEED, epoch)
             restart_workers(self.train_loader)
-        self.report = EpochReport()
+        self._own_report = EpochReport()
+        if self.core is not None:
+            self.core.begin_epoch(epoch - 1)
+        elif isinstance(getattr(self.distiller.module, "method", None), Method):
+            self.distiller.module.method.begin_epoch(epoch - 1)
         self.before_epoch(epoch)
         with collected() as saves:
             super().train_epoch(epoch)
@@ -75,21 +95,22 @@ class CompleteTrainer(host.BaseTrainer):
         log_dict.update(self._epoch_values())
         super().log(lr, epoch, log_dict)
         # the host saves next: "latest" is to hold the next epoch's schedule
-        if self.guided and epoch % self.distiller.module.epochs_per_iteration == 0:
+        if self.core is not None:
             with past_the_end_unwarned():  # DISK.DUAL.EPOCHS may be shorter than the run
-                self.distiller.module.dual.step()
+                self.core.schedule.end()
 
     def _complete(self, saves: Saves) -> Saves:
-        """Mark SimKD's students, and add to each what predicts."""
-        if not isinstance(self.distiller.module, SIMKD | DISK_SIMKD):
+        """Mark students that cannot predict by themselves, and add to each what predicts."""
+        method = predicting_method(self.distiller.module)
+        if method is None:
             return saves
         completed: Saves = []
         for content, path in saves:
             folder, name = os.path.split(path)
             if name.startswith("student_"):
                 content = marked_untrained(content)
-                simkd = os.path.join(folder, name.replace("student_", "simkd_", 1))
-                completed.append((simkd_state(self.distiller.module), simkd))
+                whole = os.path.join(folder, name.replace("student_", f"{method}_", 1))
+                completed.append((deployed_state(self.distiller.module), whole))
             completed.append((content, path))
         return completed
 
@@ -129,11 +150,14 @@ class CompleteTrainer(host.BaseTrainer):
         if self.guide_turn or not self.distiller.training:
             return None
         module, (logits, inputs) = self.distiller.module, output
-        terms = module.terms(logits, kwargs["target"], inputs, kwargs["epoch"])
-        self._add(terms, logits.shape[1])
-        return logits, {"loss_disk": terms.mean().loss if module.joint else terms.mean().student_loss}
+        core, (teacher, losses) = self.core, read(inputs)
+        if core is None:
+            return None
+        module.set_epoch(kwargs["epoch"])
+        self._classes = logits.shape[1]
+        return logits, {"loss_disk": core.descended(core.terms(logits, kwargs["target"], teacher, losses).mean())}
 
-    def _add(self, terms: DiSKTerms | GuidedFeatureTerms, classes: int) -> None:
+    def _add(self, terms: DiSKTerms | GuidedTerms, classes: int) -> None:
         self.report.add(terms)
         self._classes = classes
 

@@ -14,14 +14,17 @@ from yacs.config import CfgNode
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead
 from disk_plugin._watch import low_multiplier_unwarned
-from disk_plugin.features.guided import guided_feature_terms
-from disk_plugin.features.simkd import SimKD
+from disk_plugin.features import METHODS, Guided, Method
+from disk_plugin.features.launching import settings_of
 from disk_plugin.presets import PAPER
 from disk_plugin.replay import GuideReplay
+from disk_plugin.training import Recipe
 
 
 def add_defaults() -> None:
     """Add the sections and keys to the host's ``CFG``; what is there already stays."""
+    for name, kind in METHODS.items():
+        _add_method(name.upper(), kind)
     if "DISK" in CFG:
         return
     recipe = PAPER["recipe"]
@@ -43,13 +46,31 @@ def add_defaults() -> None:
     CFG.DISK.ALTERNATING.REPLAY = False  # guide passes after the first iteration's: on a record, not over the loader
     capacity = inspect.signature(GuideReplay).parameters["capacity"].default
     CFG.DISK.ALTERNATING.REPLAY_CAPACITY = capacity  # samples that the record holds at most
-    CFG.SIMKD = _section(SimKD)
-    CFG.DISK_SIMKD = _section(guided_feature_terms, without=("reduction",))  # its guide and budget: the section DISK
-    CFG.DISK_SIMKD.FACTOR = CFG.SIMKD.FACTOR
-    CFG.SIMKD.FEATURE_WEIGHT = CFG.DISK_SIMKD.FEATURE_WEIGHT
     CFG.DISTILLER.WARM_START = ""  # checkpoint of a CE-trained student, for any distiller
     CFG.SOLVER.SEED = None  # seeds initial weights and every epoch, for any distiller and trainer
     CFG.LOG.WANDB = False
+
+
+def _add_method(section: str, kind: type[Method]) -> None:
+    """Add a method's two sections: by itself, and weighted by the guide, whose settings are the section ``DISK``."""
+    settings = {key.upper(): value for key, value in settings_of(kind).items()}
+    if section not in CFG:
+        CFG[section] = CfgNode({**settings, kind.weight_name.upper(): 1.0})
+    if f"DISK_{section}" not in CFG:
+        guided = settings_of(Guided)
+        guided[kind.weight_name] = guided.pop("method_weight")
+        CFG[f"DISK_{section}"] = CfgNode({**{key.upper(): value for key, value in guided.items()}, **settings})
+
+
+def method_settings(cfg: CfgNode, section: str, kind: type[Method]) -> dict[str, Any]:
+    """Return a method's own settings out of one of its sections."""
+    return {key: cfg[section][key.upper()] for key in settings_of(kind)}
+
+
+def weighing(cfg: CfgNode, section: str, kind: type[Method]) -> dict[str, Any]:
+    """Return the keywords of ``Guided`` out of a method's guided section."""
+    node = cfg[section]
+    return {"weight": node.WEIGHT, "method_weight": node[kind.weight_name.upper()], "logit_loss": node.LOGIT_LOSS}
 
 
 def build_loss(cfg: CfgNode, num_classes: int, feature_dim: int) -> DiSKLoss:
@@ -100,20 +121,17 @@ def build_guide_optimizer(cfg: CfgNode, disk: DiSKLoss) -> torch.optim.Optimizer
     raise ValueError(f"DISK.ALTERNATING.OPTIMIZER must be SGD or Adam, got {settings.OPTIMIZER!r}")
 
 
-def build_replay(cfg: CfgNode, disk: DiSKLoss, optimizer: torch.optim.Optimizer) -> GuideReplay | None:
-    """Turn ``cfg.DISK.ALTERNATING`` into the record of the student's passes, None unless ``REPLAY``."""
+def build_recipe(cfg: CfgNode) -> Recipe:
+    """Turn ``cfg.DISK.ALTERNATING`` into Algorithm 1's recipe; a record is passed over in the host's batches."""
     settings = cfg.DISK.ALTERNATING
-    if not settings.REPLAY:
-        return None
-    sizes = {"capacity": settings.REPLAY_CAPACITY, "batch_size": cfg.SOLVER.BATCH_SIZE}
-    return GuideReplay(disk, optimizer, **sizes, seed=cfg.SOLVER.SEED or 0)
-
-
-def feature_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """Turn ``cfg.DISK_SIMKD`` into keywords of ``guided_feature_terms``."""
-    arguments = _arguments(cfg.DISK_SIMKD)
-    arguments.pop("factor")
-    return arguments
+    return Recipe(
+        guide_passes=settings.GUIDE_PASSES,
+        student_passes=settings.STUDENT_PASSES,
+        guide_warmup_passes=settings.GUIDE_WARMUP_EPOCHS,
+        replay=bool(settings.REPLAY),
+        replay_capacity=settings.REPLAY_CAPACITY,
+        replay_batch_size=cfg.SOLVER.BATCH_SIZE,
+    )
 
 
 def is_number(text: Any) -> bool:

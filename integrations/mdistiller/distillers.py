@@ -1,4 +1,4 @@
-"""The distillers ``DISK``, ``SIMKD`` and ``DISK_SIMKD``.
+"""The distillers: ``DISK``, each method of ``METHODS`` by its name, and each weighted by the guide, ``DISK_<NAME>``.
 
 ``forward`` is stateless, as ``DataParallel`` discards what a replica's forward changes, and its losses are vectors with
 one value per sample, whose mean is right however the batch was split. Under a trainer that is not one of ``trainers``
@@ -14,27 +14,79 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from disk_plugin import DualScheduler
-from disk_plugin.features.guided import GuidedFeatureTerms, guided_feature_terms
-from disk_plugin.functional import DiSKTerms
+from disk_plugin.features import METHODS, Guided, GuidedTerms
+from disk_plugin.features.method import Method, Outputs
 from disk_plugin.replay import GuideReplay
 
 from . import config
-from .feature_maps import build_simkd, pooled, probe, student_map
+from .feature_maps import build_method, pooled, probe, shown
 
 Inputs = dict[str, Tensor]
+_LOSS = "loss."  # before the name of a method's loss, among what is gathered from replicas
+
+
+class MethodDistiller(Distiller):
+    """A method by itself: section ``<NAME>``. A subclass per method says which."""
+
+    method_name: str
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> None:
+        super().__init__(student, teacher)
+        teacher.requires_grad_(False)
+        _refuse_trainers(cfg)
+        kind, section = METHODS[self.method_name], self.method_name.upper()
+        method, self.teacher_map = build_method(kind, student, teacher, cfg, config.method_settings(cfg, section, kind))
+        self.add_module(self.method_name, method)
+        self.loss_weight = cfg[section][kind.weight_name.upper()]
+
+    @property
+    def method(self) -> Method:
+        """The method, whose name is that of its dictionary in a checkpoint's keys."""
+        method: Method = getattr(self, self.method_name)
+        return method
+
+    def forward_train(self, image: Tensor, target: Tensor, **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the prediction and the losses per sample."""
+        with torch.no_grad():
+            logits, features = self.teacher(image)
+        teacher = shown(logits, features, self.method.reads, self.teacher_map)
+        prediction, losses = self.method.evaluate(self.student_outputs(image), teacher, target)
+        return prediction, {f"loss_{name}": self.loss_weight * loss for name, loss in losses.items()}
+
+    def forward_test(self, image: Tensor) -> Tensor:
+        """Return the logits of inference."""
+        return self.method.predict(self.student_outputs(image))
+
+    def student_outputs(self, image: Tensor) -> Outputs:
+        """Run the student; return what the method reads."""
+        logits, features = self.student(image)
+        return shown(logits, features, self.method.reads)
+
+    def get_learnable_parameters(self) -> list[nn.Parameter]:
+        """Return student and what the method trains."""
+        return super().get_learnable_parameters() + self.method.trainable_parameters()
+
+    def get_extra_parameters(self) -> int:
+        """Count what the method adds."""
+        return sum(parameter.numel() for parameter in self.method.parameters())
 
 
 class GuidedDistiller(Distiller):
-    """What ``DISK`` and ``DISK_SIMKD`` share: the guide, its schedule and the state of both in every checkpoint.
+    """``DISK`` and each ``DISK_<NAME>``: guide, schedule and the state of both in every checkpoint.
 
     Attributes:
+        method_name: of the method that the guide weighs (Kag et al., A.7); None for DiSK itself, eq. (5).
         epochs_per_iteration: how many epochs of the host one step of the schedule takes: the student's passes in an
             outer iteration of Algorithm 1, else 1.
         gathers: set by a trainer that evaluates :meth:`terms` itself, once, over the gathered outputs of all replicas.
         stateful: objects with ``state_dict`` that checkpoints of this module carry along, by name.
     """
 
+    method_name: str | None = None
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> None:
+        # before the guide, so that with one seed a method by itself starts from the same values
+        method = None if self.method_name is None else self._built(self.method_name, student, teacher, cfg)
         super().__init__(student, teacher)
         teacher.requires_grad_(False)
         _refuse_trainers(cfg)
@@ -47,6 +99,24 @@ class GuidedDistiller(Distiller):
         self.dual = config.build_dual(cfg, self.disk, self.epochs_per_iteration)
         self.gathers = False
         self.stateful: dict[str, DualScheduler | torch.optim.Optimizer | GuideReplay] = {"dual": self.dual}
+        if method is not None:
+            self.add_module(str(self.method_name), method)
+
+    def _built(self, name: str, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> Method:
+        kind, section = METHODS[name], f"DISK_{name.upper()}"
+        settings, self._weighing = config.method_settings(cfg, section, kind), config.weighing(cfg, section, kind)
+        method, self._teacher_map = build_method(kind, student, teacher, cfg, settings)
+        return method
+
+    @property
+    def method(self) -> Method | None:
+        """The method, whose name is that of its dictionary in a checkpoint's keys."""
+        return None if self.method_name is None else getattr(self, self.method_name)
+
+    @property
+    def guided(self) -> Guided:
+        """Method and guide, made anew: of a replica they are the replica's."""
+        return Guided(self.disk) if self.method is None else Guided(self.disk, self.method, **self._weighing)
 
     def train(self, mode: bool = True) -> "GuidedDistiller":
         """Set the mode; the teacher, and a guide that is not being trained, stay in evaluation mode."""
@@ -55,17 +125,34 @@ class GuidedDistiller(Distiller):
             self.disk.guide.eval()
         return self
 
-    def outputs(self, image: Tensor) -> tuple[Tensor, Inputs]:
+    def outputs(self, image: Tensor, target: Tensor) -> tuple[Tensor, Inputs]:
         """Return the prediction (N, C) and, by name, the other per-sample tensors that :meth:`terms` needs."""
-        raise NotImplementedError
+        method = self.method
+        if method is None:
+            logits, _ = self.student(image)
+            return logits, self.guide_inputs(image)[0]
+        inputs, features = self.guide_inputs(image)
+        teacher = shown(inputs["teacher_logits"], features, method.reads, self._teacher_map)
+        logits, losses = method.evaluate(self.student_outputs(image), teacher, target)
+        return logits, {**inputs, **{f"{_LOSS}{name}": loss for name, loss in losses.items()}}
 
-    def terms(self, logits: Tensor, target: Tensor, inputs: Inputs, epoch: int) -> DiSKTerms | GuidedFeatureTerms:
-        """Evaluate the losses of these samples, in an epoch counted from 1."""
-        raise NotImplementedError
+    def student_outputs(self, image: Tensor) -> Outputs:
+        """Run the student; return what the method reads."""
+        logits, features = self.student(image)
+        return shown(logits, features, frozenset() if self.method is None else self.method.reads)
+
+    def terms(self, logits: Tensor, target: Tensor, inputs: Inputs, epoch: int) -> GuidedTerms:
+        """Evaluate the losses of these samples, in an epoch counted from 1; the hinge is over these samples."""
+        self.set_epoch(epoch)
+        return self.guided.weigh(logits, target, *read(inputs))
+
+    def forward_test(self, image: Tensor) -> Tensor:
+        """Return the logits of inference."""
+        return self.student(image)[0] if self.method is None else self.method.predict(self.student_outputs(image))
 
     def forward_train(self, image: Tensor, target: Tensor, epoch: int, **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the prediction and the losses per sample, or, if ``gathers``, what the trainer needs for them."""
-        logits, inputs = self.outputs(image)
+        logits, inputs = self.outputs(image, target)
         if self.gathers:
             return logits, inputs
         if self.dual.rule != "cosine":
@@ -74,7 +161,7 @@ class GuidedDistiller(Distiller):
                 f"as it is after register(): this one never tells the schedule that an epoch has ended"
             )
         terms = self.terms(logits, target, inputs, epoch)
-        counted = (terms.disk if isinstance(terms, GuidedFeatureTerms) else terms).counted
+        counted = terms.disk.counted
         return logits, {
             "loss_disk": terms.loss * (len(counted) / counted.sum().clamp(min=1))
         }  # the host takes the mean
@@ -99,11 +186,13 @@ class GuidedDistiller(Distiller):
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         """Return what the host's optimizer trains: the guide too, unless Algorithm 1 gives it its own."""
         own = list(self.disk.parameters()) if self.joint else []
-        return super().get_learnable_parameters() + own
+        trained = [] if self.method is None else self.method.trainable_parameters()
+        return super().get_learnable_parameters() + own + trained
 
     def get_extra_parameters(self) -> int:
         """Count what training adds to the student."""
-        return sum(parameter.numel() for parameter in self.disk.parameters())
+        added = [self.disk] if self.method is None else [self.disk, self.method]
+        return sum(parameter.numel() for module in added for parameter in module.parameters())
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the schedule's and the guide's optimizer's state: part of every checkpoint the host writes."""
@@ -120,90 +209,26 @@ class GuidedDistiller(Distiller):
             carried.load_state_dict(state[name])
 
 
-class DISK(GuidedDistiller):
-    """Distilling Scaffolded Knowledge, Kag et al. (ICLR 2023), eq. (5): section ``DISK`` of the configuration."""
-
-    def outputs(self, image: Tensor) -> tuple[Tensor, Inputs]:
-        """Return the student's logits."""
-        logits, _ = self.student(image)
-        return logits, self.guide_inputs(image)[0]
-
-    def terms(self, logits: Tensor, target: Tensor, inputs: Inputs, epoch: int) -> DiSKTerms:
-        """Evaluate (5) per sample; the hinge is over these samples."""
-        self.set_epoch(epoch)
-        features = inputs.get("teacher_features")
-        return self.disk.terms(logits, inputs["teacher_logits"], target, features, reduction="none")
+def read(inputs: Inputs) -> tuple[Outputs, dict[str, Tensor]]:
+    """Return what the guide reads of the teacher, and the method's losses, from what a replica's forward gave."""
+    losses = {name.removeprefix(_LOSS): value for name, value in inputs.items() if name.startswith(_LOSS)}
+    return Outputs(inputs["teacher_logits"], inputs.get("teacher_features")), losses
 
 
-class SIMKD(Distiller):
-    """SimKD, Chen et al. (CVPR 2022): section ``SIMKD``. It predicts through projector and teacher's classifier."""
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> None:
-        super().__init__(student, teacher)
-        teacher.requires_grad_(False)
-        _refuse_trainers(cfg)
-        self.simkd, self.teacher_map = build_simkd(student, teacher, cfg, factor=cfg.SIMKD.FACTOR)
-        self.feature_weight = cfg.SIMKD.FEATURE_WEIGHT
-
-    def forward_train(self, image: Tensor, target: Tensor, **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the prediction by the teacher's classifier and the feature loss per sample; no label is used."""
-        with torch.no_grad():
-            _, features = self.teacher(image)
-        logits, error = self.simkd(student_map(self.student(image)[1]), self.teacher_map(features))
-        return logits, {"loss_feature": self.feature_weight * error}
-
-    def forward_test(self, image: Tensor) -> Tensor:
-        """Return the logits of student, projector and teacher's classifier."""
-        return self.simkd.predict(student_map(self.student(image)[1]))
-
-    def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """Return student and projector."""
-        return super().get_learnable_parameters() + self.simkd.trainable_parameters()
-
-    def get_extra_parameters(self) -> int:
-        """Count projector and classifier, which inference needs too."""
-        return sum(parameter.numel() for parameter in self.simkd.parameters())
+def distillers() -> dict[str, type[Distiller]]:
+    """Return the distillers by the name that ``DISTILLER.TYPE`` gives them."""
+    found: dict[str, type[Distiller]] = {"DISK": GuidedDistiller}
+    for name, kind in METHODS.items():
+        told = {"method_name": name, "__doc__": kind.__doc__}
+        found[name.upper()] = type(name.upper(), (MethodDistiller,), told)
+        found[f"DISK_{name.upper()}"] = type(f"DISK_{name.upper()}", (GuidedDistiller,), told)
+    return found
 
 
-class DISK_SIMKD(GuidedDistiller):  # noqa: N801 (the host names a class as its key)
-    """SimKD weighted by DiSK's guide, Kag et al., A.7: sections ``DISK_SIMKD`` and, for the guide, ``DISK``."""
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> None:
-        # before the guide, so that with one seed SIMKD's projector starts from the same values
-        simkd, teacher_map = build_simkd(student, teacher, cfg, factor=cfg.DISK_SIMKD.FACTOR)
-        super().__init__(student, teacher, cfg)
-        self.simkd, self.teacher_map = simkd, teacher_map
-        self._feature_arguments = config.feature_arguments(cfg)
-
-    def outputs(self, image: Tensor) -> tuple[Tensor, Inputs]:
-        """Return the prediction by the teacher's classifier, and the distance to the teacher's map."""
-        inputs, features = self.guide_inputs(image)
-        logits, error = self.simkd(student_map(self.student(image)[1]), self.teacher_map(features))
-        return logits, {**inputs, "feature_error": error}
-
-    def terms(self, logits: Tensor, target: Tensor, inputs: Inputs, epoch: int) -> GuidedFeatureTerms:
-        """Evaluate (6) and the guide's loss per sample."""
-        self.set_epoch(epoch)
-        return guided_feature_terms(
-            self.disk,
-            logits,
-            inputs["teacher_logits"],
-            target,
-            inputs.get("teacher_features"),
-            inputs["feature_error"],
-            **self._feature_arguments,
-            reduction="none",
-        )
-
-    forward_test = SIMKD.forward_test
-
-    def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """Return student, projector and, unless Algorithm 1 gives it its own optimizer, guide."""
-        return super().get_learnable_parameters() + self.simkd.trainable_parameters()
-
-    def get_extra_parameters(self) -> int:
-        """Count projector, classifier and guide."""
-        return super().get_extra_parameters() + sum(parameter.numel() for parameter in self.simkd.parameters())
+def predicting_method(distiller: Any) -> str | None:
+    """Return the name of the method without which the student of a distiller, or of its class, cannot predict."""
+    name = getattr(distiller, "method_name", None)
+    return name if name is not None and METHODS[name].own_prediction else None
 
 
 def _refuse_trainers(cfg: CfgNode) -> None:
@@ -216,5 +241,8 @@ def _refuse_trainers(cfg: CfgNode) -> None:
 
 
 def add() -> None:
-    """Put the three into the host's dictionary, which its script reads."""
-    distiller_dict.update(DISK=DISK, SIMKD=SIMKD, DISK_SIMKD=DISK_SIMKD)
+    """Put them into the host's dictionary, which its script reads; a method that the host has itself stays its own."""
+    for name, kind in distillers().items():
+        own = distiller_dict.get(name)
+        if own is None or (isinstance(own, type) and issubclass(own, MethodDistiller | GuidedDistiller)):
+            distiller_dict[name] = kind

@@ -1,33 +1,35 @@
-"""Evaluate a checkpoint as the host's ``tools/eval.py`` does, also those that need SimKD's projector."""
+"""Evaluate a checkpoint as the host's ``tools/eval.py`` does, also those that need the method to predict."""
 
 from pathlib import Path
 
 import torch
+from mdistiller.distillers import distiller_dict
 from yacs.config import CfgNode
 
-from .checkpoints import load_file, load_weights, read_student, simkd_student
+from disk_plugin.features import METHODS
+
+from .checkpoints import deployed_method, deployed_student, load_file, load_weights, read_student
+from .distillers import predicting_method
 from .epoch_files import in_force
 from .host import build_model
-
-_FILES = {"best": "student_best", "latest": "student_latest"}
-_SIMKD_FILES = {"best": "simkd_best", "latest": "simkd_latest"}
 
 
 def checkpoint_path(cfg: CfgNode, which: str, folder: Path | None) -> Path:
     """Return the file that ``--evaluate`` means: a path, or ``best`` or ``latest`` of the experiment's folder."""
     if folder is None:
         return Path(which)
-    return in_force(folder / (_SIMKD_FILES if "SIMKD" in cfg.DISTILLER.TYPE else _FILES)[which])
+    return in_force(folder / f"{_method(cfg) or 'student'}_{which}")
 
 
 def evaluate(cfg: CfgNode, path: Path) -> tuple[float, float, float]:
     """Run the host's validation and return top-1, top-5 (per cent) and cross-entropy.
 
-    ``path`` is a student's checkpoint, a ``simkd_*`` file, or a whole ``latest``, ``best``, ``epoch_N`` of the host.
+    ``path`` is a student's checkpoint, one of a method that predicts, or a whole ``latest``, ``best``, ``epoch_N`` of
+    the host.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it holds no student of ``cfg.DISTILLER.STUDENT``, or SimKD's student without its projector.
+        ValueError: it holds no student of ``cfg.DISTILLER.STUDENT``, or a student without the method that predicts.
     """
     from mdistiller.dataset import get_dataset
     from mdistiller.distillers import Vanilla
@@ -35,16 +37,21 @@ def evaluate(cfg: CfgNode, path: Path) -> tuple[float, float, float]:
 
     student = build_model(cfg, cfg.DISTILLER.STUDENT)
     content = load_file(str(path), key="--evaluate")
-    if isinstance(content, dict) and "teacher_size" in content:
-        student = simkd_student(student, content)
+    saved, method = deployed_method(content), _method(cfg)
+    if saved is not None:
+        student = deployed_student(student, saved, content)
     else:
-        if "SIMKD" in cfg.DISTILLER.TYPE:  # whatever the file says: one that is older than the mark says nothing
+        if method is not None:  # whatever the file says: one that is older than the mark says nothing
             raise ValueError(
-                f"a student trained by SimKD predicts through projector and teacher's classifier, which are in "
-                f"simkd_best and simkd_latest, got {path}"
+                f"a student trained by {METHODS[method].__name__} predicts through the method's own layers, which are "
+                f"in {method}_best and {method}_latest, got {path}"
             )
         weights = read_student(str(path), key="--evaluate")
         load_weights(student, weights, f"--evaluate {path}", f"student {cfg.DISTILLER.STUDENT}")
     _, val_loader, _, _ = get_dataset(cfg)
     top1, top5, loss = validate(val_loader, torch.nn.DataParallel(Vanilla(student).cuda()))
     return float(top1), float(top5), float(loss)
+
+
+def _method(cfg: CfgNode) -> str | None:
+    return predicting_method(distiller_dict[cfg.DISTILLER.TYPE])

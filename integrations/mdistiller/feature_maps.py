@@ -1,4 +1,4 @@
-"""Which of the host's features are what: the guide's input, and the maps that SimKD matches.
+"""Which of the host's features are what: the guide's input, and the maps that methods match.
 
 A model of the host returns ``(logits, {"feats": [...], "pooled_feat": ..., most: "preact_feats": [...]})``.
 """
@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from disk_plugin.features.simkd import SimKD, check_classifier, pooled_classifier
+from disk_plugin.features.method import LAST_MAP, Method, Outputs, Pair
+from disk_plugin.features.simkd import check_classifier, pooled_classifier
 
 Features = dict[str, Any]
+ReadMap = Callable[[Features], Tensor]
 
 _INPUT_SIZES = {"cifar100": 32, "tiny_imagenet": 64, "imagenet": 224}
 
 # In a wide ResNet a BatchNorm lies between feats[-1] and the pooling, which only preact_feats[-1] includes: with
 # trained weights no ReLU of feats[-1] gives its logits.
-_TEACHER_MAPS: tuple[Callable[[Features], Tensor], ...] = (
+_TEACHER_MAPS: tuple[ReadMap, ...] = (
     lambda features: features["preact_feats"][-1].relu(),
     lambda features: features["feats"][-1],
     lambda features: features["feats"][-1].relu(),
@@ -54,21 +56,52 @@ def student_map(features: Features) -> Tensor:
     return features["preact_feats"][-1].relu() if "preact_feats" in features else features["feats"][-1]
 
 
-def build_simkd(
-    student: nn.Module, teacher: nn.Module, cfg: CfgNode, *, factor: int
-) -> tuple[SimKD, Callable[[Features], Tensor]]:
-    """Return SimKD for the pair, and how to read the teacher's map.
+def shown(logits: Tensor, features: Features, reads: frozenset[str], read_map: ReadMap = student_map) -> Outputs:
+    """Return what a method reads of a model's output."""
+    maps = {LAST_MAP: read_map(features)} if LAST_MAP in reads else {}
+    return Outputs(logits, pooled(features) if "features" in reads else None, maps)
+
+
+def build_method(
+    kind: type[Method], student: nn.Module, teacher: nn.Module, cfg: CfgNode, settings: dict[str, Any]
+) -> tuple[Method, ReadMap]:
+    """Return the method for the pair, and how to read the teacher's map.
 
     Raises:
-        ValueError: the teacher's classifier cannot be reused; the message says why.
+        ValueError: the method reads what the host's models do not show, or cannot use the pair; the message says why.
     """
+    unknown = kind.reads - {"features", LAST_MAP}
+    if unknown:
+        raise ValueError(
+            f"the host's models show 'features' and the map 'last', {kind.__name__} reads {sorted(unknown)}"
+        )
     names = f"teacher {cfg.DISTILLER.TEACHER}, student {cfg.DISTILLER.STUDENT}"
     logits, features = probe(teacher, cfg)
+    read, reasons = None, ["the teacher has no nn.Linear layer"]
     linear = [module for module in teacher.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise ValueError(f"SimKD cannot reuse the classifier of {names}: the teacher has no nn.Linear layer")
-    classifier = pooled_classifier(linear[-1]).to(logits.device)
-    read, reasons = None, []
+    if linear and LAST_MAP in kind.reads:
+        classifier = pooled_classifier(linear[-1]).to(logits.device)
+        read, reasons = _read_by(classifier, logits, features)
+
+    def head() -> nn.Module:
+        if read is None:
+            raise ValueError(f"{kind.__name__} cannot reuse the classifier of {names}: {reasons[0]}")
+        return classifier
+
+    student_logits, student_features = probe(student, cfg)
+    read_map = read or student_map
+    pair = Pair(
+        shown(student_logits, student_features, kind.reads), shown(logits, features, kind.reads, read_map), head
+    )
+    try:
+        return kind.for_pair(pair, **settings), read_map
+    except ValueError as error:
+        raise ValueError(f"{error}" if names in str(error) else f"{error} ({names})") from error
+
+
+def _read_by(classifier: nn.Module, logits: Tensor, features: Features) -> tuple[ReadMap | None, list[str]]:
+    """Return how to read the map from which the classifier makes the logits, or None and the reasons."""
+    reasons = []
     for candidate in _TEACHER_MAPS:
         try:
             check_classifier(classifier, candidate(features), logits)
@@ -77,13 +110,5 @@ def build_simkd(
         except ValueError as error:
             reasons.append(str(error))
         else:
-            read = candidate
-            break
-    if read is None:
-        raise ValueError(f"SimKD cannot reuse the classifier of {names}: {reasons[0]}")
-    teacher_shape, student_shape = read(features).shape, student_map(probe(student, cfg)[1]).shape
-    if len(student_shape) != 4:
-        raise ValueError(f"SimKD needs a map (N, C, H, W) of the student, {names} gives {tuple(student_shape)}")
-    size = (teacher_shape[2], teacher_shape[3])
-    simkd = SimKD(student_shape[1], teacher_shape[1], classifier, teacher_size=size, factor=factor)
-    return simkd, read
+            return candidate, []
+    return None, reasons

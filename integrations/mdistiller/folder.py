@@ -4,10 +4,13 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 from yacs.config import CfgNode
+
+from disk_plugin.features import METHODS
 
 from .runs import CHECKPOINT, SETTINGS, Run, defining, describe, nearest, read_runs, write_settings
 from .settings import Settings, is_guided
@@ -16,11 +19,21 @@ _GIVEN = ("data", "teacher weights", "DISTILLER.WARM_START")  # files, told apar
 # what a checkpoint holds, its shapes depend on or its whole course does: no flag makes a resumed run change it
 _LASTING = re.compile(
     r"DISTILLER\.|DATASET\.|teacher weights|what bounds g$|SOLVER\.(TRAINER|TYPE|SEED)"
-    r"|DISK\.(GUIDE\.|STUDENT_TEMPERATURE)|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY(_CAPACITY)?$|STUDENT_PASSES)|(DISK_)?SIMKD\.FACTOR"
+    r"|DISK\.(GUIDE\.|STUDENT_TEMPERATURE)|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY(_CAPACITY)?$|STUDENT_PASSES)"
 )
-# of a run that goes on elsewhere: its snapshots of past epochs stay its own
-_NOT_COPIED = shutil.ignore_patterns("epoch_[0-9]*", "student_[0-9]*", "simkd_[0-9]*", f"{SETTINGS}*")
 _CHANGES = "changed_settings.txt"
+
+
+def _lasts(key: str) -> bool:
+    """Whether no resumed run may change a setting."""
+    shapes = {f"{name}.{each}".upper() for name, kind in METHODS.items() for each in kind.shape_settings}
+    return bool(_LASTING.match(key)) or key.removeprefix("DISK_") in shapes
+
+
+def _not_copied() -> Callable[..., set[str]]:
+    """Of a run that goes on elsewhere: its snapshots of past epochs stay its own."""
+    snapshots = [f"{name}_[0-9]*" for name in ("epoch", "student", *METHODS)]
+    return shutil.ignore_patterns(*snapshots, f"{SETTINGS}*")
 
 
 class Folder:
@@ -155,11 +168,11 @@ class Folder:
 
     def _changed(self, runs: list[Run], allowed: bool) -> Run:
         """Return the run to go on with under changed settings."""
-        able = [run for run in runs if not any(map(_LASTING.match, run.differences))]
+        able = [run for run in runs if not any(map(_lasts, run.differences))]
         if able and allowed:
             return self._nearest(able)
         found = nearest(runs)
-        lasting = sorted({key for run in found for key in run.differences if _LASTING.match(key)})
+        lasting = sorted({key for run in found for key in run.differences if _lasts(key)})
         advice = f"{', '.join(lasting)} cannot change within a run: start another without --resume"
         if not allowed:
             copied = ", ".join(run.path.name for run in nearest(able)) if able else ""
@@ -182,7 +195,7 @@ class Folder:
         partial = self.path.with_name(f"{self.path.name}.copying")
         shutil.rmtree(partial, ignore_errors=True)  # of a copy that was interrupted
         try:
-            shutil.copytree(run.path, partial, ignore=_NOT_COPIED)
+            shutil.copytree(run.path, partial, ignore=_not_copied())
             with (partial / _CHANGES).open("a") as file:
                 file.writelines(f"{note}\n" for note in notes)
             write_settings(partial, self.settings)

@@ -13,8 +13,11 @@ from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from yacs.config import CfgNode
 
+from disk_plugin.training import GuidePasses
+
 from .checkpoints import fingerprint, load_weights, read_checkpoint, save_atomically, warm_start_weights
-from .config import build_guide_optimizer, build_replay
+from .config import build_guide_optimizer, build_recipe
+from .distillers import GuidedDistiller, MethodDistiller
 
 _CIFAR = "cifar-100-python"
 _CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet": 1000}
@@ -186,7 +189,8 @@ def rehearse(cfg: CfgNode) -> list[str]:
     Raises:
         ValueError: a setting out of range, or a pair of models that the method cannot use.
     """
-    if cfg.DISTILLER.TYPE not in ("DISK", "SIMKD", "DISK_SIMKD"):
+    kind = distiller_dict[cfg.DISTILLER.TYPE]
+    if not (isinstance(kind, type) and issubclass(kind, GuidedDistiller | MethodDistiller)):
         return []
     if cfg.DATASET.TYPE == "imagenet":
         teacher = models(cfg)[cfg.DISTILLER.TEACHER](pretrained=True)
@@ -194,8 +198,8 @@ def rehearse(cfg: CfgNode) -> list[str]:
         teacher = build_model(cfg, cfg.DISTILLER.TEACHER)
         weights = read_checkpoint(models(cfg)[cfg.DISTILLER.TEACHER][1], key="--teacher-checkpoint")
         teacher.load_state_dict(weights)
-    distiller = distiller_dict[cfg.DISTILLER.TYPE](build_model(cfg, cfg.DISTILLER.STUDENT), teacher, cfg)
+    distiller = kind(build_model(cfg, cfg.DISTILLER.STUDENT), teacher, cfg)
     if cfg.SOLVER.TRAINER == "disk":
-        build_replay(cfg, distiller.disk, build_guide_optimizer(cfg, distiller.disk))
-    note = None if cfg.DISTILLER.TYPE == "SIMKD" else distiller.dual.note
+        GuidePasses(distiller.disk, build_recipe(cfg), build_guide_optimizer(cfg, distiller.disk))
+    note = distiller.dual.note if isinstance(distiller, GuidedDistiller) else None
     return [] if note is None else [f"DISK.DUAL: {note}"]

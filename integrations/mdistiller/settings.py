@@ -83,8 +83,9 @@ def check_names(cfg: CfgNode, models: dict[str, Any]) -> None:
     for key, name, known in chosen:
         if name not in known:
             raise ValueError(f"{key} must be one of {', '.join(sorted(known))}, got {name!r}")
-    if trainer == "disk" and kind not in ("DISK", "DISK_SIMKD"):
-        raise ValueError(f"SOLVER.TRAINER disk needs DISTILLER.TYPE DISK or DISK_SIMKD, got {kind}")
+    if trainer == "disk" and not is_guided(cfg):
+        guided = [name for name, each in distiller_dict.items() if _is_guided(each)]
+        raise ValueError(f"SOLVER.TRAINER disk needs DISTILLER.TYPE {' or '.join(guided)}, got {kind}")
     if trainer in ("crd", "crd_dot") and kind != "CRD":
         raise ValueError(f"SOLVER.TRAINER {trainer} needs DISTILLER.TYPE CRD, got {kind}")
 
@@ -122,7 +123,10 @@ def default_settings() -> Settings:
 
 def is_guided(cfg: CfgNode) -> bool:
     """Say whether the distiller has a guide, and so a multiplier and a budget."""
-    kind = distiller_dict[cfg.DISTILLER.TYPE]
+    return _is_guided(distiller_dict[cfg.DISTILLER.TYPE])
+
+
+def _is_guided(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, GuidedDistiller)
 
 

@@ -1,4 +1,4 @@
-"""How often the teacher is right, in distillers that do not tell: the host's own, and SimKD."""
+"""How often the teacher is right, in distillers without a guide, which do not tell."""
 
 from collections.abc import Callable
 from typing import Any

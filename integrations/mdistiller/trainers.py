@@ -1,21 +1,21 @@
 """The host's trainers, and Algorithm 1 as one more: ``SOLVER.TRAINER disk``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from mdistiller.engine import trainer as host
 from mdistiller.engine import trainer_dict
 from mdistiller.engine.utils import log_msg
+from torch import Tensor
 from tqdm import tqdm
 
-from disk_plugin.epoch_report import EpochReport
-from disk_plugin.replay import GuideReplay
+from disk_plugin.training import GuidedTraining, GuidePasses
 
 from . import config
 from .checkpoints import save_atomically
 from .complete_trainer import CompleteTrainer, keep_settings
-from .distillers import DISK_SIMKD, GuidedDistiller
+from .distillers import GuidedDistiller
 from .seeds import apart, restart_workers
 
 
@@ -33,34 +33,34 @@ class DISKTrainer(CompleteTrainer):
     def __init__(self, experiment_name: str, distiller: Any, train_loader: Any, val_loader: Any, cfg: Any) -> None:
         module = distiller.module
         if not isinstance(module, GuidedDistiller):
-            raise ValueError(f"SOLVER.TRAINER disk needs DISTILLER.TYPE DISK or DISK_SIMKD, got {cfg.DISTILLER.TYPE}")
+            raise ValueError(f"SOLVER.TRAINER disk needs a DISTILLER.TYPE with a guide, got {cfg.DISTILLER.TYPE}")
         self.guide_optimizer = config.build_guide_optimizer(cfg, module.disk)
         keep_settings(self.guide_optimizer)
-        self.replay = config.build_replay(cfg, module.disk, self.guide_optimizer)
-        if self.replay is None:
+        super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
+
+    def guided_training(self, module: GuidedDistiller, **core: Any) -> GuidedTraining:
+        """Return the epoch of guided training, with Algorithm 1's passes; their state travels with the module's."""
+        recipe, seed = config.build_recipe(self.cfg), self.cfg.SOLVER.SEED or 0
+        own = {"recipe": recipe, "guide_optimizer": self.guide_optimizer, "guide_rate": self._guide_rate, "seed": seed}
+        core_ = super().guided_training(module, **own, **core)
+        replay = self._passes_of(core_).replay
+        if replay is None:
             module.stateful["guide_optimizer"] = self.guide_optimizer
         else:  # which holds the optimizer
-            module.stateful["replay"] = self.replay
-        super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
+            module.stateful["replay"] = replay
+        return core_
 
     def before_epoch(self, epoch: int) -> None:
         """Run the guide's passes where an outer iteration of Algorithm 1 begins."""
-        settings, module = self.cfg.DISK.ALTERNATING, self.distiller.module
-        self._set_guide_rate(epoch)
-        if self.replay is not None and len(self.replay):  # of what was the last epoch when its checkpoint was written
-            self._train_on(self.replay, epoch)
-        if (epoch - 1) % settings.STUDENT_PASSES or (self.replay is not None and epoch > 1):
-            return
-        passes = settings.GUIDE_PASSES + (settings.GUIDE_WARMUP_EPOCHS if epoch == 1 else 0)
-        for number in range(1, passes + 1):
-            with apart(number):  # the student sees the batches of a run without guide passes
-                restart_workers(self.train_loader)
-                self._guide_pass(epoch, f"{number}/{passes}")
-        restart_workers(self.train_loader)
-        self.judge_teacher(epoch)
-        # the statistics that judge the iteration are those of the student's passes
-        module.disk.reset_statistics()
-        self.report = EpochReport()
+        passes, module = self._passes_of(self.core), self.distiller.module
+        passes.set_rate(epoch - 1)
+        module.set_epoch(epoch)  # the multiplier of the student's passes to come
+        made = passes.run(epoch - 1, self._bars(epoch), self._guide_loss(epoch), fresh=epoch == 1)
+        self.guide_turn = False
+        if made:
+            restart_workers(self.train_loader)
+            self.judge_teacher(epoch)
+            self.restart_report()
 
     def log(self, lr: float, epoch: int, log_dict: dict[str, Any]) -> None:
         """Log and end the epoch; with a record, the guide passes before the next one come here, before the host saves.
@@ -68,55 +68,56 @@ class DISKTrainer(CompleteTrainer):
         After the last epoch there is none to come, and the record is saved for a run that goes on to more epochs.
         """
         super().log(lr, epoch, log_dict)
-        if self.replay is not None and self._ends_iteration(epoch) and epoch < self.cfg.SOLVER.EPOCHS:
-            self._train_on(self.replay, epoch + 1)
+        passes = self._passes_of(self.core)
+        if passes.recipe.ends_iteration(epoch - 1) and epoch < self.cfg.SOLVER.EPOCHS:
+            self.distiller.module.set_epoch(epoch + 1)
+            passes.run_replay(epoch)
 
-    def _evaluate_losses(self, distiller: Any, images: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Record the gathered outputs too, in the last of the student's passes before the guide's."""
-        losses = super()._evaluate_losses(distiller, images, kwargs, output)
-        if losses is not None and self.replay is not None and self._ends_iteration(kwargs["epoch"]):
-            logits, inputs = output
-            self.replay.record(logits, inputs["teacher_logits"], kwargs["target"], inputs.get("teacher_features"))
-        return losses
+    def _passes_of(self, core: GuidedTraining | None) -> GuidePasses:
+        passes: Any = core.guide_passes if core is not None else None
+        made: GuidePasses = passes
+        return made
 
-    def _ends_iteration(self, epoch: int) -> bool:
-        return bool(epoch % self.cfg.DISK.ALTERNATING.STUDENT_PASSES == 0)
-
-    def _train_on(self, replay: GuideReplay, epoch: int) -> None:
-        """Make the guide's passes before an epoch on the record."""
-        self._set_guide_rate(epoch)
-        self.distiller.module.set_epoch(epoch)  # the multiplier of the student's passes to come
-        replay.train_guide(self.cfg.DISK.ALTERNATING.GUIDE_PASSES)
-
-    def _set_guide_rate(self, epoch: int) -> None:
+    def _guide_rate(self, epoch: int) -> float:
         """Let the guide's rate decay by the factor of the student's, whose own optimizer stays as it is."""
-        settings, lr = self.cfg.DISK.ALTERNATING, host.adjust_learning_rate(epoch, self.cfg, self.guide_optimizer)
-        for group in self.guide_optimizer.param_groups:
-            group["lr"] = settings.LR * (lr / self.cfg.SOLVER.LR if self.cfg.SOLVER.LR else 1.0)
+        lr = host.adjust_learning_rate(epoch + 1, self.cfg, self.guide_optimizer)
+        factor = lr / self.cfg.SOLVER.LR if self.cfg.SOLVER.LR else 1.0
+        return float(self.cfg.DISK.ALTERNATING.LR * factor)
 
-    def _guide_pass(self, epoch: int, name: str) -> None:
-        """Pass over the data once with the student fixed: g <- argmin of (5)."""
-        module = self.distiller.module
-        self.distiller.train()
-        module.disk.guide.train()
-        module.student.eval()
-        if isinstance(module, DISK_SIMKD):
-            module.simkd.eval()
-        self.guide_turn = True
-        bar = tqdm(self.train_loader)
-        for image, target, *_ in bar:
-            image, target = image.float().cuda(non_blocking=True), target.cuda(non_blocking=True)
+    def _bars(self, epoch: int) -> Callable[[int], Iterator[Iterable[Any]]]:
+        """Give each guide pass its batches: the student then sees those of a run without guide passes."""
+
+        def bars(count: int) -> Iterator[Iterable[Any]]:
+            module = self.distiller.module
+            self.distiller.train()
+            module.disk.guide.train()
+            module.student.eval()
+            if module.method is not None:
+                module.method.eval()
+            self.guide_turn = True
+            for number in range(1, count + 1):
+                with apart(number):
+                    restart_workers(self.train_loader)
+                    self._bar = tqdm(self.train_loader)
+                    self._bar_name = f"{number}/{count}"
+                    yield self._bar
+                    self._bar.close()
+
+        return bars
+
+    def _guide_loss(self, epoch: int) -> Callable[[Any], Tensor]:
+        def guide_loss(batch: Any) -> Tensor:
+            image, target = (value.cuda(non_blocking=True) for value in (batch[0].float(), batch[1]))
             with torch.no_grad():
                 logits, inputs = self.distiller(image=image, target=target, epoch=epoch)
-            terms = module.terms(logits, target, inputs, epoch)
+            terms = self.distiller.module.terms(logits, target, inputs, epoch)
             self._add(terms, logits.shape[1])
-            self.guide_optimizer.zero_grad()
-            terms.mean().guide_loss.backward()
-            self.guide_optimizer.step()
-            bar.set_description(log_msg(f"Epoch:{epoch}| Guide pass:{name}{self._epoch_message()}", "TRAIN"))
-        bar.close()
-        self.guide_optimizer.zero_grad()
-        self.guide_turn = False
+            self._bar.set_description(
+                log_msg(f"Epoch:{epoch}| Guide pass:{self._bar_name}{self._epoch_message()}", "TRAIN")
+            )
+            return terms.mean().guide_loss
+
+        return guide_loss
 
 
 def add() -> None:
