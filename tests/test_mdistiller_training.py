@@ -9,6 +9,7 @@ import runpy
 import shutil
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,8 @@ import test_mdistiller as shared
 import torch
 from test_mdistiller import MOVING, assert_same, gathered, image_batch, launch, load, refused
 from torch import nn
+
+from disk_plugin import features
 
 host = shared.host
 pytestmark = shared.pytestmark
@@ -352,6 +355,38 @@ def constant(host, name, label):
 
 
 METHODS = [("DISK", []), ("DISK", ALTERNATING), ("DISK", REPLAY), ("DISK_SIMKD", []), ("SIMKD", []), ("KD", [])]
+
+
+@pytest.mark.parametrize("words", [[], ALTERNATING, REPLAY], ids=["joint", "alternating", "replay"])
+@pytest.mark.parametrize("distiller", ["DISK", "DISK_SIMKD", "DISK_DKD", "DISK_HINTS", "HINTS"])
+@pytest.mark.filterwarnings("ignore:the guide is dead")
+def test_a_resumed_run_of_every_method_equals_an_uninterrupted_one(host, distiller, words, docs_methods):
+    if distiller == "HINTS" and words:
+        pytest.skip("Algorithm 1 needs a guide")
+    words = [*words, *docs_methods, "DISK.DUAL.EPOCHS", "2" if words else "4"]  # a schedule of four epochs in all runs
+    whole = load(launch(host, *words, distiller=distiller, out="whole", epochs=4) / "latest")
+    launch(host, *words, distiller=distiller, out="half", epochs=2)
+    half = load(launch(host, *words, "--resume", distiller=distiller, out="half", epochs=4) / "latest")
+    assert_same(half["model"], whole["model"])
+    assert whole["model"].keys() == half["model"].keys()
+    assert ("module.hints.regressor.weight" in whole["model"]) == distiller.endswith("HINTS")
+    first = load(launch(host, *words, distiller=distiller, out="first", epochs=1) / "latest")
+    for part in ("student.", *(["disk.guide."] if distiller.startswith("DISK") else [])):
+        moved = [not torch.equal(value, first["model"][name]) for name, value in whole["model"].items() if part in name]
+        assert any(moved), part
+
+
+@pytest.fixture
+def docs_methods(tmp_path, monkeypatch):
+    """Words that import the method of docs/write_a_method.md."""
+    page = (Path(__file__).parents[1] / "docs" / "write_a_method.md").read_text()
+    (source,) = re.findall(r"```python\n# my_methods\.py\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_methods.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_methods", raising=False)
+    yield ["--import", "my_methods"]
+    features.METHODS.pop("hints", None)
+    sys.modules.pop("my_methods", None)
 
 
 def told(recwarn):

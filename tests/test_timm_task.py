@@ -17,13 +17,37 @@ from timm.task import LogitDistillationTask  # noqa: E402
 from timm.utils import CheckpointSaver, dispatch_clip_grad  # noqa: E402
 
 from disk_plugin import functional, presets  # noqa: E402
+from disk_plugin.features import DKD, Method, Outputs  # noqa: E402
 from disk_plugin.integrations.timm import DiSKSimKDTask, DiSKTask, SimKDModel  # noqa: E402
 
 # a handful of steps at the smallest multiplier let momentum carry g near 1 on a few random images: no matter here
 pytestmark = pytest.mark.filterwarnings("ignore:the guide is dead")
 
 CLASSES, SIZE = 5, (3, 32, 32)
+MODES = [
+    {},
+    {"mode": "alternating", "alternating": {"guide_passes": 1, "student_passes": 2}},
+    {"mode": "alternating", "alternating": {"replay": True, "student_passes": 1}},
+]
 KINDS = [DiSKTask, DiSKSimKDTask]
+
+
+class Hints(Method):
+    """A method with layers of its own and no prediction."""
+
+    reads = frozenset({"last", "features"})
+
+    def __init__(self, channels):
+        super().__init__()
+        self.regressor = nn.Conv2d(*channels, 1)
+
+    @classmethod
+    def for_pair(cls, pair, **settings):
+        return cls([models.maps["last"].shape[1] for models in (pair.student, pair.teacher)], **settings)
+
+    def forward(self, student, teacher, target):
+        found = self.regressor(student.maps["last"]).mean((2, 3))
+        return {"hint": (found - teacher.maps["last"].mean((2, 3))).square().mean(1) + 0 * teacher.features.sum(1)}
 
 
 def models(student="test_vit", teacher="test_resnet", classes=CLASSES):
@@ -66,6 +90,52 @@ def flat(state):
     if isinstance(state, list | tuple):
         return flat(dict(enumerate(state)))
     return {"": state}
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+
+def test_dkd_in_a_task_is_the_criterion_and_dkd_weighed_by_the_guide():
+    task = make(method="dkd", method_settings={"beta": 2.0}, distill_loss_weight=0.4, weight="one_minus_discount")
+    task.begin_epoch(19)  # its warm-up is over
+    image, target = batch()
+    task.eval()
+    found = task(image, target)
+    logits, (teacher, *_) = task.student(image), task._teacher(image)
+    losses = DKD(beta=2.0)(Outputs(logits), Outputs(teacher), target)
+    w = 1 - task.disk.terms(logits, teacher, target, task._teacher(image)[1], reduction="none").discount
+    torch.testing.assert_close(found["kd_loss"], (w * losses["dkd"]).mean())  # no cross-entropy of its own
+    expected = nn.functional.cross_entropy(logits, target) + 0.4 * (w * losses["dkd"]).mean()
+    terms = task.training_core.guided.disk.terms(logits, teacher, target, task._teacher(image)[1])
+    torch.testing.assert_close(found["loss"], expected + terms.guide_loss)
+
+
+def test_a_methods_layers_are_trained_clipped_and_kept_in_the_tasks_state_and_the_student_stays_bare():
+    task = make(method=Hints)
+    names = dict(task.get_trainable_module().named_parameters())
+    assert "method.regressor.weight" in names
+    clipped = {id(parameter) for parameter in task.get_clip_parameters()}
+    assert id(names["method.regressor.weight"]) in clipped
+    before = names["method.regressor.weight"].clone()
+    step(task, optimizer_of(task))
+    assert not torch.equal(names["method.regressor.weight"], before)
+    state = task.get_checkpoint_state()
+    assert state["task_state"].keys() == {"disk", "method", "dual"}
+    assert state["state_dict"].keys() == models()[0].state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"method": "dkdd"}, ValueError, r"method must be one of \['dkd', 'simkd'\], a Method class .* got 'dkdd'"),
+        ({"method": 3}, TypeError, "method must be a name, a Method class or a Method, got int 3"),
+        ({"method": DKD(), "method_settings": {"beta": 1.0}}, ValueError, "are for a name or a class, got a built"),
+        ({"method": "dkd", "method_settings": {"gamma": 1.0}}, TypeError, "gamma"),
+    ],
+)
+def test_methods_that_cannot_be_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        make(**settings)
 
 
 # ---- the numbers -----------------------------------------------------------------------------------------------------
@@ -367,6 +437,11 @@ def epoch_of(task, optimizer, epoch, ema=False):
         (DiSKTask, {"dual": {"rule": "ascent", "multiplier": (0.0, 9.0)}}),
         (DiSKSimKDTask, {"mode": "alternating", "alternating": {"guide_warmup_passes": 1, "guide_opt": "adam"}}),
         (DiSKSimKDTask, {}),
+        *[
+            (DiSKTask, {**how, **method, "weight": "one_minus_discount"})
+            for method in ({"method": "simkd"}, {"method": "dkd"}, {"method": Hints})
+            for how in MODES
+        ],
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(kind, settings, tmp_path):

@@ -1,136 +1,32 @@
 """Any distillation loss weighted by the guide, per sample: Kag et al. (ICLR 2023), A.7."""
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, zeros_like
 
 from .. import _checks
-from ..functional import DiSKTerms
-from ..functional._positions import promote
 from ..loss import DiSKLoss
 from .method import Method, Outputs, PlainLoss, to_outputs
+from .weighing import (
+    FEATURE_WEIGHTS,
+    FeatureWeight,
+    GuidedFeatureTerms,
+    GuidedTerms,
+    Weighing,
+    feature_weights,
+    weighed,
+)
 
-FeatureWeight = Literal["one_minus_guide", "one_minus_discount", "guide", "uniform"]
-FEATURE_WEIGHTS: tuple[str, ...] = ("one_minus_guide", "one_minus_discount", "guide", "uniform")
-
-
-class GuidedTerms(NamedTuple):
-    """What :class:`Guided` and :func:`guided_feature_terms` give: scalars, or (N, d1, ...) with ``reduction="none"``.
-
-    ``feature`` and ``logged_loss`` are detached. Of per-sample terms take ``mean()``, which divides by the samples that
-    count.
-    """
-
-    loss: Tensor  # student_loss + guide_loss
-    student_loss: Tensor  # the method's weighted losses [+ DiSK's student half], guide detached
-    guide_loss: Tensor  # distill_weight L_dist + multiplier (usage - budget)_+, student detached
-    feature: Tensor  # w(g) times the method's loss per sample, before its weight; 0 without a method
-    logged_loss: Tensor  # the student's loss with DiSK's logged_loss, >= 0 where the method's is: what to log
-    disk: DiSKTerms  # of the student's prediction
-
-    def mean(self) -> "GuidedTerms":
-        """Return what ``reduction="mean"`` gives: sums over the samples by the number of those that count."""
-        if not self.loss.ndim:
-            return self
-        total, disk = self.disk.counted.sum().clamp(min=1), self.disk.mean()
-        if self.student_loss is self.disk.student_loss:  # DiSK alone: its own mean, to the last bit
-            carried = disk.loss, disk.student_loss, disk.guide_loss
-            return GuidedTerms(*carried, self.feature.sum() / total, disk.logged_loss, disk)
-        loss, student_loss, guide_loss, feature, logged = (value.sum() / total for value in self[:5])
-        return GuidedTerms(loss, student_loss, guide_loss, feature, logged, disk)
-
-
-GuidedFeatureTerms = GuidedTerms  # its first name
-
-
-def feature_weights(terms: DiSKTerms, weight: FeatureWeight) -> Tensor:
-    """Return w(g) per sample, detached, in [0, 1]; 0 where a sample is ignored.
-
-    The paper writes w(g(x)) and reads g near 1 as "discount this sample", hence ``"one_minus_guide"``. As a trained g
-    is high on easy samples, ``"one_minus_discount"`` (the share of the teacher's pull that is left) and ``"guide"``
-    are there to compare; ``"uniform"`` is w = 1, the host method itself.
-
-    Args:
-        terms: of ``DiSKLoss.terms(..., reduction="none")``.
-        weight: one of ``FEATURE_WEIGHTS``.
-
-    Raises:
-        ValueError: an unknown ``weight``, terms reduced to scalars.
-    """
-    _checks.choice("weight", weight, FEATURE_WEIGHTS)
-    if not terms.guide.ndim:
-        raise ValueError('terms must be evaluated with reduction="none", one value per sample, got scalars')
-    if weight == "one_minus_guide":
-        return terms.counted - terms.guide
-    if weight == "one_minus_discount":
-        return terms.counted - terms.discount
-    return terms.guide if weight == "guide" else terms.counted
-
-
-def guided_feature_terms(
-    disk: DiSKLoss,
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    teacher_features: Tensor | None,
-    feature_error: Tensor,
-    *,
-    weight: FeatureWeight = "one_minus_guide",
-    feature_weight: float = 1.0,
-    logit_loss: bool = False,
-    guide_logits: Tensor | None = None,
-    sample_weight: Tensor | None = None,
-    reduction: Literal["mean", "none"] = "mean",
-) -> GuidedTerms:
-    r"""Evaluate a feature-matching loss weighted by the guide: Kag et al. (ICLR 2023), A.7, eq. (6).
-
-    .. math:: \beta\,\tfrac1N\sum_i w(g(x_i))\,\|\Psi(f_S(x_i)) - f_T(x_i)\|^2
-
-    normalised by N, not by the sum of w. Student and connector Psi feel this term, with g held fixed, and DiSK's own
-    student half if ``logit_loss``. The guide feels the scaffold and the budget of eq. (5), with the student held fixed,
-    and **not** the feature term, which would push g to where w = 0 for free. With ``"uniform"``, or wherever w = 1, the
-    student's gradient is that of the feature-matching method itself, bit for bit.
-
-    Args:
-        disk: the loss that owns the guide.
-        student_logits: the prediction that inference will use (of SimKD: the teacher's classifier on Psi f_S).
-        teacher_logits: before softmax.
-        target: class indices or probabilities.
-        teacher_features: what the guide reads beside the logits, or None.
-        feature_error: squared distance per sample, already a mean over its elements; half types become float32.
-        weight: which w, see :func:`feature_weights`.
-        feature_weight: beta, >= 0.
-        logit_loss: add ce_weight CE + distill_weight L_dist of ``student_logits`` to the student's loss.
-        guide_logits: what ``disk.guide_logits`` gave, where that has to be called elsewhere (see ``DiSKLoss.terms``).
-        sample_weight: weight per sample or position, of all terms; means still divide by the count.
-        reduction: ``"mean"`` over the samples that are not ignored, or ``"none"``.
-
-    Shape:
-        logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; teacher_features (N, D) or
-        (N, D, d1, ...); feature_error (N,) or (N, d1, ...).
-
-    Raises:
-        ValueError: an unknown ``weight``, shapes that do not fit, ``feature_weight`` < 0.
-        TypeError: ``disk`` is not a ``DiSKLoss``.
-    """
-    _checks.number("feature_weight", feature_weight, at_least=0)
-    _checks.choice("reduction", reduction, ("mean", "none"))
-    _check_disk(disk)
-    _checks.choice("weight", weight, FEATURE_WEIGHTS)
-    terms = disk.terms(
-        student_logits,
-        teacher_logits,
-        target,
-        teacher_features,
-        guide_logits=guide_logits,
-        sample_weight=sample_weight,
-        reduction="none",
-    )
-    how = _Weighing(weight, feature_weight, logit_loss, frozenset())
-    found = _weighed(terms, {"feature_error": feature_error}, student_logits, sample_weight, how)
-    return found.mean() if reduction == "mean" else found
+__all__ = [
+    "FEATURE_WEIGHTS",
+    "FeatureWeight",
+    "Guided",
+    "GuidedFeatureTerms",
+    "GuidedTerms",
+    "feature_weights",
+    "guided_feature_terms",
+]
 
 
 class Guided(nn.Module):
@@ -227,23 +123,24 @@ class Guided(nn.Module):
 
         ``guide_logits`` is what ``disk.guide_logits`` gave, where that too has to be called elsewhere.
         """
-        features = (
-            teacher.features if getattr(self.disk.guide, "feature_dim", True) else None
-        )  # the method may read them
         terms = self.disk.terms(
             logits,
             teacher.logits,
             target,
-            features,
+            self.features_of(teacher),
             guide_logits=guide_logits,
             sample_weight=sample_weight,
             reduction="none",
         )
         if self.method is None:
-            zero = torch.zeros_like(terms.guide)
+            zero = zeros_like(terms.guide)
             return GuidedTerms(terms.loss, terms.student_loss, terms.guide_loss, zero, terms.logged_loss, terms)
-        how = _Weighing(self.weight, self.method_weight, self.logit_loss, self.method.unguided)
-        return _weighed(terms, losses, logits, sample_weight, how)
+        how = Weighing(self.weight, self.method_weight, self.logit_loss, self.method.unguided)
+        return weighed(terms, losses, logits, sample_weight, how)
+
+    def features_of(self, teacher: Outputs) -> Tensor | None:
+        """Return the teacher's features where the guide reads them: they may be there for the method alone."""
+        return teacher.features if getattr(self.disk.guide, "feature_dim", True) else None
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return what an optimizer trains beside the student: the guide and what the method trains."""
@@ -255,40 +152,68 @@ class Guided(nn.Module):
         return "" if self.method is None else shown
 
 
-class _Weighing(NamedTuple):
-    """How losses become one."""
-
-    weight: FeatureWeight
-    method_weight: float
-    logit_loss: bool
-    unguided: frozenset[str]
-
-
-def _weighed(
-    terms: DiSKTerms,
-    losses: Mapping[str, Tensor],
+def guided_feature_terms(
+    disk: DiSKLoss,
     student_logits: Tensor,
-    sample_weight: Tensor | None,
-    how: _Weighing,
+    teacher_logits: Tensor,
+    target: Tensor,
+    teacher_features: Tensor | None,
+    feature_error: Tensor,
+    *,
+    weight: FeatureWeight = "one_minus_guide",
+    feature_weight: float = 1.0,
+    logit_loss: bool = False,
+    guide_logits: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> GuidedTerms:
-    """Evaluate eq. (6) per sample."""
-    w = feature_weights(terms, how.weight)
-    feature = torch.zeros_like(w)
-    for name, loss in losses.items():
-        _checks.per_position(name, loss, student_logits)
-        (loss,) = promote(loss)
-        # masked before the multiplication: 0 times a NaN of an ignored sample is NaN
-        loss = torch.where(terms.counted > 0, loss, 0.0)
-        feature = feature + (loss if name in how.unguided else w.to(loss.dtype) * loss)
-    if sample_weight is not None:
-        feature = feature * sample_weight.reshape(*sample_weight.shape, *[1] * (feature.ndim - sample_weight.ndim))
-    student_loss = how.method_weight * feature
-    logged_loss = student_loss.detach()
-    if how.logit_loss:
-        student_loss, logged_loss = student_loss + terms.student_loss, logged_loss + terms.logged_loss
-    return GuidedTerms(
-        student_loss + terms.guide_loss, student_loss, terms.guide_loss, feature.detach(), logged_loss, terms
+    r"""Evaluate a feature-matching loss weighted by the guide: Kag et al. (ICLR 2023), A.7, eq. (6).
+
+    .. math:: \beta\,\tfrac1N\sum_i w(g(x_i))\,\|\Psi(f_S(x_i)) - f_T(x_i)\|^2
+
+    normalised by N, not by the sum of w. Student and connector Psi feel this term, with g held fixed, and DiSK's own
+    student half if ``logit_loss``. The guide feels the scaffold and the budget of eq. (5), with the student held fixed,
+    and **not** the feature term, which would push g to where w = 0 for free. With ``"uniform"``, or wherever w = 1, the
+    student's gradient is that of the feature-matching method itself, bit for bit.
+
+    Args:
+        disk: the loss that owns the guide.
+        student_logits: the prediction that inference will use (it may be the teacher's classifier on Psi f_S).
+        teacher_logits: before softmax.
+        target: class indices or probabilities.
+        teacher_features: what the guide reads beside the logits, or None.
+        feature_error: squared distance per sample, already a mean over its elements; half types become float32.
+        weight: which w, see :func:`feature_weights`.
+        feature_weight: beta, >= 0.
+        logit_loss: add ce_weight CE + distill_weight L_dist of ``student_logits`` to the student's loss.
+        guide_logits: what ``disk.guide_logits`` gave, where that has to be called elsewhere (see ``DiSKLoss.terms``).
+        sample_weight: weight per sample or position, of all terms; means still divide by the count.
+        reduction: ``"mean"`` over the samples that are not ignored, or ``"none"``.
+
+    Shape:
+        logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; teacher_features (N, D) or
+        (N, D, d1, ...); feature_error (N,) or (N, d1, ...).
+
+    Raises:
+        ValueError: an unknown ``weight``, shapes that do not fit, ``feature_weight`` < 0.
+        TypeError: ``disk`` is not a ``DiSKLoss``.
+    """
+    _checks.number("feature_weight", feature_weight, at_least=0)
+    _checks.choice("reduction", reduction, ("mean", "none"))
+    _check_disk(disk)
+    _checks.choice("weight", weight, FEATURE_WEIGHTS)
+    terms = disk.terms(
+        student_logits,
+        teacher_logits,
+        target,
+        teacher_features,
+        guide_logits=guide_logits,
+        sample_weight=sample_weight,
+        reduction="none",
     )
+    how = Weighing(weight, feature_weight, logit_loss, frozenset())
+    found = weighed(terms, {"feature_error": feature_error}, student_logits, sample_weight, how)
+    return found.mean() if reduction == "mean" else found
 
 
 def _check_disk(disk: object) -> None:

@@ -11,10 +11,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 from .. import _checks
 from .._watch import warn_if_swapped
 from ..functional._positions import promote
+from ..taps.classifier import check_classifier, pooled_classifier
 from .method import LAST_MAP, Method, Outputs, Pair
 
-# a wrong map or classifier is off by the logits' own size; pooling in another order is off by rounding
-_RELATIVE_TOLERANCE = 1e-3
+__all__ = ["SimKD", "SimKDOutput", "check_classifier", "pooled_classifier"]
 
 
 class SimKDOutput(NamedTuple):
@@ -187,42 +187,3 @@ class SimKD(Method):
         super().train(mode)
         self.classifier.eval()
         return self
-
-
-def pooled_classifier(linear: nn.Module) -> nn.Sequential:
-    """Return the usual classifier of a map: global average pooling, then the teacher's own last layer."""
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
-
-
-@torch.no_grad()
-def check_classifier(classifier: nn.Module, teacher_map: Tensor, teacher_logits: Tensor) -> None:
-    """Raise ValueError, saying why, unless ``classifier(teacher_map)`` reproduces the teacher's logits.
-
-    The comparison is relative to the logits' size, as deep networks amplify rounding. Check trained weights on an input
-    that is not constant: at its initial values a BatchNorm between map and classifier goes unnoticed.
-
-    Args:
-        classifier: a module from a map to logits.
-        teacher_map: (N, D, H, W), the map the classifier is to read.
-        teacher_logits: (N, C), what the teacher makes of the same input.
-    """
-    if teacher_map.ndim != 4:
-        raise ValueError(f"teacher_map must have shape (N, D, H, W), got {tuple(teacher_map.shape)}")
-    try:
-        logits = classifier(teacher_map)
-    except RuntimeError as error:
-        widths = [layer.in_features for layer in classifier.modules() if isinstance(layer, nn.Linear)]
-        reads = f"reads {widths[0]} features" if widths else "cannot read it"
-        raise ValueError(
-            f"the classifier {reads}, but the teacher's last map has {teacher_map.shape[1]} channels: {error}"
-        ) from error
-    if logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"the classifier makes logits of shape {tuple(logits.shape)}, the teacher {tuple(teacher_logits.shape)}"
-        )
-    difference = ((logits - teacher_logits).norm() / teacher_logits.norm()).item()
-    if not difference <= _RELATIVE_TOLERANCE:
-        raise ValueError(
-            f"the classifier on the teacher's last map does not reproduce the teacher's logits: relative difference "
-            f"{difference:.2g}, expected at most {_RELATIVE_TOLERANCE:g}; something lies between map and classifier"
-        )

@@ -113,7 +113,7 @@ class GuidedTraining:
         """
         if guide_logits is None and not self.joint:  # as it is used, not as it is trained
             with torch.no_grad():
-                guide_logits = self.disk.guide_logits(teacher.logits, teacher.features, target=target)
+                guide_logits = self.disk.guide_logits(teacher.logits, self.guided.features_of(teacher), target=target)
         terms = self.guided.weigh(
             logits, target, teacher, losses, guide_logits=guide_logits, sample_weight=sample_weight
         )
@@ -121,7 +121,7 @@ class GuidedTraining:
             self.report.add(terms)
             share_student_temperature(self.disk)
             if self.guide_passes is not None:
-                inputs = logits, teacher.logits, target, teacher.features
+                inputs = logits, teacher.logits, target, self.guided.features_of(teacher)
                 self.guide_passes.record(self.schedule.epoch, *inputs, sample_weight=sample_weight)
         return terms
 
@@ -154,7 +154,8 @@ class GuidedTraining:
                 student, teacher = to_outputs(student), to_outputs(teacher)
                 method = self.guided.method
                 logits = student.logits if method is None else method.predict(student)
-            return self.disk.terms(logits, teacher.logits, target, teacher.features).guide_loss
+            features = self.guided.features_of(teacher)
+            return self.disk.terms(logits, teacher.logits, target, features).guide_loss
 
         return self.guide_passes.run(self.schedule.epoch, repeated(loader), guide_loss)
 

@@ -15,7 +15,7 @@ from disk_plugin.functional import DiSKTerms
 from disk_plugin.training import GuidedTraining, Schedule
 
 from .checkpoints import deployed_state, load_weights, marked_untrained, warm_start_weights
-from .distillers import GuidedDistiller, predicting_method, read
+from .distillers import GuidedDistiller, ce_loss, predicting_method, read
 from .epoch_files import Saves, collected, commit, settle
 from .seeds import restart_workers, seed_everything
 from .teacher_watch import TeacherWatch
@@ -155,7 +155,9 @@ class CompleteTrainer(host.BaseTrainer):
             return None
         module.set_epoch(kwargs["epoch"])
         self._classes = logits.shape[1]
-        return logits, {"loss_disk": core.descended(core.terms(logits, kwargs["target"], teacher, losses).mean())}
+        target = kwargs["target"]
+        loss = core.descended(core.terms(logits, target, teacher, losses).mean())
+        return logits, {"loss_disk": loss} | ce_loss(logits, target, module.ce_weight, module.disk.ignore_index)
 
     def _add(self, terms: DiSKTerms | GuidedTerms, classes: int) -> None:
         self.report.add(terms)

@@ -54,6 +54,8 @@ def add_defaults() -> None:
 def _add_method(section: str, kind: type[Method]) -> None:
     """Add a method's two sections: by itself, and weighted by the guide, whose settings are the section ``DISK``."""
     settings = {key.upper(): value for key, value in settings_of(kind).items()}
+    if "CE_WEIGHT" not in settings and not kind.own_prediction:
+        settings["CE_WEIGHT"] = 1.0  # of the cross-entropy beside a method that has none and would not train the logits
     if section not in CFG:
         CFG[section] = CfgNode({**settings, kind.weight_name.upper(): 1.0})
     if f"DISK_{section}" not in CFG:
@@ -65,6 +67,11 @@ def _add_method(section: str, kind: type[Method]) -> None:
 def method_settings(cfg: CfgNode, section: str, kind: type[Method]) -> dict[str, Any]:
     """Return a method's own settings out of one of its sections."""
     return {key: cfg[section][key.upper()] for key in settings_of(kind)}
+
+
+def ce_weight(cfg: CfgNode, section: str, kind: type[Method]) -> float:
+    """Return the weight of the cross-entropy that is added to a method without one."""
+    return 0.0 if "ce_weight" in settings_of(kind) else float(cfg[section].get("CE_WEIGHT", 0.0))
 
 
 def weighing(cfg: CfgNode, section: str, kind: type[Method]) -> dict[str, Any]:

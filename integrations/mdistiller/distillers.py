@@ -11,6 +11,7 @@ import torch
 from mdistiller.distillers import distiller_dict
 from mdistiller.distillers._base import Distiller
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from yacs.config import CfgNode
 
 from disk_plugin import DualScheduler
@@ -38,6 +39,7 @@ class MethodDistiller(Distiller):
         method, self.teacher_map = build_method(kind, student, teacher, cfg, config.method_settings(cfg, section, kind))
         self.add_module(self.method_name, method)
         self.loss_weight = cfg[section][kind.weight_name.upper()]
+        self.ce_weight = config.ce_weight(cfg, section, kind)
 
     @property
     def method(self) -> Method:
@@ -51,7 +53,8 @@ class MethodDistiller(Distiller):
             logits, features = self.teacher(image)
         teacher = shown(logits, features, self.method.reads, self.teacher_map)
         prediction, losses = self.method.evaluate(self.student_outputs(image), teacher, target)
-        return prediction, {f"loss_{name}": self.loss_weight * loss for name, loss in losses.items()}
+        found = {f"loss_{name}": self.loss_weight * loss for name, loss in losses.items()}
+        return prediction, found | ce_loss(prediction, target, self.ce_weight)
 
     def forward_test(self, image: Tensor) -> Tensor:
         """Return the logits of inference."""
@@ -83,6 +86,7 @@ class GuidedDistiller(Distiller):
     """
 
     method_name: str | None = None
+    ce_weight = 0.0
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> None:
         # before the guide, so that with one seed a method by itself starts from the same values
@@ -105,6 +109,7 @@ class GuidedDistiller(Distiller):
     def _built(self, name: str, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> Method:
         kind, section = METHODS[name], f"DISK_{name.upper()}"
         settings, self._weighing = config.method_settings(cfg, section, kind), config.weighing(cfg, section, kind)
+        self.ce_weight = config.ce_weight(cfg, section, kind)
         method, self._teacher_map = build_method(kind, student, teacher, cfg, settings)
         return method
 
@@ -162,9 +167,8 @@ class GuidedDistiller(Distiller):
             )
         terms = self.terms(logits, target, inputs, epoch)
         counted = terms.disk.counted
-        return logits, {
-            "loss_disk": terms.loss * (len(counted) / counted.sum().clamp(min=1))
-        }  # the host takes the mean
+        loss = terms.loss * (len(counted) / counted.sum().clamp(min=1))  # the host takes the mean
+        return logits, {"loss_disk": loss} | ce_loss(logits, target, self.ce_weight, self.disk.ignore_index)
 
     @torch.no_grad()
     def set_epoch(self, epoch: int) -> None:
@@ -213,6 +217,13 @@ def read(inputs: Inputs) -> tuple[Outputs, dict[str, Tensor]]:
     """Return what the guide reads of the teacher, and the method's losses, from what a replica's forward gave."""
     losses = {name.removeprefix(_LOSS): value for name, value in inputs.items() if name.startswith(_LOSS)}
     return Outputs(inputs["teacher_logits"], inputs.get("teacher_features")), losses
+
+
+def ce_loss(logits: Tensor, target: Tensor, weight: float, ignore_index: int = -100) -> dict[str, Tensor]:
+    """Return the cross-entropy beside a method that has none, as one more of the host's losses."""
+    if not weight:
+        return {}
+    return {"loss_ce": weight * cross_entropy(logits, target, ignore_index=ignore_index)}
 
 
 def distillers() -> dict[str, type[Distiller]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from disk_plugin.features.method import LAST_MAP, Method, Outputs, Pair
-from disk_plugin.features.simkd import check_classifier, pooled_classifier
+from disk_plugin.taps.classifier import check_classifier, pooled_classifier
 
 Features = dict[str, Any]
 ReadMap = Callable[[Features], Tensor]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from disk_plugin._modes import in_mode
 from disk_plugin.features.method import LAST_MAP, Method, Outputs, Pair
-from disk_plugin.features.simkd import check_classifier
+from disk_plugin.taps.classifier import check_classifier
 from disk_plugin.taps.timm_models import Layout, TeacherHead
 
 

@@ -20,7 +20,7 @@ class DiSKTask(GuidedTask):
     .. math:: w_{task}\,criterion(p) + w_{distill}\,\tfrac1N\sum_i w(g_i)\,\ell_i
 
     with the method's losses per sample and the guide's loss of its prediction p. Of a method with a prediction of its
-    own (SimKD: the teacher's head on the projected map) what is validated, averaged and saved is a ``MethodModel``,
+    own (the teacher's head on a projected map, say) what is validated, averaged and saved is a ``MethodModel``,
     without which the student cannot predict. A method by itself has ``weight="uniform"``.
 
     The hinge is over one micro-batch, of all processes together. Under gradient accumulation the mean gradient is that
