@@ -88,8 +88,11 @@ def disk_terms(
 
     One backward through ``loss`` gives both players their own gradient: the student that of CE and scaffold with the
     guide detached, the guide that of scaffold and budget with the student detached (Algorithm 1: "not optimizing the
-    student model on budget loss gives more stable results"). First-order gradients only. The authors' scripts differ
-    in the points that :class:`disk_plugin.variants.Variant` names; the default is the paper's.
+    student model on budget loss gives more stable results"). The authors' scripts differ in the points that
+    :class:`disk_plugin.variants.Variant` names; the default is the paper's.
+
+    Gradients are in closed form and double backward is not supported: :func:`disk_plugin.functional.reference_terms` is
+    the same in plain autograd, a page to read, to fork and to differentiate twice.
 
     The hinge is over the batch of this one call, so that micro-batches and replicas each have their own, unless
     ``reduce_mean`` looks further.
