@@ -13,9 +13,11 @@ from ._state import moving
 from ._training_batch import observe, step_student_temperature
 from ._watch import warn_if_swapped
 from .epoch_statistics import NOTHING_SEEN, EpochStatistics, no_statistics, upgraded
-from .functional import DiSKTerms, disk_terms
+from .functional import DiSKTerms
 from .functional._positions import guide_input
-from .variants import Variant
+from .functional._settings import Settings
+from .functional.objective import evaluate
+from .variants import Variant, resolve_variant
 
 
 class DiSKLoss(nn.Module):
@@ -103,27 +105,27 @@ class DiSKLoss(nn.Module):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
+        fitted = student_temperature == "fit"
         if isinstance(student_temperature, str):
             _checks.choice("student_temperature", student_temperature, ("fit",))
-        fitted = student_temperature == "fit"
         form = resolve_form(guide, discount, multiplier, budget)
-        distill_weight = rest_of(ce_weight) if distill_weight is None else distill_weight
-        self.variant = _checks.hyper_parameters(
+        settings = Settings(
             ce_weight=ce_weight,
-            distill_weight=distill_weight,
+            distill_weight=rest_of(ce_weight) if distill_weight is None else distill_weight,
             temperature=temperature,
-            student_temperature=None if fitted else student_temperature,
+            student_temperature=temperature if isinstance(student_temperature, str | None) else student_temperature,
             top_k=top_k,
             multiplier=form.multiplier,
             budget=form.budget,
-            variant=variant,
+            variant=resolve_variant(variant),
             guide_gradient_scale=guide_gradient_scale,
+            hold_discount=form.level is not None,
             ignore_index=ignore_index,
-        )
+        ).checked()
         self.guide, self.level, self.keeps_multiplier = guide, form.level, form.keeps_multiplier
-        self.ce_weight, self.distill_weight = _checks.as_float(ce_weight), _checks.as_float(distill_weight)
-        self.temperature, self.top_k, self.ignore_index = _checks.as_float(temperature), top_k, int(ignore_index)
-        self.guide_gradient_scale = None if guide_gradient_scale is None else _checks.as_float(guide_gradient_scale)
+        self.variant, self.guide_gradient_scale = settings.variant, settings.guide_gradient_scale
+        self.ce_weight, self.distill_weight = settings.ce_weight, settings.distill_weight
+        self.temperature, self.top_k, self.ignore_index = settings.temperature, settings.top_k, settings.ignore_index
         self.fit_student_temperature, self.told = fitted, set[str]()  # of what has been warned
         # float64, so that a schedule's 0.3 stays 0.3 in a float64 objective
         self._initial: dict[str, Any] = {"multiplier": form.multiplier, "budget": form.budget}
@@ -171,26 +173,8 @@ class DiSKLoss(nn.Module):
             own_logits, guide_logits = guide_logits, self.level.place(guide_logits) if self.level else guide_logits
             if self.training and self.fit_student_temperature:
                 step_student_temperature(self, student_logits, teacher_logits, target)
-            terms = disk_terms(
-                student_logits,
-                teacher_logits,
-                target,
-                guide_logits,
-                ce_weight=self.ce_weight,
-                distill_weight=self.distill_weight,
-                temperature=self.temperature,
-                student_temperature=self.student_temperature,
-                top_k=self.top_k,
-                multiplier=self.multiplier,
-                budget=self.budget,
-                variant=self.variant,
-                guide_gradient_scale=self.guide_gradient_scale,
-                hold_discount=self.level is not None,
-                ignore_index=self.ignore_index,
-                sample_weight=sample_weight,
-                reduce_mean=self.reduce_mean if self.training else None,
-                reduction=reduction,
-            )
+            settings = self._settings() if self.training else self._settings()._replace(reduce_mean=None)
+            terms = evaluate(student_logits, teacher_logits, target, guide_logits, settings, sample_weight, reduction)
             if self.training:
                 warn_if_swapped(self, student_logits, teacher_logits)
                 observe(self, terms, guide_logits, own_logits, target)
@@ -231,6 +215,11 @@ class DiSKLoss(nn.Module):
         """Forget the batches seen so far."""
         self.epoch_statistics.copy_(no_statistics())
         self.epoch_batches.zero_()
+
+    def _settings(self) -> Settings:
+        """Return the hyper-parameters in force, whose values the constructor has validated."""
+        named = {name: getattr(self, name) for name in Settings._fields if name != "hold_discount"}
+        return Settings(**named, hold_discount=self.level is not None)
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(loss)``."""

@@ -1,6 +1,6 @@
 """Equation (5): the whole objective, its two halves and what to watch.
 
-``disk_terms`` is longer than a function should be because it evaluates each (N, C) quantity once for all of them.
+``evaluate`` is longer than a function should be because it evaluates each (N, C) quantity once for all of them.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from .. import _checks
-from ..variants import Variant
+from ..variants import Variant, resolve_variant
 from ._positions import (
     Reduction,
     as_dtype,
@@ -21,9 +21,10 @@ from ._positions import (
     soft_cross_entropy,
     without_ignored,
 )
+from ._settings import Settings
 from .budget import clamped, over_denominator
-from .guide_half import guide_half
-from .scaffold import discount_of, discount_slope_of, divergence_of, mask_and_size, scaffold, temperatures
+from .guide_half import StudentSide, guide_half
+from .scaffold import discount_of, discount_slope_of, divergence_of, mask_and_size, scaffold
 
 
 class DiSKTerms(NamedTuple):
@@ -130,28 +131,44 @@ def disk_terms(
         ValueError: shapes that do not fit, values out of range, an unknown variant.
         TypeError: logits not floating-point, or a target that is neither int64 nor floating-point.
     """
-    record = _checks.hyper_parameters(
+    settings = Settings(
         ce_weight=ce_weight,
         distill_weight=distill_weight,
         temperature=temperature,
-        student_temperature=student_temperature,
+        student_temperature=temperature if student_temperature is None else student_temperature,
         top_k=top_k,
         multiplier=multiplier,
         budget=budget,
-        variant=variant,
+        variant=resolve_variant(variant),
         guide_gradient_scale=guide_gradient_scale,
+        hold_discount=hold_discount,
         ignore_index=ignore_index,
-    )
+        reduce_mean=reduce_mean,
+    ).checked()
     _checks.logits(student_logits, teacher_logits)
+    return evaluate(student_logits, teacher_logits, target, guide_logits, settings, sample_weight, reduction)
+
+
+def evaluate(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    guide_logits: Tensor,
+    settings: Settings,
+    sample_weight: Tensor | None,
+    reduction: Reduction,
+) -> DiSKTerms:
+    """Evaluate ``disk_terms`` under settings that are checked, for logits that are."""
     _checks.per_position("guide_logits", guide_logits, student_logits)
     _checks.choice("reduction", reduction, ("mean", "none"))
+    temperature, distill_weight, variant = settings.temperature, settings.distill_weight, settings.variant
     s, t, guide_logits = promote(student_logits, teacher_logits.detach(), guide_logits)
-    tau_s = as_dtype(temperatures(temperature, student_temperature), s.dtype)
-    where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
+    tau_s = as_dtype(settings.student_temperature, s.dtype)
+    where = positions_of(s, target, ignore_index=settings.ignore_index, sample_weight=sample_weight)
     guide_logits = where.plain(guide_logits)
     soft, teacher_label = target.is_floating_point(), t.argmax(1)
-    budget_label = teacher_label if record.budget_label == "teacher" else where.label
-    mask, size = mask_and_size(t, top_k, where.label if record.scaffold_label else None)
+    budget_label = teacher_label if variant.budget_label == "teacher" else where.label
+    mask, size = mask_and_size(t, settings.top_k, where.label if variant.scaffold_label else None)
     parts = scaffold(
         s,
         t,
@@ -161,39 +178,25 @@ def disk_terms(
         where.masked,
         temperature=temperature,
         student_temperature=tau_s,
-        ce_weight=0.0 if soft else ce_weight,
+        ce_weight=0.0 if soft else settings.ce_weight,
         distill_weight=distill_weight,
-        teacher_target=record.teacher_target,
+        teacher_target=variant.teacher_target,
     )
     ce, core = parts.ce[..., 0], parts.objective
     if soft:
         ce = soft_cross_entropy(s, target)
-        core = core + ce_weight * ce
+        core = core + settings.ce_weight * ce
     ce, distill = ce.detach(), temperature * tau_s * parts.kl
     budget_ce = parts.ce[..., 1]
-    if record.student_feels_budget:
+    if variant.student_feels_budget:
         budget_ce = label_cross_entropy(log_softmax(without_ignored(s, where.masked), 1), budget_label)
-    budget_ce = clamped(budget_ce, record)
-    budget_ce = over_denominator(budget_ce, parts.prediction != where.label, where, record, reduce_mean)
+    budget_ce = clamped(budget_ce, variant)
+    budget_ce = over_denominator(budget_ce, parts.prediction != where.label, where, variant, settings.reduce_mean)
 
     # the student's half: the guide is detached
     core = where.reduce(where.weighted(core), reduction)
-    half = guide_half(
-        guide_logits,
-        parts.removed,
-        budget_ce,
-        where,
-        factor=temperature * tau_s,
-        classes=min(top_k or s.shape[1], s.shape[1]),
-        distill_weight=distill_weight,
-        multiplier=multiplier,
-        budget=budget,
-        variant=record,
-        guide_gradient_scale=guide_gradient_scale,
-        discount_slope=parts.slope if hold_discount else None,
-        reduce_mean=reduce_mean,
-        reduction=reduction,
-    )
+    student = StudentSide(parts.removed, parts.slope, budget_ce, temperature * tau_s, settings.scaffolded(s.shape[1]))
+    half = guide_half(guide_logits, student, where, settings, reduction)
     divergence = temperature * tau_s * divergence_of(parts, half.guide, size)
     weighted = [*(value * where.weight for value in (ce, distill, divergence)), half.spent.detach()]
     matches = (parts.prediction == where.label, parts.prediction == teacher_label, teacher_label == where.label)
@@ -204,12 +207,12 @@ def disk_terms(
     counted = where.valid if reduction == "none" else where.valid.sum()
     return DiSKTerms(
         loss=core + half.over_budget + half.penalty + half.gradient,
-        student_loss=core + half.over_budget if record.student_feels_budget else core,
+        student_loss=core + half.over_budget if variant.student_feels_budget else core,
         guide_loss=distill_weight * distill + half.over_budget.detach() + half.penalty + half.gradient,
         ce=ce,
         distill=distill,
         divergence=divergence,
-        logged_loss=ce_weight * ce + distill_weight * divergence,
+        logged_loss=settings.ce_weight * ce + distill_weight * divergence,
         usage=usage,
         guide=guide,
         discount=discount,

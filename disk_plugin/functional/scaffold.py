@@ -38,24 +38,23 @@ def scaffold_mask(teacher_logits: Tensor, top_k: int | None = None, label: Tenso
         ValueError: shapes that do not fit, top_k < 1.
         TypeError: logits not floating-point, label not int64.
     """
-    mask = mask_or_none(teacher_logits, top_k, label)
+    _check_mask(teacher_logits, top_k, label)
+    mask, _ = mask_and_size(teacher_logits, top_k, label)
     return torch.ones_like(teacher_logits, dtype=torch.bool) if mask is None else mask
 
 
-def mask_or_none(teacher_logits: Tensor, top_k: int | None, label: Tensor | None) -> Tensor | None:
-    """Check and return the mask, or None where all classes are in it."""
-    return mask_and_size(teacher_logits, top_k, label)[0]
-
-
-def mask_and_size(
-    teacher_logits: Tensor, top_k: int | None, label: Tensor | None
-) -> tuple[Tensor | None, int | Tensor]:
-    """Return beside the mask how many classes are in it, an integer per position where the label may be one more."""
+def _check_mask(teacher_logits: Tensor, top_k: int | None, label: Tensor | None) -> None:
     _checks.logits(teacher_logits, teacher_logits, student="teacher_logits")
     if label is not None:
         _checks.label(label, teacher_logits)
     if top_k is not None:
         _checks.integer("top_k", top_k, at_least=1)
+
+
+def mask_and_size(
+    teacher_logits: Tensor, top_k: int | None, label: Tensor | None
+) -> tuple[Tensor | None, int | Tensor]:
+    """Return the mask, or None for all classes, and its size, per position where the label may be one more class."""
     if top_k is None or top_k >= teacher_logits.shape[1]:
         return None, teacher_logits.shape[1]
     threshold = teacher_logits.topk(top_k, dim=1).values[:, -1:]  # the K-th largest logit
@@ -189,13 +188,14 @@ def _parts(
     _checks.logits(student_logits, teacher_logits)
     _checks.per_position("guide_logits", guide_logits, student_logits)
     _checks.choice("teacher_target", teacher_target, ("all", "scaffolded"))
+    _check_mask(teacher_logits, top_k, label)
     s, t, g = promote(student_logits, teacher_logits.detach(), guide_logits)
     return scaffold(
         s,
         t,
         g,
         t.argmax(1, keepdim=True),
-        mask_or_none(t, top_k, label),
+        mask_and_size(t, top_k, label)[0],
         temperature=temperature,
         student_temperature=as_dtype(student_temperature, s.dtype),
         teacher_target=teacher_target,
