@@ -14,7 +14,7 @@ from ._training_batch import observe, step_student_temperature
 from ._watch import warn_if_swapped
 from .epoch_statistics import NOTHING_SEEN, EpochStatistics, no_statistics, upgraded
 from .functional import DiSKTerms
-from .functional._positions import guide_input
+from .functional._positions import REDUCTIONS, Reduction, guide_input
 from .functional._settings import Settings
 from .functional.objective import evaluate
 from .variants import Variant, resolve_variant
@@ -158,7 +158,7 @@ class DiSKLoss(nn.Module):
         *,
         guide_logits: Tensor | None = None,
         sample_weight: Tensor | None = None,
-        reduction: Literal["mean", "none"] = "mean",
+        reduction: Reduction = "mean",
     ) -> DiSKTerms:
         """Evaluate everything once: the loss, its two halves and what to log (see :class:`functional.DiSKTerms`).
 
@@ -167,6 +167,8 @@ class DiSKLoss(nn.Module):
         DistributedDataParallel wraps. ``teacher_features`` is then not read.
         """
         _checks.logits(student_logits, teacher_logits)
+        _checks.choice("reduction", reduction, REDUCTIONS)
+        each: Literal["mean", "none"] = "mean" if reduction == "mean" else "none"
         if guide_logits is None:
             guide_logits = self.guide_logits(teacher_logits, teacher_features, target=target)
         with without_autocast(student_logits):
@@ -174,11 +176,11 @@ class DiSKLoss(nn.Module):
             if self.training and self.fit_student_temperature:
                 step_student_temperature(self, student_logits, teacher_logits, target)
             settings = self._settings() if self.training else self._settings()._replace(reduce_mean=None)
-            terms = evaluate(student_logits, teacher_logits, target, guide_logits, settings, sample_weight, reduction)
+            terms = evaluate(student_logits, teacher_logits, target, guide_logits, settings, sample_weight, each)
             if self.training:
                 warn_if_swapped(self, student_logits, teacher_logits)
                 observe(self, terms, guide_logits, own_logits, target)
-        return terms
+        return terms.sum() if reduction == "sum" else terms
 
     def guide_logits(
         self, teacher_logits: Tensor, teacher_features: Tensor | None = None, *, target: Tensor | None = None

@@ -44,7 +44,7 @@ def make_loss(**settings):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_module_equals_function(variant, reduction):
     settings = {
         "ce_weight": 0.3,

@@ -41,7 +41,7 @@ def random_case(number):
         "budget": rng.choice([0.0, 0.3, 2.0]),
         "ignore_index": ignore_index,
         "sample_weight": None if weighed is None else torch.rand(weighed, generator=generator, dtype=torch.float64),
-        "reduction": rng.choice(["mean", "none"]),
+        "reduction": rng.choice(["mean", "sum", "none"]),
     }
     return (student, teacher, target, guide), settings
 

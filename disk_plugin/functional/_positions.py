@@ -8,7 +8,8 @@ from torch.nn.functional import log_softmax
 
 from .. import _checks
 
-Reduction = Literal["mean", "none"]
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -81,10 +82,12 @@ class Positions(NamedTuple):
         return value if self.masked is None else torch.where(self.masked, value, 0.0)
 
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
-        """Sum over positions / their count, or the value as it is."""
-        return value.sum() / self.total if reduction == "mean" else value
+        """Sum over positions / their count, their sum, or the value as it is."""
+        if reduction == "none":
+            return value
+        return value.sum() / self.total if reduction == "mean" else value.sum()
 
-    def reduce_each(self, values: list[Tensor], reduction: Reduction) -> tuple[Tensor, ...]:
+    def reduce_each(self, values: list[Tensor], reduction: Literal["mean", "none"]) -> tuple[Tensor, ...]:
         """Treat each like ``plain``, then like ``reduce``; for the mean at the price of one."""
         if reduction == "none":
             return tuple(self.plain(value) for value in values)

@@ -5,6 +5,7 @@ from torch.nn.functional import log_softmax
 
 from .. import _checks
 from ._positions import (
+    REDUCTIONS,
     Reduction,
     as_dtype,
     label_cross_entropy,
@@ -43,7 +44,7 @@ def kd_loss(
         student_temperature: divides the student's logits, > 0; None for ``temperature``.
         ignore_index: target value that is ignored and does not contribute to the gradient.
         sample_weight: weight per sample or position; the mean still divides by the count of positions.
-        reduction: ``"mean"`` over the positions not ignored, or ``"none"``.
+        reduction: ``"mean"`` over the positions not ignored, ``"sum"`` or ``"none"``.
 
     Shape:
         logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; sample_weight (N,) or (N, d1, ...);
@@ -56,7 +57,7 @@ def kd_loss(
     _checks.logits(student_logits, teacher_logits)
     _checks.number("ce_weight", ce_weight, at_least=0)
     _checks.number("distill_weight", distill_weight, at_least=0)
-    _checks.choice("reduction", reduction, ("mean", "none"))
+    _checks.choice("reduction", reduction, REDUCTIONS)
     tau_s = temperatures(temperature, student_temperature)
     s, t = promote(student_logits, teacher_logits.detach())
     where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)

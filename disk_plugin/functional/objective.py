@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn.functional import log_softmax
 from .. import _checks
 from ..variants import Variant, resolve_variant
 from ._positions import (
+    REDUCTIONS,
     Reduction,
     as_dtype,
     label_cross_entropy,
@@ -32,7 +33,8 @@ class DiSKTerms(NamedTuple):
 
     The first three carry gradients, the rest are detached. ``loss`` may be negative and jumps with the multiplier: log
     ``logged_loss``. The sample weight is in all fields up to ``usage``. Of per-position terms take ``mean()``, which
-    alone knows the denominator: ``terms.mean().loss.backward()``.
+    alone knows the denominator: ``terms.mean().loss.backward()``. Of reduced terms ``mean()`` and ``sum()`` are they
+    themselves.
     """
 
     loss: Tensor  # (5); its gradient is that of student_loss on the student and of guide_loss on the guide
@@ -49,17 +51,30 @@ class DiSKTerms(NamedTuple):
     agreement: Tensor  # 1 where the student's argmax is the teacher's
     teacher_correct: Tensor  # 1 where the teacher's argmax is the label
     discount_slope: Tensor  # derivative of the discount by log g
-    counted: Tensor  # 1 where the position counts, 0 under ignore_index; with "mean" how many count
+    counted: Tensor  # 1 where the position counts, 0 under ignore_index; of reduced terms how many count
 
     def mean(self) -> "DiSKTerms":
         """Return what ``reduction="mean"`` gives: sums over the positions by the number of those that count."""
         if not self.loss.ndim:
             return self
-        count = self.counted.sum()
+        carried, watched, count = self._sums()
         total = count.clamp(min=1)
-        carried = [value.sum() / total for value in self[:3]]
-        watched = torch.stack(self[3:-1]).flatten(1).sum(1) / total
+        return DiSKTerms._make([*(value / total for value in carried), *(watched / total).unbind(), count])
+
+    def sum(self) -> "DiSKTerms":
+        """Return what ``reduction="sum"`` gives: the mean times the number of positions that count.
+
+        The hinge is no sum: here it is that number times multiplier (usage - budget)_+.
+        """
+        if not self.loss.ndim:
+            return self
+        carried, watched, count = self._sums()
         return DiSKTerms._make([*carried, *watched.unbind(), count])
+
+    def _sums(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Sum what carries gradients, what does not, as one tensor, and the positions that count."""
+        carried = [value.sum() for value in self[:3]]
+        return carried, torch.stack(self[3:-1]).flatten(1).sum(1), self.counted.sum()
 
 
 def disk_terms(
@@ -121,7 +136,7 @@ def disk_terms(
         sample_weight: weight per sample or position; means still divide by the count of positions not ignored.
         reduce_mean: maps a detached scalar of this batch to its mean over the batches that together are the whole: the
             whole's usage decides whether the budget is exceeded. None where the batch is the whole.
-        reduction: ``"mean"``, or ``"none"`` for per-position values, whose ``mean()`` that is.
+        reduction: ``"none"`` for per-position values, ``"mean"`` for their ``mean()``, ``"sum"`` for their ``sum()``.
 
     Shape:
         logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; guide_logits (N,) or (N, d1, ...);
@@ -146,7 +161,10 @@ def disk_terms(
         reduce_mean=reduce_mean,
     ).checked()
     _checks.logits(student_logits, teacher_logits)
-    return evaluate(student_logits, teacher_logits, target, guide_logits, settings, sample_weight, reduction)
+    _checks.choice("reduction", reduction, REDUCTIONS)
+    each: Literal["mean", "none"] = "mean" if reduction == "mean" else "none"
+    terms = evaluate(student_logits, teacher_logits, target, guide_logits, settings, sample_weight, each)
+    return terms.sum() if reduction == "sum" else terms
 
 
 def evaluate(
@@ -156,11 +174,10 @@ def evaluate(
     guide_logits: Tensor,
     settings: Settings,
     sample_weight: Tensor | None,
-    reduction: Reduction,
+    reduction: Literal["mean", "none"],
 ) -> DiSKTerms:
     """Evaluate ``disk_terms`` under settings that are checked, for logits that are."""
     _checks.per_position("guide_logits", guide_logits, student_logits)
-    _checks.choice("reduction", reduction, ("mean", "none"))
     temperature, distill_weight, variant = settings.temperature, settings.distill_weight, settings.variant
     s, t, guide_logits = promote(student_logits, teacher_logits.detach(), guide_logits)
     tau_s = as_dtype(settings.student_temperature, s.dtype)

@@ -11,6 +11,7 @@ from torch.nn.functional import log_softmax, logsigmoid
 from .. import _checks
 from ..variants import Variant, resolve_variant
 from ._positions import (
+    REDUCTIONS,
     Reduction,
     label_cross_entropy,
     positions_of,
@@ -55,7 +56,7 @@ def reference_terms(
     """
     _checks.logits(student_logits, teacher_logits)
     _checks.per_position("guide_logits", guide_logits, student_logits)
-    _checks.choice("reduction", reduction, ("mean", "none"))
+    _checks.choice("reduction", reduction, REDUCTIONS)
     rules, tau, tau_s = resolve_variant(variant), temperature, temperatures(temperature, student_temperature)
     s, t, guide_logits = promote(student_logits, teacher_logits.detach(), guide_logits)
     where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
@@ -113,7 +114,8 @@ def reference_terms(
             discount_slope=where.plain(slope),
             counted=where.valid.to(s.dtype),
         )
-    return terms.mean() if reduction == "mean" else terms
+    reduced = {"mean": terms.mean, "sum": terms.sum}
+    return reduced[reduction]() if reduction in reduced else terms
 
 
 def _softened(scaled: Tensor, teacher_logits: Tensor, mask: Tensor, rules: Variant) -> tuple[Tensor, Tensor]:

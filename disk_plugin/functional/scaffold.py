@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .. import _checks
-from ._positions import Reduction, as_dtype, by_position, promote
+from ._positions import REDUCTIONS, Reduction, as_dtype, by_position, promote
 from .blocks import Rows, rows
 
 TeacherTarget = Literal["all", "scaffolded"]
@@ -127,7 +127,7 @@ def scaffolded_kl(
         top_k: number of the teacher's largest classes that receive g; None for all.
         label: class indices added to the top-K.
         teacher_target: ``"all"`` classes, or zeroed outside the ``"scaffolded"`` ones.
-        reduction: ``"mean"`` over positions, or ``"none"``.
+        reduction: ``"mean"`` over positions, ``"sum"`` or ``"none"``.
 
     Shape:
         logits (N, C) or (N, C, d1, ...); guide_logits and label (N,) or (N, d1, ...); returns a scalar or (N, d1, ...).
@@ -136,11 +136,13 @@ def scaffolded_kl(
         ValueError: shapes that do not fit, temperatures <= 0, top_k < 1.
         TypeError: tensors that are not floating-point.
     """
-    _checks.choice("reduction", reduction, ("mean", "none"))
+    _checks.choice("reduction", reduction, REDUCTIONS)
     tau_s = temperatures(temperature, student_temperature)
     parts = _parts(student_logits, teacher_logits, guide_logits, temperature, tau_s, top_k, label, teacher_target)
     loss = parts.objective
-    return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss
+    if reduction == "none":
+        return loss
+    return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss.sum()
 
 
 def discount(
