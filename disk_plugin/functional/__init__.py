@@ -8,11 +8,12 @@
 
 from .budget import budget_loss, usage, violation
 from .kd import kd_loss
-from .objective import DiSKTerms, disk_loss, disk_terms
+from .objective import disk_loss, disk_terms
 from .oracle import optimal_guide, optimal_multiplier
 from .reference import reference_terms
 from .scaffold import discount, scaffold_mask, scaffolded_kl
 from .temperature import fit_student_temperature, student_temperature_step
+from .terms import DiSKTerms
 
 __all__ = [
     "DiSKTerms",

@@ -20,8 +20,8 @@ from ._positions import (
     without_ignored,
 )
 from .budget import clamped, hinge, over_denominator
-from .objective import DiSKTerms
 from .scaffold import scaffold_mask, temperatures
+from .terms import DiSKTerms
 
 
 def reference_terms(
