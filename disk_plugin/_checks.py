@@ -93,6 +93,26 @@ def positions(student_logits: Tensor) -> tuple[int, ...]:
     return (student_logits.shape[0], *student_logits.shape[2:])
 
 
+def label_smoothing(value: Any) -> None:
+    """A number in [0, 1), no tensor: whether it is 0 decides what is evaluated."""
+    if isinstance(value, Tensor):
+        raise TypeError("label_smoothing must be a number, got Tensor")
+    number("label_smoothing", value)
+    if not 0 <= value < 1:
+        raise ValueError(f"label_smoothing must be >= 0 and < 1, got {value}")
+
+
+def class_weight(value: Any, classes: int | None = None) -> None:
+    """None, or one weight per class (C,), with ``classes`` where C is known."""
+    if value is None:
+        return
+    tensor("weight", value)
+    shape = tuple(value.shape)
+    if len(shape) != 1 or classes not in (None, shape[0]):
+        expected = "(C,)" if classes is None else f"(C,) = ({classes},)"
+        raise ValueError(f"weight must have shape {expected}, got {shape}")
+
+
 def target(value: Any, student_logits: Tensor) -> None:
     """Class indices, int64 of shape (N, d1, ...), or probabilities, floating-point of the logits' shape."""
     if not isinstance(value, Tensor):

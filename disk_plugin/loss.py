@@ -60,6 +60,8 @@ class DiSKLoss(nn.Module):
         guide_gradient_scale: > 0, of the budget's form: keeps the guide alive under the student's SGD, see
             :func:`disk_plugin.functional.disk_terms`. None: the plain derivative by its logit, as in the paper.
         ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
+        weight: of each class in the cross-entropy, (C,); None for 1. Means divide by positions, not by their weights.
+        label_smoothing: of the cross-entropy alone, in [0, 1), as in ``nn.CrossEntropyLoss``.
 
     Attributes:
         level: what holds the discount, or None in the budget's form.
@@ -83,6 +85,7 @@ class DiSKLoss(nn.Module):
 
     multiplier: Tensor
     budget: Tensor
+    weight: Tensor | None
     epoch_statistics: Tensor
     epoch_batches: Tensor  # all, and those with a NaN or inf loss
     fitted_student_temperature: Tensor
@@ -103,6 +106,8 @@ class DiSKLoss(nn.Module):
         variant: str | Variant = "paper",
         guide_gradient_scale: float | None = 0.3,
         ignore_index: int = -100,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         fitted = student_temperature == "fit"
@@ -121,16 +126,20 @@ class DiSKLoss(nn.Module):
             guide_gradient_scale=guide_gradient_scale,
             hold_discount=form.level is not None,
             ignore_index=ignore_index,
+            weight=weight,
+            label_smoothing=label_smoothing,
         ).checked()
         self.guide, self.level, self.keeps_multiplier = guide, form.level, form.keeps_multiplier
-        self.variant, self.guide_gradient_scale = settings.variant, settings.guide_gradient_scale
-        self.ce_weight, self.distill_weight = settings.ce_weight, settings.distill_weight
-        self.temperature, self.top_k, self.ignore_index = settings.temperature, settings.top_k, settings.ignore_index
+        self.guide_gradient_scale, self.label_smoothing = settings.guide_gradient_scale, settings.label_smoothing
+        self.ce_weight, self.distill_weight, self.temperature = settings[:3]
+        self.variant, self.top_k, self.ignore_index = settings.variant, settings.top_k, settings.ignore_index
         self.fit_student_temperature, self.told = fitted, set[str]()  # of what has been warned
         # float64, so that a schedule's 0.3 stays 0.3 in a float64 objective
         self._initial: dict[str, Any] = {"multiplier": form.multiplier, "budget": form.budget}
         if fitted:
             self._initial |= {"fitted_student_temperature": self.temperature, "student_temperature_moments": [0.0, 0.0]}
+        self.register_buffer("weight", None)
+        self._initial |= {} if weight is None else {"weight": weight.tolist()}
         self._initial |= {"epoch_statistics": NOTHING_SEEN, "epoch_batches": (0.0, 0.0)}
         for name, value in self._initial.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64), persistent=name != "epoch_batches")
@@ -168,7 +177,6 @@ class DiSKLoss(nn.Module):
         """
         _checks.logits(student_logits, teacher_logits)
         _checks.choice("reduction", reduction, REDUCTIONS)
-        each: Literal["mean", "none"] = "mean" if reduction == "mean" else "none"
         if guide_logits is None:
             guide_logits = self.guide_logits(teacher_logits, teacher_features, target=target)
         with without_autocast(student_logits):
@@ -176,7 +184,8 @@ class DiSKLoss(nn.Module):
             if self.training and self.fit_student_temperature:
                 step_student_temperature(self, student_logits, teacher_logits, target)
             settings = self._settings() if self.training else self._settings()._replace(reduce_mean=None)
-            terms = evaluate(student_logits, teacher_logits, target, guide_logits, settings, sample_weight, each)
+            inputs = student_logits, teacher_logits, target, guide_logits
+            terms = evaluate(*inputs, settings, sample_weight, per_position=reduction != "mean")
             if self.training:
                 warn_if_swapped(self, student_logits, teacher_logits)
                 observe(self, terms, guide_logits, own_logits, target)

@@ -41,6 +41,8 @@ def random_case(number):
         "budget": rng.choice([0.0, 0.3, 2.0]),
         "ignore_index": ignore_index,
         "sample_weight": None if weighed is None else torch.rand(weighed, generator=generator, dtype=torch.float64),
+        "weight": torch.rand(c, generator=generator, dtype=torch.float64) if rng.random() < 0.3 else None,
+        "label_smoothing": rng.choice([0.0, 0.0, 0.1]),
         "reduction": rng.choice(["mean", "sum", "none"]),
     }
     return (student, teacher, target, guide), settings

@@ -4,7 +4,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from .. import _checks
 
@@ -117,13 +116,3 @@ def positions_of(
 def by_position(value: Tensor) -> Tensor:
     """Turn (N, C, d1, ...) into (M, C), M = N d1 ..."""
     return value if value.ndim == 2 else value.movedim(1, -1).flatten(0, -2)
-
-
-def soft_cross_entropy(student_logits: Tensor, target: Tensor) -> Tensor:
-    """Return -sum_y p_y log s_y per position, nats, for probabilities p."""
-    return -(target.to(student_logits.dtype) * log_softmax(student_logits, 1)).sum(1)
-
-
-def label_cross_entropy(log_probs: Tensor, label: Tensor) -> Tensor:
-    """Return -log s_label per position, nats."""
-    return -log_probs.gather(1, label.unsqueeze(1)).squeeze(1)

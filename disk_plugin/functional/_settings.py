@@ -16,6 +16,7 @@ _NUMBERS = (
     "multiplier",
     "budget",
     "guide_gradient_scale",
+    "label_smoothing",
 )
 
 
@@ -33,6 +34,8 @@ class Settings(NamedTuple):
     guide_gradient_scale: float | None
     hold_discount: bool
     ignore_index: int
+    weight: Tensor | None
+    label_smoothing: float
     reduce_mean: Callable[[Tensor], Tensor] | None = None
 
     def checked(self) -> "Settings":
@@ -53,6 +56,8 @@ class Settings(NamedTuple):
         if self.guide_gradient_scale is not None:
             _checks.number("guide_gradient_scale", self.guide_gradient_scale, above=0)
         _checks.integer("ignore_index", self.ignore_index)
+        _checks.class_weight(self.weight)
+        _checks.label_smoothing(self.label_smoothing)
         numbers: dict[str, Any] = {name: _as_float(getattr(self, name)) for name in _NUMBERS}
         return self._replace(**numbers, ignore_index=int(self.ignore_index))
 

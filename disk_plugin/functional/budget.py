@@ -8,7 +8,8 @@ from torch.nn.functional import log_softmax
 
 from .. import _checks
 from ..variants import Variant
-from ._positions import REDUCTIONS, Positions, Reduction, label_cross_entropy, positions_of, promote, without_ignored
+from ._positions import REDUCTIONS, Positions, Reduction, positions_of, promote, without_ignored
+from .cross_entropy import label_cross_entropy
 
 
 def usage(

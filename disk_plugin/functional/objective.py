@@ -16,14 +16,13 @@ from ._positions import (
     REDUCTIONS,
     Reduction,
     as_dtype,
-    label_cross_entropy,
     positions_of,
     promote,
-    soft_cross_entropy,
     without_ignored,
 )
 from ._settings import Settings
 from .budget import clamped, over_denominator
+from .cross_entropy import cross_entropy, label_cross_entropy
 from .guide_half import StudentSide, guide_half
 from .scaffold import discount_of, discount_slope_of, divergence_of, mask_and_size, scaffold
 from .terms import DiSKTerms
@@ -46,6 +45,8 @@ def disk_terms(
     guide_gradient_scale: float | None = 0.3,
     hold_discount: bool = False,
     ignore_index: int = -100,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     reduce_mean: Callable[[Tensor], Tensor] | None = None,
     reduction: Reduction = "mean",
@@ -85,6 +86,10 @@ def disk_terms(
             paper's), instead of under the budget: its logit receives the slope along which that mean does not change,
             and ``multiplier`` and ``budget`` are not read.
         ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
+        weight: of each class in the cross-entropy, (C,), as in ``F.cross_entropy``; None for 1. Means still divide by
+            the count of positions not ignored, where that function divides by the sum of their weights: per-position
+            values exist before any reduction. Neither scaffold nor budget, and so not the guide, sees it.
+        label_smoothing: of the cross-entropy alone, in [0, 1), as in ``F.cross_entropy``.
         sample_weight: weight per sample or position; means still divide by the count of positions not ignored.
         reduce_mean: maps a detached scalar of this batch to its mean over the batches that together are the whole: the
             whole's usage decides whether the budget is exceeded. None where the batch is the whole.
@@ -110,12 +115,14 @@ def disk_terms(
         guide_gradient_scale=guide_gradient_scale,
         hold_discount=hold_discount,
         ignore_index=ignore_index,
+        weight=weight,
+        label_smoothing=label_smoothing,
         reduce_mean=reduce_mean,
     ).checked()
     _checks.logits(student_logits, teacher_logits)
     _checks.choice("reduction", reduction, REDUCTIONS)
-    each: Literal["mean", "none"] = "mean" if reduction == "mean" else "none"
-    terms = evaluate(student_logits, teacher_logits, target, guide_logits, settings, sample_weight, each)
+    per_position = reduction != "mean"
+    terms = evaluate(student_logits, teacher_logits, target, guide_logits, settings, sample_weight, per_position)
     return terms.sum() if reduction == "sum" else terms
 
 
@@ -126,16 +133,20 @@ def evaluate(
     guide_logits: Tensor,
     settings: Settings,
     sample_weight: Tensor | None,
-    reduction: Literal["mean", "none"],
+    per_position: bool,
 ) -> DiSKTerms:
     """Evaluate ``disk_terms`` under settings that are checked, for logits that are."""
     _checks.per_position("guide_logits", guide_logits, student_logits)
+    _checks.class_weight(settings.weight, student_logits.shape[1])
+    reduction: Literal["mean", "none"] = "none" if per_position else "mean"
     temperature, distill_weight, variant = settings.temperature, settings.distill_weight, settings.variant
     s, t, guide_logits = promote(student_logits, teacher_logits.detach(), guide_logits)
     tau_s = as_dtype(settings.student_temperature, s.dtype)
     where = positions_of(s, target, ignore_index=settings.ignore_index, sample_weight=sample_weight)
     guide_logits = where.plain(guide_logits)
-    soft, teacher_label = target.is_floating_point(), t.argmax(1)
+    teacher_label = t.argmax(1)
+    # one that the blocks of rows do not evaluate
+    own_ce = target.is_floating_point() or settings.weight is not None or settings.label_smoothing != 0
     budget_label = teacher_label if variant.budget_label == "teacher" else where.label
     mask, size = mask_and_size(t, settings.top_k, where.label if variant.scaffold_label else None)
     parts = scaffold(
@@ -147,13 +158,14 @@ def evaluate(
         where.masked,
         temperature=temperature,
         student_temperature=tau_s,
-        ce_weight=0.0 if soft else settings.ce_weight,
+        ce_weight=0.0 if own_ce else settings.ce_weight,
         distill_weight=distill_weight,
         teacher_target=variant.teacher_target,
     )
     ce, core = parts.ce[..., 0], parts.objective
-    if soft:
-        ce = soft_cross_entropy(s, target)
+    if own_ce:
+        known = without_ignored(s, where.masked)
+        ce = cross_entropy(known, target, where.label, settings.weight, settings.label_smoothing)
         core = core + settings.ce_weight * ce
     ce, distill = ce.detach(), temperature * tau_s * parts.kl
     budget_ce = parts.ce[..., 1]

@@ -13,13 +13,12 @@ from ..variants import Variant, resolve_variant
 from ._positions import (
     REDUCTIONS,
     Reduction,
-    label_cross_entropy,
     positions_of,
     promote,
-    soft_cross_entropy,
     without_ignored,
 )
 from .budget import clamped, hinge, over_denominator
+from .cross_entropy import cross_entropy, label_cross_entropy
 from .scaffold import scaffold_mask, temperatures
 from .terms import DiSKTerms
 
@@ -39,6 +38,8 @@ def reference_terms(
     budget: float | Tensor = 0.3,
     variant: str | Variant = "paper",
     ignore_index: int = -100,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> DiSKTerms:
@@ -56,6 +57,8 @@ def reference_terms(
     """
     _checks.logits(student_logits, teacher_logits)
     _checks.per_position("guide_logits", guide_logits, student_logits)
+    _checks.label_smoothing(label_smoothing)
+    _checks.class_weight(weight, student_logits.shape[1])
     _checks.choice("reduction", reduction, REDUCTIONS)
     rules, tau, tau_s = resolve_variant(variant), temperature, temperatures(temperature, student_temperature)
     s, t, guide_logits = promote(student_logits, teacher_logits.detach(), guide_logits)
@@ -83,8 +86,7 @@ def reference_terms(
         return multiplier * hinge(where.weighted(g * budget_ce), where, budget, usage.sum() / where.total, "none")
 
     # (5), and each player's half of it
-    ce = soft_cross_entropy(s, target) if target.is_floating_point() else label_cross_entropy(log_probs, where.label)
-    ce = where.weighted(ce)
+    ce = where.weighted(cross_entropy(s, target, where.label, weight, label_smoothing))
     to_student = ce_weight * ce + distill_weight * distill(log_s, log_g.detach())
     to_guide = distill_weight * distill(log_s.detach(), log_g)
     penalty = where.weighted(rules.guide_penalty * torch.log1p(classes * g))

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
 
-from ..functional._positions import Positions, as_dtype, by_position, label_cross_entropy, positions_of, promote
+from ..functional._positions import Positions, as_dtype, by_position, positions_of, promote
 from ..functional._settings import Settings
 from ..functional.blocks import softened_teacher, with_guide
 from ..functional.budget import clamped, over_denominator
+from ..functional.cross_entropy import label_cross_entropy
 from ..functional.guide_half import StudentSide, guide_half
 from ..functional.scaffold import mask_and_size
 
