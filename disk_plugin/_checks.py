@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .variants import Variant, resolve_variant
-
 
 def number(
     name: str, value: Any, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
@@ -37,11 +35,6 @@ def number(
             raise ValueError(f"{name} must be {rule}, got {value}")
 
 
-def as_float(value: Any) -> Any:
-    """Return a checked number as Python's: numpy's narrow ones would round what they are multiplied with."""
-    return value if isinstance(value, Tensor) else float(value)
-
-
 def integer(name: str, value: Any, *, at_least: int | None = None) -> None:
     """Refuse what is not an integer, numpy's included, of at least ``at_least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -54,35 +47,6 @@ def choice(name: str, value: Any, known: tuple[str, ...]) -> None:
     """Refuse a mode that is not known, and list those that are."""
     if value not in known:
         raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
-
-
-def hyper_parameters(
-    *,
-    ce_weight: Any,
-    distill_weight: Any,
-    temperature: Any,
-    student_temperature: Any,
-    top_k: Any,
-    multiplier: Any,
-    budget: Any,
-    variant: str | Variant,
-    guide_gradient_scale: Any,
-    ignore_index: Any,
-) -> Variant:
-    """Check the scalars that module and function share; return the resolved variant."""
-    number("ce_weight", ce_weight, at_least=0)
-    number("distill_weight", distill_weight, at_least=0)
-    number("temperature", temperature, above=0)
-    if student_temperature is not None:
-        number("student_temperature", student_temperature, above=0)
-    if top_k is not None:
-        integer("top_k", top_k, at_least=1)
-    number("multiplier", multiplier, at_least=0)
-    number("budget", budget, at_least=0)
-    if guide_gradient_scale is not None:
-        number("guide_gradient_scale", guide_gradient_scale, above=0)
-    integer("ignore_index", ignore_index)
-    return resolve_variant(variant)
 
 
 def tensor(name: str, value: Any) -> None:
@@ -127,6 +91,26 @@ def per_position(name: str, value: Any, student_logits: Tensor) -> None:
 def positions(student_logits: Tensor) -> tuple[int, ...]:
     """Shape of what holds one value per position: (N,) or (N, d1, ...)."""
     return (student_logits.shape[0], *student_logits.shape[2:])
+
+
+def label_smoothing(value: Any) -> None:
+    """A number in [0, 1), no tensor: whether it is 0 decides what is evaluated."""
+    if isinstance(value, Tensor):
+        raise TypeError("label_smoothing must be a number, got Tensor")
+    number("label_smoothing", value)
+    if not 0 <= value < 1:
+        raise ValueError(f"label_smoothing must be >= 0 and < 1, got {value}")
+
+
+def class_weight(value: Any, classes: int | None = None) -> None:
+    """None, or one weight per class (C,), with ``classes`` where C is known."""
+    if value is None:
+        return
+    tensor("weight", value)
+    shape = tuple(value.shape)
+    if len(shape) != 1 or classes not in (None, shape[0]):
+        expected = "(C,)" if classes is None else f"(C,) = ({classes},)"
+        raise ValueError(f"weight must have shape {expected}, got {shape}")
 
 
 def target(value: Any, student_logits: Tensor) -> None:

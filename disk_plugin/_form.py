@@ -75,6 +75,8 @@ def settings_of(loss: "DiSKLoss", **more: Any) -> str:
     shown = {**{name: getattr(loss, name) for name in names}, **more}
     if loss.level is None:
         shown |= {name: loss._initial[name] for name in ("multiplier", "budget")}
+    if loss.label_smoothing:
+        shown["label_smoothing"] = loss.label_smoothing
     return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + f", {loss.variant}"
 
 

@@ -13,9 +13,11 @@ from ._state import moving
 from ._training_batch import observe, step_student_temperature
 from ._watch import warn_if_swapped
 from .epoch_statistics import NOTHING_SEEN, EpochStatistics, no_statistics, upgraded
-from .functional import DiSKTerms, disk_terms
-from .functional._positions import guide_input
-from .variants import Variant
+from .functional import DiSKTerms
+from .functional._positions import REDUCTIONS, Reduction, guide_input
+from .functional._settings import Settings
+from .functional.objective import evaluate
+from .variants import Variant, resolve_variant
 
 
 class DiSKLoss(nn.Module):
@@ -58,6 +60,8 @@ class DiSKLoss(nn.Module):
         guide_gradient_scale: > 0, of the budget's form: keeps the guide alive under the student's SGD, see
             :func:`disk_plugin.functional.disk_terms`. None: the plain derivative by its logit, as in the paper.
         ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
+        weight: of each class in the cross-entropy, (C,); None for 1. Means divide by positions, not by their weights.
+        label_smoothing: of the cross-entropy alone, in [0, 1), as in ``nn.CrossEntropyLoss``.
 
     Attributes:
         level: what holds the discount, or None in the budget's form.
@@ -81,6 +85,7 @@ class DiSKLoss(nn.Module):
 
     multiplier: Tensor
     budget: Tensor
+    weight: Tensor | None
     epoch_statistics: Tensor
     epoch_batches: Tensor  # all, and those with a NaN or inf loss
     fitted_student_temperature: Tensor
@@ -101,34 +106,40 @@ class DiSKLoss(nn.Module):
         variant: str | Variant = "paper",
         guide_gradient_scale: float | None = 0.3,
         ignore_index: int = -100,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        fitted = student_temperature == "fit"
         if isinstance(student_temperature, str):
             _checks.choice("student_temperature", student_temperature, ("fit",))
-        fitted = student_temperature == "fit"
         form = resolve_form(guide, discount, multiplier, budget)
-        distill_weight = rest_of(ce_weight) if distill_weight is None else distill_weight
-        self.variant = _checks.hyper_parameters(
+        settings = Settings(
             ce_weight=ce_weight,
-            distill_weight=distill_weight,
+            distill_weight=rest_of(ce_weight) if distill_weight is None else distill_weight,
             temperature=temperature,
-            student_temperature=None if fitted else student_temperature,
+            student_temperature=temperature if isinstance(student_temperature, str | None) else student_temperature,
             top_k=top_k,
             multiplier=form.multiplier,
             budget=form.budget,
-            variant=variant,
+            variant=resolve_variant(variant),
             guide_gradient_scale=guide_gradient_scale,
+            hold_discount=form.level is not None,
             ignore_index=ignore_index,
-        )
+            weight=weight,
+            label_smoothing=label_smoothing,
+        ).checked()
         self.guide, self.level, self.keeps_multiplier = guide, form.level, form.keeps_multiplier
-        self.ce_weight, self.distill_weight = _checks.as_float(ce_weight), _checks.as_float(distill_weight)
-        self.temperature, self.top_k, self.ignore_index = _checks.as_float(temperature), top_k, int(ignore_index)
-        self.guide_gradient_scale = None if guide_gradient_scale is None else _checks.as_float(guide_gradient_scale)
+        self.guide_gradient_scale, self.label_smoothing = settings.guide_gradient_scale, settings.label_smoothing
+        self.ce_weight, self.distill_weight, self.temperature = settings[:3]
+        self.variant, self.top_k, self.ignore_index = settings.variant, settings.top_k, settings.ignore_index
         self.fit_student_temperature, self.told = fitted, set[str]()  # of what has been warned
         # float64, so that a schedule's 0.3 stays 0.3 in a float64 objective
         self._initial: dict[str, Any] = {"multiplier": form.multiplier, "budget": form.budget}
         if fitted:
             self._initial |= {"fitted_student_temperature": self.temperature, "student_temperature_moments": [0.0, 0.0]}
+        self.register_buffer("weight", None)
+        self._initial |= {} if weight is None else {"weight": weight.tolist()}
         self._initial |= {"epoch_statistics": NOTHING_SEEN, "epoch_batches": (0.0, 0.0)}
         for name, value in self._initial.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64), persistent=name != "epoch_batches")
@@ -156,7 +167,7 @@ class DiSKLoss(nn.Module):
         *,
         guide_logits: Tensor | None = None,
         sample_weight: Tensor | None = None,
-        reduction: Literal["mean", "none"] = "mean",
+        reduction: Reduction = "mean",
     ) -> DiSKTerms:
         """Evaluate everything once: the loss, its two halves and what to log (see :class:`functional.DiSKTerms`).
 
@@ -165,36 +176,20 @@ class DiSKLoss(nn.Module):
         DistributedDataParallel wraps. ``teacher_features`` is then not read.
         """
         _checks.logits(student_logits, teacher_logits)
+        _checks.choice("reduction", reduction, REDUCTIONS)
         if guide_logits is None:
             guide_logits = self.guide_logits(teacher_logits, teacher_features, target=target)
         with without_autocast(student_logits):
             own_logits, guide_logits = guide_logits, self.level.place(guide_logits) if self.level else guide_logits
             if self.training and self.fit_student_temperature:
                 step_student_temperature(self, student_logits, teacher_logits, target)
-            terms = disk_terms(
-                student_logits,
-                teacher_logits,
-                target,
-                guide_logits,
-                ce_weight=self.ce_weight,
-                distill_weight=self.distill_weight,
-                temperature=self.temperature,
-                student_temperature=self.student_temperature,
-                top_k=self.top_k,
-                multiplier=self.multiplier,
-                budget=self.budget,
-                variant=self.variant,
-                guide_gradient_scale=self.guide_gradient_scale,
-                hold_discount=self.level is not None,
-                ignore_index=self.ignore_index,
-                sample_weight=sample_weight,
-                reduce_mean=self.reduce_mean if self.training else None,
-                reduction=reduction,
-            )
+            settings = self._settings() if self.training else self._settings()._replace(reduce_mean=None)
+            inputs = student_logits, teacher_logits, target, guide_logits
+            terms = evaluate(*inputs, settings, sample_weight, per_position=reduction != "mean")
             if self.training:
                 warn_if_swapped(self, student_logits, teacher_logits)
                 observe(self, terms, guide_logits, own_logits, target)
-        return terms
+        return terms.sum() if reduction == "sum" else terms
 
     def guide_logits(
         self, teacher_logits: Tensor, teacher_features: Tensor | None = None, *, target: Tensor | None = None
@@ -231,6 +226,11 @@ class DiSKLoss(nn.Module):
         """Forget the batches seen so far."""
         self.epoch_statistics.copy_(no_statistics())
         self.epoch_batches.zero_()
+
+    def _settings(self) -> Settings:
+        """Return the hyper-parameters in force, whose values the constructor has validated."""
+        named = {name: getattr(self, name) for name in Settings._fields if name != "hold_discount"}
+        return Settings(**named, hold_discount=self.level is not None)
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(loss)``."""

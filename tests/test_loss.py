@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from disk_plugin import DiSKLoss, DualScheduler, GuideHead, functional, presets
+from disk_plugin import DiSKLoss, DualScheduler, GuideHead, _checks, functional, presets
 from disk_plugin.replay import GuideReplay
 from disk_plugin.schedule import estimate_budget
 from disk_plugin.taps import FeatureTap, with_features
@@ -44,7 +44,7 @@ def make_loss(**settings):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_module_equals_function(variant, reduction):
     settings = {
         "ce_weight": 0.3,
@@ -80,6 +80,41 @@ def test_module_and_function_share_the_defaults_that_are_not_chosen_by_experimen
         assert module[name].default == function[name].default, name
     disk = DiSKLoss(GuideHead(5), discount=None)
     assert (disk.multiplier.item(), disk.budget.item()) == (function["multiplier"].default, function["budget"].default)
+
+
+SETTINGS = {
+    "ce_weight": 0.7,
+    "distill_weight": 0.2,
+    "temperature": 1.5,
+    "top_k": 2,
+    "ignore_index": 1,
+    "guide_gradient_scale": None,
+    "variant": VARIANTS["official_cifar"],
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_is_assigned_later_takes_effect(name):
+    disk, asked = make_loss(), make_loss(**{name: SETTINGS[name]})
+    if name == "ce_weight":
+        asked.distill_weight = disk.distill_weight  # which follows it in the constructor alone
+    asked.guide.load_state_dict(disk.guide.state_dict())
+    setattr(disk, name, SETTINGS[name])
+    student, teacher, target, features = batch()
+    found, expected = (
+        torch.autograd.grad(each(student, teacher, target, features), [student, *each.parameters()])
+        for each in (disk, asked)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", [{}, {"discount": 0.3}])
+def test_settings_are_validated_once_not_in_each_forward(monkeypatch, form):
+    disk, seen = make_loss(top_k=2, variant="official_imagenet", **form), []
+    for check in ("number", "integer"):
+        monkeypatch.setattr(_checks, check, lambda name, value, **bounds: seen.append(name))
+    disk(*batch())
+    assert seen == []
 
 
 def test_the_divergence_weighs_what_the_cross_entropy_leaves():

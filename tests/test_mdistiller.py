@@ -806,7 +806,7 @@ def test_every_argument_of_disk_has_a_key_with_its_default(host):
 
     cfg = registered(host).engine_cfg.CFG
     for name, parameter in inspect.signature(DiSKLoss).parameters.items():
-        if name not in ("guide", "multiplier"):
+        if name not in ("guide", "multiplier", "weight"):  # a tensor is no value of a configuration
             assert cfg.DISK[name.upper()] == parameter.default
     assert cfg.LOG.WANDB is False
 

@@ -3,15 +3,17 @@
 (1) :func:`kd_loss`; (3) :func:`usage`, :func:`violation`, :func:`budget_loss`; (4) :func:`scaffolded_kl`,
 :func:`scaffold_mask`, :func:`discount`, :func:`fit_student_temperature`, :func:`student_temperature_step`;
 (5) :func:`disk_loss`, :func:`disk_terms`; the guide that (5) would choose sample by sample: :func:`optimal_guide`,
-:func:`optimal_multiplier`.
+:func:`optimal_multiplier`. :func:`reference_terms` is (5) in plain autograd, to read, to fork, to differentiate twice.
 """
 
 from .budget import budget_loss, usage, violation
 from .kd import kd_loss
-from .objective import DiSKTerms, disk_loss, disk_terms
+from .objective import disk_loss, disk_terms
 from .oracle import optimal_guide, optimal_multiplier
+from .reference import reference_terms
 from .scaffold import discount, scaffold_mask, scaffolded_kl
 from .temperature import fit_student_temperature, student_temperature_step
+from .terms import DiSKTerms
 
 __all__ = [
     "DiSKTerms",
@@ -23,6 +25,7 @@ __all__ = [
     "kd_loss",
     "optimal_guide",
     "optimal_multiplier",
+    "reference_terms",
     "scaffold_mask",
     "scaffolded_kl",
     "student_temperature_step",

@@ -23,7 +23,7 @@ class _FirstOrder(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
         raise RuntimeError(
             "DiSK's gradients are first order: they are in closed form and cannot be differentiated again; take "
-            "functional.kd_loss or a loss of your own where second derivatives are needed"
+            "functional.reference_terms, the same in plain autograd, where second derivatives are needed"
         )
 
 

@@ -4,11 +4,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from .. import _checks
 
-Reduction = Literal["mean", "none"]
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -81,10 +81,12 @@ class Positions(NamedTuple):
         return value if self.masked is None else torch.where(self.masked, value, 0.0)
 
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
-        """Sum over positions / their count, or the value as it is."""
-        return value.sum() / self.total if reduction == "mean" else value
+        """Sum over positions / their count, their sum, or the value as it is."""
+        if reduction == "none":
+            return value
+        return value.sum() / self.total if reduction == "mean" else value.sum()
 
-    def reduce_each(self, values: list[Tensor], reduction: Reduction) -> tuple[Tensor, ...]:
+    def reduce_each(self, values: list[Tensor], reduction: Literal["mean", "none"]) -> tuple[Tensor, ...]:
         """Treat each like ``plain``, then like ``reduce``; for the mean at the price of one."""
         if reduction == "none":
             return tuple(self.plain(value) for value in values)
@@ -114,13 +116,3 @@ def positions_of(
 def by_position(value: Tensor) -> Tensor:
     """Turn (N, C, d1, ...) into (M, C), M = N d1 ..."""
     return value if value.ndim == 2 else value.movedim(1, -1).flatten(0, -2)
-
-
-def soft_cross_entropy(student_logits: Tensor, target: Tensor) -> Tensor:
-    """Return -sum_y p_y log s_y per position, nats, for probabilities p."""
-    return -(target.to(student_logits.dtype) * log_softmax(student_logits, 1)).sum(1)
-
-
-def label_cross_entropy(log_probs: Tensor, label: Tensor) -> Tensor:
-    """Return -log s_label per position, nats."""
-    return -log_probs.gather(1, label.unsqueeze(1)).squeeze(1)

@@ -8,7 +8,8 @@ from torch.nn.functional import log_softmax
 
 from .. import _checks
 from ..variants import Variant
-from ._positions import Positions, Reduction, label_cross_entropy, positions_of, promote, without_ignored
+from ._positions import REDUCTIONS, Positions, Reduction, positions_of, promote, without_ignored
+from .cross_entropy import label_cross_entropy
 
 
 def usage(
@@ -30,7 +31,7 @@ def usage(
         guide_logits: the guide before its sigmoid.
         ignore_index: target value that is ignored and does not contribute to the gradient.
         sample_weight: weight per sample or position; the mean still divides by the count of positions.
-        reduction: ``"mean"`` over the positions not ignored, or ``"none"``.
+        reduction: ``"mean"`` over the positions not ignored, ``"sum"`` or ``"none"``.
 
     Shape:
         student_logits (N, C) or (N, C, d1, ...); guide_logits (N,) or (N, d1, ...); returns a scalar in nats per
@@ -42,7 +43,7 @@ def usage(
     """
     _checks.logits(student_logits, student_logits)
     _checks.per_position("guide_logits", guide_logits, student_logits)
-    _checks.choice("reduction", reduction, ("mean", "none"))
+    _checks.choice("reduction", reduction, REDUCTIONS)
     s, g = promote(student_logits, guide_logits)
     where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
     s = without_ignored(s, where.masked)

@@ -1,17 +1,14 @@
-"""The guide's half of eq. (5), and the constants that it reads: all that the guide needs while the student is fixed."""
+"""The guide's half of eq. (5), and what it reads: all that the guide needs while the student is fixed."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, logsigmoid
 
-from ..variants import Variant
-from ._positions import Positions, Reduction, as_dtype, by_position, label_cross_entropy, positions_of, promote
-from .blocks import softened_teacher, with_guide
-from .budget import clamped, hinge, over_denominator
-from .scaffold import mask_or_none
+from ._positions import Positions, Reduction, as_dtype
+from ._settings import Settings
+from .budget import hinge
 
 # Guide logits between which the scaled gradient is at work, g = .0009 to .953. The ends differ because g counts against
 # the student's probabilities: .95 is as good as 1, while s_k << .01 (many classes) still tells g = .01 from .001.
@@ -20,17 +17,14 @@ LEAST_SLOPE = 1e-4  # of the mean discount by log g: below it the batch does not
 SPRING = 0.1  # per unit of logit beyond REACH, at most 1 in all; the scaled slope of (5) is of order 1 too
 
 
-class GuideConstants(NamedTuple):
-    """What the guide's half of (5) reads of teacher and student, for M positions; no gradient."""
+class StudentSide(NamedTuple):
+    """What the guide's half reads of student and teacher, per position."""
 
-    target: Tensor  # t_k of the K scaffolded classes, (M, K); 0 where a position has fewer
-    log_student: Tensor  # log s_k of these, (M, K)
-    offset: Tensor  # what g does not change: sum_y t_y log t_y - sum_(y not in K) t_y log s_y, nats, (M,)
-    budget_ce: Tensor  # the budget's cross-entropy, nats, (M,); its denominator is a batch's
-    wrong: Tensor  # bool, (M,): the student's argmax is not the label
-    factor: Tensor  # tau tau_s, (M,)
-    weight: Tensor  # sample weight, (M,)
-    valid: Tensor  # bool, (M,): not under ignore_index
+    removed: Tensor  # as in ``Rows``
+    slope: Tensor  # as in ``Rows``
+    budget_ce: Tensor  # the budget's cross-entropy over the variant's denominator, nats; the student's graph ends here
+    factor: float | Tensor  # tau tau_s
+    classes: int  # K
 
 
 class GuideHalf(NamedTuple):
@@ -43,134 +37,35 @@ class GuideHalf(NamedTuple):
     gradient: Tensor  # 0, with the gradient of scaffold, budget and penalty
 
 
-@torch.no_grad()
-def guide_constants(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    *,
-    temperature: float,
-    student_temperature: float | Tensor,
-    top_k: int | None,
-    variant: Variant,
-    ignore_index: int,
-    sample_weight: Tensor | None = None,
-) -> GuideConstants:
-    """Evaluate them for M = N d1 ... positions, with the arguments of ``disk_terms``."""
-    s, t = promote(student_logits, teacher_logits)
-    tau_s = as_dtype(student_temperature, s.dtype)
-    where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
-    mask = mask_or_none(t, top_k, where.label if variant.scaffold_label else None)
-    s, t = by_position(s), by_position(t)
-    label = where.label.flatten()
-    mask = None if mask is None else by_position(mask)
-    log_t, target_t = softened_teacher(t, mask, temperature, variant.teacher_target == "scaffolded")
-    log_s = log_softmax(s / tau_s, 1)
-    offset = (target_t * log_t).sum(1)
-    if mask is not None and top_k is not None:
-        offset = offset - torch.where(mask, 0.0, target_t * log_s).sum(1)
-        ids = mask.to(s.dtype).topk(min(top_k + variant.scaffold_label, s.shape[1]), 1).indices
-        inside = mask.gather(1, ids)  # one class short where the label is among the top-K
-        target_t, log_s = (torch.where(inside, value.gather(1, ids), 0.0) for value in (target_t, log_s))
-    counted = t.argmax(1) if variant.budget_label == "teacher" else label
-    return GuideConstants(
-        target=target_t,
-        log_student=log_s,
-        offset=offset,
-        budget_ce=clamped(label_cross_entropy(log_softmax(s, 1), counted), variant),
-        wrong=s.argmax(1) != label,
-        factor=torch.ones_like(offset) * temperature * tau_s,
-        weight=where.weight.flatten(),
-        valid=where.valid.flatten(),
-    )
-
-
-def guide_loss(
-    constants: GuideConstants,
-    guide_logits: Tensor,
-    *,
-    distill_weight: float,
-    multiplier: float | Tensor,
-    budget: float | Tensor,
-    top_k: int | None,
-    variant: Variant,
-    guide_gradient_scale: float | None,
-    hold_discount: bool = False,
-    reduce_mean: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """Return ``disk_terms(...).guide_loss`` of a batch of positions from its constants and guide logits (M,)."""
-    guide_logits, offset = promote(guide_logits, constants.offset)
-    valid, factor = constants.valid, constants.factor
-    total = valid.sum().clamp(min=1).to(offset.dtype)
-    where = Positions(valid.long(), valid, constants.weight, total)  # no label is read
-    log_g = logsigmoid(guide_logits.detach()).unsqueeze(1)
-    scaffolded, share, kept = with_guide(constants.log_student, log_g)
-    kl, taken = offset - (constants.target * scaffolded).sum(1), constants.target * share
-    removed = taken.sum(1)
-    half = guide_half(
-        guide_logits,
-        removed,
-        over_denominator(constants.budget_ce, constants.wrong, where, variant, reduce_mean),
-        where,
-        factor=factor,
-        classes=min(top_k or constants.target.shape[1], constants.target.shape[1]),
-        distill_weight=distill_weight,
-        multiplier=multiplier,
-        budget=budget,
-        variant=variant,
-        guide_gradient_scale=guide_gradient_scale,
-        discount_slope=(taken * kept).sum(1) if hold_discount else None,
-        reduce_mean=reduce_mean,
-        reduction="mean",
-    )
-    distill = where.reduce(distill_weight * where.weighted(factor * kl), "mean")
-    return distill + half.over_budget + half.penalty + half.gradient
-
-
 def guide_half(
-    guide_logits: Tensor,
-    removed: Tensor,
-    budget_ce: Tensor,
-    where: Positions,
-    *,
-    factor: float | Tensor,
-    classes: int,
-    distill_weight: float,
-    multiplier: float | Tensor,
-    budget: float | Tensor,
-    variant: Variant,
-    guide_gradient_scale: float | None,
-    discount_slope: Tensor | None,
-    reduce_mean: Callable[[Tensor], Tensor] | None,
-    reduction: Reduction,
+    guide_logits: Tensor, student: StudentSide, where: Positions, settings: Settings, reduction: Reduction
 ) -> GuideHalf:
-    """Evaluate what (5) asks of the guide; ``factor`` is tau tau_s, ``classes`` K, ``removed`` as in ``Rows``.
+    """Evaluate what (5) asks of the guide: under the budget's hinge, or at a mean discount that is held.
 
-    ``discount_slope`` is the ``slope`` of ``Rows`` where the mean discount is held, None where the budget's hinge acts.
     Values carry no graph of the guide, whose gradient is in closed form; that of the student passes through
     ``budget_ce``.
     """
-    logits = guide_logits.detach()
+    logits, penalty_weight = guide_logits.detach(), settings.variant.guide_penalty
     g = logits.sigmoid()
-    spent = where.weighted(g * budget_ce)
-    penalty = g.new_zeros(())
-    if variant.guide_penalty:  # the authors' log(1 + K g)
-        penalty = where.reduce(where.weighted(variant.guide_penalty * torch.log1p(classes * g)), reduction)
-    if discount_slope is not None:
-        over_budget, slope = g.new_zeros(()), _held_slope(removed, discount_slope, logits, where, reduce_mean)
+    spent = where.weighted(g * student.budget_ce)
+    penalty = over_budget = g.new_zeros(())
+    if penalty_weight:  # the authors' log(1 + K g)
+        penalty = where.reduce(where.weighted(penalty_weight * torch.log1p(student.classes * g)), reduction)
+    if settings.hold_discount:
+        slope = _held_slope(student, logits, where, settings.reduce_mean)
     else:
-        lam, delta = as_dtype(multiplier, logits.dtype), as_dtype(budget, logits.dtype)
+        lam, delta = as_dtype(settings.multiplier, logits.dtype), as_dtype(settings.budget, logits.dtype)
         mean_usage = where.reduce(spent.detach(), "mean")
-        if reduce_mean is not None:
-            mean_usage = reduce_mean(mean_usage)
+        if settings.reduce_mean is not None:
+            mean_usage = settings.reduce_mean(mean_usage)
         over_budget = lam * hinge(spent, where, delta, mean_usage, reduction)
         # the hinge's gate comes last: a number times a bool would be float32
-        by_g = lam * budget_ce.detach() * (mean_usage > delta)
-        if variant.guide_penalty:
-            by_g = by_g + variant.guide_penalty * classes / (1 + classes * g)
-        slope = distill_weight * _distill_slope(factor, removed, logits) + by_g * g * (1 - g)
-        if guide_gradient_scale is not None:
-            slope = guide_gradient_scale * _well_scaled(slope, logits, 1 / (factor + lam))
+        by_g = lam * student.budget_ce.detach() * (mean_usage > delta)
+        if penalty_weight:
+            by_g = by_g + penalty_weight * student.classes / (1 + student.classes * g)
+        slope = settings.distill_weight * _distill_slope(student, logits) + by_g * g * (1 - g)
+        if settings.guide_gradient_scale is not None:
+            slope = settings.guide_gradient_scale * _well_scaled(slope, logits, 1 / (student.factor + lam))
     return GuideHalf(
         guide=g,
         spent=spent,
@@ -180,21 +75,17 @@ def guide_half(
     )
 
 
-def _distill_slope(factor: float | Tensor, removed: Tensor, guide_logits: Tensor) -> Tensor:
+def _distill_slope(student: StudentSide, guide_logits: Tensor) -> Tensor:
     """Return d L_dist / d guide logit per position, in closed form.
 
     d L_dist / d log g = -tau tau_s sum_k t_k g / (s_k + g), which the discount needs anyway, and d log g / d logit =
     1 - g: the scaffold is evaluated and differentiated once, for the student, and the guide's half costs (N,) more.
     """
-    return -factor * removed * (-guide_logits).sigmoid()
+    return -student.factor * student.removed * (-guide_logits).sigmoid()
 
 
 def _held_slope(
-    removed: Tensor,
-    discount_slope: Tensor,
-    guide_logits: Tensor,
-    where: Positions,
-    reduce_mean: Callable[[Tensor], Tensor] | None,
+    student: StudentSide, guide_logits: Tensor, where: Positions, reduce_mean: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
     r"""Return the slope of L_dist / (tau tau_s) by the guide's logit, along which the mean discount does not change.
 
@@ -204,7 +95,7 @@ def _held_slope(
     carries a batch.
     """
     left = (-guide_logits).sigmoid()  # d log g / d logit
-    gain, cost = removed * left, discount_slope * left
+    gain, cost = student.removed * left, student.slope * left
     sound = (gain + cost).isfinite()  # a row that is broken breaks the loss, but not the price for the others
     means = torch.stack([where.reduce(torch.where(sound, where.weighted(each), 0.0), "mean") for each in (gain, cost)])
     if reduce_mean is not None:

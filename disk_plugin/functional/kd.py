@@ -5,14 +5,14 @@ from torch.nn.functional import log_softmax
 
 from .. import _checks
 from ._positions import (
+    REDUCTIONS,
     Reduction,
     as_dtype,
-    label_cross_entropy,
     positions_of,
     promote,
-    soft_cross_entropy,
     without_ignored,
 )
+from .cross_entropy import cross_entropy
 from .scaffold import temperatures
 
 
@@ -26,6 +26,8 @@ def kd_loss(
     temperature: float = 4.0,
     student_temperature: float | Tensor | None = None,
     ignore_index: int = -100,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -42,8 +44,11 @@ def kd_loss(
         temperature: divides the teacher's logits, dimensionless, > 0.
         student_temperature: divides the student's logits, > 0; None for ``temperature``.
         ignore_index: target value that is ignored and does not contribute to the gradient.
+        weight: of each class in the cross-entropy, (C,), as in ``F.cross_entropy``; None for 1. The mean still divides
+            by the count of positions, where that function divides by the sum of their weights.
+        label_smoothing: of the cross-entropy, in [0, 1), as in ``F.cross_entropy``.
         sample_weight: weight per sample or position; the mean still divides by the count of positions.
-        reduction: ``"mean"`` over the positions not ignored, or ``"none"``.
+        reduction: ``"mean"`` over the positions not ignored, ``"sum"`` or ``"none"``.
 
     Shape:
         logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; sample_weight (N,) or (N, d1, ...);
@@ -56,13 +61,14 @@ def kd_loss(
     _checks.logits(student_logits, teacher_logits)
     _checks.number("ce_weight", ce_weight, at_least=0)
     _checks.number("distill_weight", distill_weight, at_least=0)
-    _checks.choice("reduction", reduction, ("mean", "none"))
+    _checks.label_smoothing(label_smoothing)
+    _checks.class_weight(weight, student_logits.shape[1])
+    _checks.choice("reduction", reduction, REDUCTIONS)
     tau_s = temperatures(temperature, student_temperature)
     s, t = promote(student_logits, teacher_logits.detach())
     where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
     s, t = without_ignored(s, where.masked), without_ignored(t, where.masked)
-    soft = target.is_floating_point()
-    ce = soft_cross_entropy(s, target) if soft else label_cross_entropy(log_softmax(s, 1), where.label)
+    ce = cross_entropy(s, target, where.label, weight, label_smoothing)
     log_t = log_softmax(t / temperature, 1)
     kl = (log_t.exp() * (log_t - log_softmax(s / tau_s, 1))).sum(1)
     distill = temperature * as_dtype(tau_s, s.dtype) * kl

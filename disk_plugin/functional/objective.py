@@ -1,64 +1,31 @@
 """Equation (5): the whole objective, its two halves and what to watch.
 
-``disk_terms`` is longer than a function should be because it evaluates each (N, C) quantity once for all of them.
+``evaluate`` is longer than a function should be because it evaluates each (N, C) quantity once for all of them.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from .. import _checks
-from ..variants import Variant
+from ..variants import Variant, resolve_variant
 from ._positions import (
+    REDUCTIONS,
     Reduction,
     as_dtype,
-    label_cross_entropy,
     positions_of,
     promote,
-    soft_cross_entropy,
     without_ignored,
 )
+from ._settings import Settings
 from .budget import clamped, over_denominator
-from .guide_half import guide_half
-from .scaffold import discount_of, discount_slope_of, divergence_of, mask_and_size, scaffold, temperatures
-
-
-class DiSKTerms(NamedTuple):
-    """What one evaluation of the objective gives: scalars, or (N, d1, ...) with ``reduction="none"``.
-
-    The first three carry gradients, the rest are detached. ``loss`` may be negative and jumps with the multiplier: log
-    ``logged_loss``. The sample weight is in all fields up to ``usage``. Of per-position terms take ``mean()``, which
-    alone knows the denominator: ``terms.mean().loss.backward()``.
-    """
-
-    loss: Tensor  # (5); its gradient is that of student_loss on the student and of guide_loss on the guide
-    student_loss: Tensor  # ce_weight CE + distill_weight L_dist, guide detached
-    guide_loss: Tensor  # distill_weight L_dist + multiplier (usage - budget)_+, student detached
-    ce: Tensor  # cross-entropy, nats
-    distill: Tensor  # L_dist of (4), nats times tau tau_s
-    divergence: Tensor  # tau tau_s KL(t || (s + 1[y in K] g) / (1 + K g)) >= 0: distill plus a constant for the student
-    logged_loss: Tensor  # ce_weight ce + distill_weight divergence >= 0; without a guide the loss of plain distillation
-    usage: Tensor  # g times the budget's cross-entropy, nats per sample
-    guide: Tensor  # g, in [0, 1]
-    discount: Tensor  # share of the teacher's pull taken off, in [0, 1]
-    correct: Tensor  # 1 where the student's argmax is the label
-    agreement: Tensor  # 1 where the student's argmax is the teacher's
-    teacher_correct: Tensor  # 1 where the teacher's argmax is the label
-    discount_slope: Tensor  # derivative of the discount by log g
-    counted: Tensor  # 1 where the position counts, 0 under ignore_index; with "mean" how many count
-
-    def mean(self) -> "DiSKTerms":
-        """Return what ``reduction="mean"`` gives: sums over the positions by the number of those that count."""
-        if not self.loss.ndim:
-            return self
-        count = self.counted.sum()
-        total = count.clamp(min=1)
-        carried = [value.sum() / total for value in self[:3]]
-        watched = torch.stack(self[3:-1]).flatten(1).sum(1) / total
-        return DiSKTerms._make([*carried, *watched.unbind(), count])
+from .cross_entropy import cross_entropy, label_cross_entropy
+from .guide_half import StudentSide, guide_half
+from .scaffold import discount_of, discount_slope_of, divergence_of, mask_and_size, scaffold
+from .terms import DiSKTerms
 
 
 def disk_terms(
@@ -78,6 +45,8 @@ def disk_terms(
     guide_gradient_scale: float | None = 0.3,
     hold_discount: bool = False,
     ignore_index: int = -100,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     reduce_mean: Callable[[Tensor], Tensor] | None = None,
     reduction: Reduction = "mean",
@@ -88,8 +57,11 @@ def disk_terms(
 
     One backward through ``loss`` gives both players their own gradient: the student that of CE and scaffold with the
     guide detached, the guide that of scaffold and budget with the student detached (Algorithm 1: "not optimizing the
-    student model on budget loss gives more stable results"). First-order gradients only. The authors' scripts differ
-    in the points that :class:`disk_plugin.variants.Variant` names; the default is the paper's.
+    student model on budget loss gives more stable results"). The authors' scripts differ in the points that
+    :class:`disk_plugin.variants.Variant` names; the default is the paper's.
+
+    Gradients are in closed form and double backward is not supported: :func:`disk_plugin.functional.reference_terms` is
+    the same in plain autograd, a page to read, to fork and to differentiate twice.
 
     The hinge is over the batch of this one call, so that micro-batches and replicas each have their own, unless
     ``reduce_mean`` looks further.
@@ -114,10 +86,14 @@ def disk_terms(
             paper's), instead of under the budget: its logit receives the slope along which that mean does not change,
             and ``multiplier`` and ``budget`` are not read.
         ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
+        weight: of each class in the cross-entropy, (C,), as in ``F.cross_entropy``; None for 1. Means still divide by
+            the count of positions not ignored, where that function divides by the sum of their weights: per-position
+            values exist before any reduction. Neither scaffold nor budget, and so not the guide, sees it.
+        label_smoothing: of the cross-entropy alone, in [0, 1), as in ``F.cross_entropy``.
         sample_weight: weight per sample or position; means still divide by the count of positions not ignored.
         reduce_mean: maps a detached scalar of this batch to its mean over the batches that together are the whole: the
             whole's usage decides whether the budget is exceeded. None where the batch is the whole.
-        reduction: ``"mean"``, or ``"none"`` for per-position values, whose ``mean()`` that is.
+        reduction: ``"none"`` for per-position values, ``"mean"`` for their ``mean()``, ``"sum"`` for their ``sum()``.
 
     Shape:
         logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; guide_logits (N,) or (N, d1, ...);
@@ -127,28 +103,52 @@ def disk_terms(
         ValueError: shapes that do not fit, values out of range, an unknown variant.
         TypeError: logits not floating-point, or a target that is neither int64 nor floating-point.
     """
-    record = _checks.hyper_parameters(
+    settings = Settings(
         ce_weight=ce_weight,
         distill_weight=distill_weight,
         temperature=temperature,
-        student_temperature=student_temperature,
+        student_temperature=temperature if student_temperature is None else student_temperature,
         top_k=top_k,
         multiplier=multiplier,
         budget=budget,
-        variant=variant,
+        variant=resolve_variant(variant),
         guide_gradient_scale=guide_gradient_scale,
+        hold_discount=hold_discount,
         ignore_index=ignore_index,
-    )
+        weight=weight,
+        label_smoothing=label_smoothing,
+        reduce_mean=reduce_mean,
+    ).checked()
     _checks.logits(student_logits, teacher_logits)
+    _checks.choice("reduction", reduction, REDUCTIONS)
+    per_position = reduction != "mean"
+    terms = evaluate(student_logits, teacher_logits, target, guide_logits, settings, sample_weight, per_position)
+    return terms.sum() if reduction == "sum" else terms
+
+
+def evaluate(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    guide_logits: Tensor,
+    settings: Settings,
+    sample_weight: Tensor | None,
+    per_position: bool,
+) -> DiSKTerms:
+    """Evaluate ``disk_terms`` under settings that are checked, for logits that are."""
     _checks.per_position("guide_logits", guide_logits, student_logits)
-    _checks.choice("reduction", reduction, ("mean", "none"))
+    _checks.class_weight(settings.weight, student_logits.shape[1])
+    reduction: Literal["mean", "none"] = "none" if per_position else "mean"
+    temperature, distill_weight, variant = settings.temperature, settings.distill_weight, settings.variant
     s, t, guide_logits = promote(student_logits, teacher_logits.detach(), guide_logits)
-    tau_s = as_dtype(temperatures(temperature, student_temperature), s.dtype)
-    where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
+    tau_s = as_dtype(settings.student_temperature, s.dtype)
+    where = positions_of(s, target, ignore_index=settings.ignore_index, sample_weight=sample_weight)
     guide_logits = where.plain(guide_logits)
-    soft, teacher_label = target.is_floating_point(), t.argmax(1)
-    budget_label = teacher_label if record.budget_label == "teacher" else where.label
-    mask, size = mask_and_size(t, top_k, where.label if record.scaffold_label else None)
+    teacher_label = t.argmax(1)
+    # one that the blocks of rows do not evaluate
+    own_ce = target.is_floating_point() or settings.weight is not None or settings.label_smoothing != 0
+    budget_label = teacher_label if variant.budget_label == "teacher" else where.label
+    mask, size = mask_and_size(t, settings.top_k, where.label if variant.scaffold_label else None)
     parts = scaffold(
         s,
         t,
@@ -158,39 +158,26 @@ def disk_terms(
         where.masked,
         temperature=temperature,
         student_temperature=tau_s,
-        ce_weight=0.0 if soft else ce_weight,
+        ce_weight=0.0 if own_ce else settings.ce_weight,
         distill_weight=distill_weight,
-        teacher_target=record.teacher_target,
+        teacher_target=variant.teacher_target,
     )
     ce, core = parts.ce[..., 0], parts.objective
-    if soft:
-        ce = soft_cross_entropy(s, target)
-        core = core + ce_weight * ce
+    if own_ce:
+        known = without_ignored(s, where.masked)
+        ce = cross_entropy(known, target, where.label, settings.weight, settings.label_smoothing)
+        core = core + settings.ce_weight * ce
     ce, distill = ce.detach(), temperature * tau_s * parts.kl
     budget_ce = parts.ce[..., 1]
-    if record.student_feels_budget:
+    if variant.student_feels_budget:
         budget_ce = label_cross_entropy(log_softmax(without_ignored(s, where.masked), 1), budget_label)
-    budget_ce = clamped(budget_ce, record)
-    budget_ce = over_denominator(budget_ce, parts.prediction != where.label, where, record, reduce_mean)
+    budget_ce = clamped(budget_ce, variant)
+    budget_ce = over_denominator(budget_ce, parts.prediction != where.label, where, variant, settings.reduce_mean)
 
     # the student's half: the guide is detached
     core = where.reduce(where.weighted(core), reduction)
-    half = guide_half(
-        guide_logits,
-        parts.removed,
-        budget_ce,
-        where,
-        factor=temperature * tau_s,
-        classes=min(top_k or s.shape[1], s.shape[1]),
-        distill_weight=distill_weight,
-        multiplier=multiplier,
-        budget=budget,
-        variant=record,
-        guide_gradient_scale=guide_gradient_scale,
-        discount_slope=parts.slope if hold_discount else None,
-        reduce_mean=reduce_mean,
-        reduction=reduction,
-    )
+    student = StudentSide(parts.removed, parts.slope, budget_ce, temperature * tau_s, settings.scaffolded(s.shape[1]))
+    half = guide_half(guide_logits, student, where, settings, reduction)
     divergence = temperature * tau_s * divergence_of(parts, half.guide, size)
     weighted = [*(value * where.weight for value in (ce, distill, divergence)), half.spent.detach()]
     matches = (parts.prediction == where.label, parts.prediction == teacher_label, teacher_label == where.label)
@@ -201,12 +188,12 @@ def disk_terms(
     counted = where.valid if reduction == "none" else where.valid.sum()
     return DiSKTerms(
         loss=core + half.over_budget + half.penalty + half.gradient,
-        student_loss=core + half.over_budget if record.student_feels_budget else core,
+        student_loss=core + half.over_budget if variant.student_feels_budget else core,
         guide_loss=distill_weight * distill + half.over_budget.detach() + half.penalty + half.gradient,
         ce=ce,
         distill=distill,
         divergence=divergence,
-        logged_loss=ce_weight * ce + distill_weight * divergence,
+        logged_loss=settings.ce_weight * ce + distill_weight * divergence,
         usage=usage,
         guide=guide,
         discount=discount,

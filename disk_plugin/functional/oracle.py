@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, softmax
 
 from .. import _checks
-from ._positions import label_cross_entropy, positions_of, promote
+from ._positions import positions_of, promote
 from .budget import usage
+from .cross_entropy import label_cross_entropy
 from .scaffold import scaffold_mask, temperatures
 
 _HALVINGS = 60  # of [0, 1]: below the rounding of float64

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .. import _checks
-from ._positions import Reduction, as_dtype, by_position, promote
+from ._positions import REDUCTIONS, Reduction, as_dtype, by_position, promote
 from .blocks import Rows, rows
 
 TeacherTarget = Literal["all", "scaffolded"]
@@ -38,24 +38,23 @@ def scaffold_mask(teacher_logits: Tensor, top_k: int | None = None, label: Tenso
         ValueError: shapes that do not fit, top_k < 1.
         TypeError: logits not floating-point, label not int64.
     """
-    mask = mask_or_none(teacher_logits, top_k, label)
+    _check_mask(teacher_logits, top_k, label)
+    mask, _ = mask_and_size(teacher_logits, top_k, label)
     return torch.ones_like(teacher_logits, dtype=torch.bool) if mask is None else mask
 
 
-def mask_or_none(teacher_logits: Tensor, top_k: int | None, label: Tensor | None) -> Tensor | None:
-    """Check and return the mask, or None where all classes are in it."""
-    return mask_and_size(teacher_logits, top_k, label)[0]
-
-
-def mask_and_size(
-    teacher_logits: Tensor, top_k: int | None, label: Tensor | None
-) -> tuple[Tensor | None, int | Tensor]:
-    """Return beside the mask how many classes are in it, an integer per position where the label may be one more."""
+def _check_mask(teacher_logits: Tensor, top_k: int | None, label: Tensor | None) -> None:
     _checks.logits(teacher_logits, teacher_logits, student="teacher_logits")
     if label is not None:
         _checks.label(label, teacher_logits)
     if top_k is not None:
         _checks.integer("top_k", top_k, at_least=1)
+
+
+def mask_and_size(
+    teacher_logits: Tensor, top_k: int | None, label: Tensor | None
+) -> tuple[Tensor | None, int | Tensor]:
+    """Return the mask, or None for all classes, and its size, per position where the label may be one more class."""
     if top_k is None or top_k >= teacher_logits.shape[1]:
         return None, teacher_logits.shape[1]
     threshold = teacher_logits.topk(top_k, dim=1).values[:, -1:]  # the K-th largest logit
@@ -128,7 +127,7 @@ def scaffolded_kl(
         top_k: number of the teacher's largest classes that receive g; None for all.
         label: class indices added to the top-K.
         teacher_target: ``"all"`` classes, or zeroed outside the ``"scaffolded"`` ones.
-        reduction: ``"mean"`` over positions, or ``"none"``.
+        reduction: ``"mean"`` over positions, ``"sum"`` or ``"none"``.
 
     Shape:
         logits (N, C) or (N, C, d1, ...); guide_logits and label (N,) or (N, d1, ...); returns a scalar or (N, d1, ...).
@@ -137,11 +136,13 @@ def scaffolded_kl(
         ValueError: shapes that do not fit, temperatures <= 0, top_k < 1.
         TypeError: tensors that are not floating-point.
     """
-    _checks.choice("reduction", reduction, ("mean", "none"))
+    _checks.choice("reduction", reduction, REDUCTIONS)
     tau_s = temperatures(temperature, student_temperature)
     parts = _parts(student_logits, teacher_logits, guide_logits, temperature, tau_s, top_k, label, teacher_target)
     loss = parts.objective
-    return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss
+    if reduction == "none":
+        return loss
+    return loss.sum() / max(loss.numel(), 1) if reduction == "mean" else loss.sum()
 
 
 def discount(
@@ -189,13 +190,14 @@ def _parts(
     _checks.logits(student_logits, teacher_logits)
     _checks.per_position("guide_logits", guide_logits, student_logits)
     _checks.choice("teacher_target", teacher_target, ("all", "scaffolded"))
+    _check_mask(teacher_logits, top_k, label)
     s, t, g = promote(student_logits, teacher_logits.detach(), guide_logits)
     return scaffold(
         s,
         t,
         g,
         t.argmax(1, keepdim=True),
-        mask_or_none(t, top_k, label),
+        mask_and_size(t, top_k, label)[0],
         temperature=temperature,
         student_temperature=as_dtype(student_temperature, s.dtype),
         teacher_target=teacher_target,

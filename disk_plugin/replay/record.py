@@ -8,9 +8,9 @@ from torch import Tensor
 from .. import _checks
 from .._modes import without_autocast
 from ..functional._positions import by_position
-from ..functional.guide_half import GuideConstants, guide_constants, guide_loss
 from ..guide import GuideHead
 from ..loss import DiSKLoss
+from .constants import GuideConstants, guide_constants, guide_loss
 
 _INPUTS = ("teacher_logits", "teacher_features")
 _WIDE = (*_INPUTS, "target", "log_student")  # columns of the chosen type; one number per position is float32 at least
@@ -32,17 +32,7 @@ def rows_of(
     """
     _checks.logits(student_logits, teacher_logits)
     with without_autocast(student_logits):
-        constants = guide_constants(
-            student_logits,
-            teacher_logits,
-            target,
-            temperature=disk.temperature,
-            student_temperature=disk.student_temperature,
-            top_k=disk.top_k,
-            variant=disk.variant,
-            ignore_index=disk.ignore_index,
-            sample_weight=sample_weight,
-        )
+        constants = guide_constants(student_logits, teacher_logits, target, disk._settings(), sample_weight)
     inputs = _inputs(disk, teacher_logits, teacher_features)
     kept = constants.valid & (constants.offset + constants.budget_ce + constants.weight).isfinite()
     for value in inputs.values():
@@ -65,18 +55,7 @@ def loss_of(disk: DiSKLoss, rows: dict[str, Tensor]) -> Tensor:
     with without_autocast(logits):
         own = disk.guide_logits(logits, features)
         placed = disk.level.place(own) if disk.level else own
-        return guide_loss(
-            constants,
-            placed,
-            distill_weight=disk.distill_weight,
-            multiplier=disk.multiplier,
-            budget=disk.budget,
-            top_k=disk.top_k,
-            variant=disk.variant,
-            guide_gradient_scale=disk.guide_gradient_scale,
-            hold_discount=disk.level is not None,
-            reduce_mean=disk.reduce_mean,
-        )
+        return guide_loss(constants, placed, disk._settings())
 
 
 def _inputs(disk: DiSKLoss, teacher_logits: Tensor, teacher_features: Tensor | None) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def add_defaults() -> None:
         return
     recipe = PAPER["recipe"]
     # the scheduler owns the multiplier of a budget: two equal ends make it constant
-    CFG.DISK = _section(DiSKLoss, without=("multiplier",))
+    CFG.DISK = _section(DiSKLoss, without=("multiplier", "weight"))
     CFG.DISK.GUIDE = _section(GuideHead)
     CFG.DISK.GUIDE.USE_FEATURES = True  # the teacher's pooled features, beside its logits
     CFG.DISK.DUAL = _section(DualScheduler)
