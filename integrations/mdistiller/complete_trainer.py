@@ -15,8 +15,9 @@ from disk_plugin.functional import DiSKTerms
 from disk_plugin.training import GuidedTraining, Schedule
 
 from .checkpoints import deployed_state, load_weights, marked_untrained, warm_start_weights
-from .distillers import GuidedDistiller, ce_loss, predicting_method, read
+from .distillers import GuidedDistiller, predicting_method, read
 from .epoch_files import Saves, collected, commit, settle
+from .method_distiller import ce_loss
 from .seeds import restart_workers, seed_everything
 from .teacher_watch import TeacherWatch
 

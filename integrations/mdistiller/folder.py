@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,22 +11,11 @@ from yacs.config import CfgNode
 
 from disk_plugin.features import METHODS
 
-from .runs import CHECKPOINT, SETTINGS, Run, defining, describe, nearest, read_runs, write_settings
+from .runs import CHECKPOINT, SETTINGS, Run, defining, describe, lasts, nearest, read_runs, write_settings
 from .settings import Settings, is_guided
 
 _GIVEN = ("data", "teacher weights", "DISTILLER.WARM_START")  # files, told apart by what is in them
-# what a checkpoint holds, its shapes depend on or its whole course does: no flag makes a resumed run change it
-_LASTING = re.compile(
-    r"DISTILLER\.|DATASET\.|teacher weights|what bounds g$|SOLVER\.(TRAINER|TYPE|SEED)"
-    r"|DISK\.(GUIDE\.|STUDENT_TEMPERATURE)|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY(_CAPACITY)?$|STUDENT_PASSES)"
-)
 _CHANGES = "changed_settings.txt"
-
-
-def _lasts(key: str) -> bool:
-    """Whether no resumed run may change a setting."""
-    shapes = {f"{name}.{each}".upper() for name, kind in METHODS.items() for each in kind.shape_settings}
-    return bool(_LASTING.match(key)) or key.removeprefix("DISK_") in shapes
 
 
 def _not_copied() -> Callable[..., set[str]]:
@@ -168,11 +156,11 @@ class Folder:
 
     def _changed(self, runs: list[Run], allowed: bool) -> Run:
         """Return the run to go on with under changed settings."""
-        able = [run for run in runs if not any(map(_lasts, run.differences))]
+        able = [run for run in runs if not any(map(lasts, run.differences))]
         if able and allowed:
             return self._nearest(able)
         found = nearest(runs)
-        lasting = sorted({key for run in found for key in run.differences if _lasts(key)})
+        lasting = sorted({key for run in found for key in run.differences if lasts(key)})
         advice = f"{', '.join(lasting)} cannot change within a run: start another without --resume"
         if not allowed:
             copied = ", ".join(run.path.name for run in nearest(able)) if able else ""

@@ -17,7 +17,8 @@ from disk_plugin.training import GuidePasses
 
 from .checkpoints import fingerprint, load_weights, read_checkpoint, save_atomically, warm_start_weights
 from .config import build_guide_optimizer, build_recipe
-from .distillers import GuidedDistiller, MethodDistiller
+from .distillers import GuidedDistiller
+from .method_distiller import MethodDistiller
 
 _CIFAR = "cifar-100-python"
 _CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet": 1000}

@@ -1,11 +1,14 @@
 """Earlier runs of an experiment: what each was made with, and how that differs from the settings of now."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from disk_plugin.features import METHODS
 
 from .settings import FORM, Settings, default_settings
 
@@ -15,6 +18,13 @@ _MAY_GROW = ("SOLVER.EPOCHS",)
 _MARK = {"recorded": "the whole configuration"}  # earlier versions recorded DISTILLER, SOLVER and the distiller's own
 # what those versions did where there was no such key yet
 _BEFORE = {"DISK.ALTERNATING.REPLAY": False, FORM: "budget"}
+
+
+# what a checkpoint holds, its shapes depend on or its whole course does: no flag makes a resumed run change it
+_LASTING = re.compile(
+    r"DISTILLER\.|DATASET\.|teacher weights|what bounds g$|SOLVER\.(TRAINER|TYPE|SEED)"
+    r"|DISK\.(GUIDE\.|STUDENT_TEMPERATURE)|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY(_CAPACITY)?$|STUDENT_PASSES)"
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,12 @@ class Run:
 def defining(settings: Settings) -> Settings:
     """Return the settings that tell one run from another: all but those that may change from start to start."""
     return {key: value for key, value in settings.items() if key not in _MAY_GROW}
+
+
+def lasts(key: str) -> bool:
+    """Whether no resumed run may change a setting."""
+    shapes = {f"{name}.{each}".upper() for name, kind in METHODS.items() for each in kind.shape_settings}
+    return bool(_LASTING.match(key)) or key.removeprefix("DISK_") in shapes
 
 
 def write_settings(folder: Path, settings: Settings) -> None:

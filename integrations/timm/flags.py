@@ -12,10 +12,10 @@ from typing import Any
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead
 from disk_plugin._watch import low_multiplier_unwarned
 from disk_plugin.features import METHODS
-from disk_plugin.features.guided import FEATURE_WEIGHTS, Guided
-from disk_plugin.features.launching import explained, settings_of
+from disk_plugin.features.guided import FEATURE_WEIGHTS
 from disk_plugin.variants import VARIANTS
 
+from .method_flags import add_methods, chosen_method, method_settings
 from .recipe import Recipe
 
 REFUSED = {
@@ -25,9 +25,8 @@ REFUSED = {
     "naflex_loader": "teacher and student must read the same images, not each its own patches",
     "torchscript": "a scripted student has no configuration to read",
 }
-_SWITCH = {"action": argparse.BooleanOptionalAction}
+_SWITCH: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
 MODES = ["joint", "alternating"]
-_CRITERIONS = {"ce_weight"}  # a method's own cross-entropy: the host has a criterion
 _ALTERNATING: dict[str, tuple[str, dict[str, Any]]] = {
     "guide_passes": ("guide passes before each group of student passes", {"type": int, "metavar": "N"}),
     "student_passes": ("epochs in such a group", {"type": int, "metavar": "N"}),
@@ -113,41 +112,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     for argument, (text, how) in _ALTERNATING.items():
         flag(argument.replace("_", "-"), f"alternating: {text}", of(Recipe, argument), **how)
 
-    chosen = ["none", *METHODS]
-    method = "distill by this method, weighted by the guide, instead of the logits; --distill-loss-weight weighs it"
-    flag("method", method, "none", choices=chosen)
-    flag("feature-matching", "the first name of --disk-method", "none", choices=chosen)
-    weight = "what weighs a sample of the method's loss"
-    flag("feature-weight", weight, of(Guided, "weight"), choices=list(FEATURE_WEIGHTS))
-    for name, kind in METHODS.items():
-        for argument, default in _method_settings(name).items():
-            how = _SWITCH if isinstance(default, bool) else {"type": type(default), "metavar": argument.upper()}
-            flag(f"{name}-{argument}".replace("_", "-"), f"{name}: {explained(kind, argument)}", default, **how)
+    add_methods(flag)
     imported = "import modules of your own, whose methods, models and data sets then have names"
     flag("import", imported, [], nargs="+", action="extend", metavar="MODULE")
     checkpoint = "the teacher's weights, in place of timm's pretrained ones"
     flag("teacher-checkpoint", checkpoint, None, metavar="FILE")
     flag("allow-fresh-guide", "resume, with a new guide, from a checkpoint without one", False, **_SWITCH)
-
-
-def _method_settings(name: str) -> dict[str, Any]:
-    """Return the settings of a method that have a flag, with their defaults."""
-    return {key: value for key, value in settings_of(METHODS[name]).items() if key not in _CRITERIONS}
-
-
-def chosen_method(args: argparse.Namespace) -> str:
-    """Return the method's name, ``"none"`` for DiSK, under whichever of its two flags it was given.
-
-    Raises:
-        ValueError: two of them; an unknown one.
-    """
-    given = {getattr(args, f"disk_{flag}") for flag in ("method", "feature_matching")} - {"none"}
-    if len(given) > 1:
-        raise ValueError(f"--disk-method and --disk-feature-matching are one setting, got {sorted(given)}")
-    name = given.pop() if given else "none"
-    if name not in ("none", *METHODS):
-        raise ValueError(f"disk_method must be one of {['none', *METHODS]}, got {name!r}")
-    return name
 
 
 def names() -> set[str]:
@@ -211,7 +181,7 @@ def _check_unused(args: argparse.Namespace) -> None:
     }
     for name in METHODS:
         if name != chosen_method(args):
-            off[f"--disk-method {name}"] = [f"{name}_{setting}" for setting in _method_settings(name)]
+            off[f"--disk-method {name}"] = [f"{name}_{setting}" for setting in method_settings(name)]
     for needed, unused in off.items():
         for name in unused:
             value = getattr(args, f"disk_{name}")
@@ -257,7 +227,7 @@ def task_arguments(args: argparse.Namespace, *, epochs: int) -> dict[str, Any]:
         arguments["alternating"] = {name: getattr(args, f"disk_{name}") for name in _ALTERNATING}
     name = chosen_method(args)
     if name != "none":
-        settings = {key: getattr(args, f"disk_{name}_{key}") for key in _method_settings(name)}
+        settings = {key: getattr(args, f"disk_{name}_{key}") for key in method_settings(name)}
         arguments |= {"method": name, "method_settings": settings, "weight": args.disk_feature_weight}
     return arguments
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.task import DistillationTeacher
@@ -26,7 +26,7 @@ from .report import TaskReport
 from .state import load
 from .student_task import StudentTask
 from .teacher import FrozenTeacher, check_classes, image_size, probe
-from .trainable import DiSKTrainableModule
+from .trainable import trainable
 
 
 class GuidedTask(StudentTask):
@@ -76,7 +76,6 @@ class GuidedTask(StudentTask):
         guide = {} if guide is None else guide
         self._use_features = reads_features(guide)
         kind = arguments.method_class(method, METHODS)
-        self._reads_map = kind is not None and bool(kind.reads - {"features"})
         self._reads_features = self._use_features or (kind is not None and bool(kind.reads))
         with torch.random.fork_rng(devices=[]):  # all on the CPU: with one seed a baseline sees the same batches
             image = torch.randn(1, *size).to(self.device, self.dtype)
@@ -87,30 +86,26 @@ class GuidedTask(StudentTask):
         self.disk = DiSKLoss(head, **{**loss, **weights}).to(self.device)
         self.disk.reduce_mean = mean_over_processes
         self.recipe = Recipe(**(alternating or {})) if mode == "alternating" else None
-        guided = Guided(
-            self.disk,
-            None if self._parts is None else self._parts.method,
-            weight=weight,
-            method_weight=self.distill_loss_weight,
-        )
-        own: dict[str, Any] = {}
-        if self.recipe is not None:
-            own = {"guide_optimizer": build_guide_optimizer(self.recipe, self.disk)}
-            own["guide_rate"] = cosine(self.recipe.guide_lr, epochs)
-        self.training_core = GuidedTraining(
-            guided, epochs=epochs, recipe=self.recipe, dual=dual, report=TaskReport, **own
-        )
+        built = None if self._parts is None else self._parts.method
+        guided = Guided(self.disk, built, weight=weight, method_weight=self.distill_loss_weight)
+        self.training_core = self._core(guided, epochs, dual)
         self.dual, self.schedule = self.training_core.schedule.dual, self.training_core.schedule
         self.guide_passes, self._judged = self.training_core.guide_passes, False
-        self.trainable_module = self._trainable(student_model, None if mode == "alternating" else head)
+        in_step = head if self.recipe is None else None
+        self.trainable_module = trainable(student_model, in_step, self._parts, self.model_of)
         self.train()
+
+    def _core(self, guided: Guided, epochs: int | None, dual: Mapping[str, Any] | None) -> GuidedTraining:
+        own: dict[str, Any] = {"epochs": epochs, "recipe": self.recipe, "dual": dual, "report": TaskReport}
+        if self.recipe is not None:
+            own["guide_optimizer"] = build_guide_optimizer(self.recipe, self.disk)
+            own["guide_rate"] = cosine(self.recipe.guide_lr, epochs)
+        return GuidedTraining(guided, **own)
 
     @property
     def report(self) -> TaskReport:
         """Means over the epoch's samples so far."""
-        report: Any = self.training_core.report
-        made: TaskReport = report
-        return made
+        return cast(TaskReport, self.training_core.report)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002 (timm's name)
         """Evaluate a batch.
@@ -135,9 +130,9 @@ class GuidedTask(StudentTask):
         loss = self.task_loss_weight * task_loss + self.training_core.descended(means)
         disk, kd_loss = means.disk, means.disk.distill if self._parts is None else means.feature
         logged = self.task_loss_weight * task_loss.detach() + means.logged_loss
-        shown_means = {"task_loss": task_loss.detach(), "kd_loss": kd_loss, "logged_loss": logged}
-        shown_means |= {"usage": disk.usage, "guide": disk.guide, "discount": disk.discount}
-        return {"loss": loss, "output": logits, **shown_means}
+        watched = {"task_loss": task_loss.detach(), "kd_loss": kd_loss, "logged_loss": logged}
+        watched |= {name: getattr(disk, name) for name in ("usage", "guide", "discount")}
+        return {"loss": loss, "output": logits, **watched}
 
     def begin_epoch(self, epoch: int) -> None:
         """Bring multiplier and budget to an epoch counted from 0, wherever a resumed run starts."""
@@ -226,23 +221,10 @@ class GuidedTask(StudentTask):
         logits, pre_logits, _ = probe(self.teacher, self._normalize(image), classes, features=self._reads_features)
         return build_guide(guide, logits, pre_logits if self._use_features else None)
 
-    def _build_method(
-        self,
-        kind: type[Method] | Method,
-        student: nn.Module,
-        image: Tensor,
-        settings: Mapping[str, Any] | None,
-    ) -> Parts:
-        settings = arguments.method_settings(kind, settings)
-        how: dict[str, Any] = {"teacher_image": self._normalize(image), "settings": settings}
+    def _build_method(self, kind: type[Method] | Method, student: nn.Module, image: Tensor, settings: Any) -> Parts:
+        how: dict[str, Any] = {"teacher_image": self._normalize(image)}
+        how["settings"] = arguments.method_settings(kind, settings)
         return build_method(kind, student, self.teacher.model, image, **how)
-
-    def _trainable(self, student: nn.Module, guide: nn.Module | None) -> DiSKTrainableModule:
-        if self._parts is None:
-            return DiSKTrainableModule(student, guide)
-        if self._parts.method.own_prediction:
-            return DiSKTrainableModule(self.model_of(student, self._parts, unwrap_model(student).num_classes), guide)
-        return DiSKTrainableModule(student, guide, self._parts.method, self._parts.student)
 
     def _normalize(self, input: Tensor) -> Tensor:  # noqa: A002 (timm's name)
         return self.teacher.normalize_input(input, self.student_mean, self.student_std)

@@ -1,12 +1,15 @@
 """What the host's optimizer, DDP, compiler and clipping see: the student, the method and, in joint mode, the guide."""
 
+from collections.abc import Callable
+
 from timm.task.distillation import FeatureDistillationTrainableModule
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from disk_plugin._modes import without_autocast
 from disk_plugin.features.method import Method, Outputs
 
-from .model import MethodModel, Reader
+from .model import MethodModel, Parts, Reader
 
 
 class DiSKTrainableModule(FeatureDistillationTrainableModule):
@@ -52,3 +55,14 @@ class DiSKTrainableModule(FeatureDistillationTrainableModule):
         with without_autocast(teacher.logits):
             inputs = [teacher.logits] if teacher.features is None else [teacher.logits, teacher.features]
             return logits, self.guide(*inputs), losses
+
+
+def trainable(
+    student: nn.Module, guide: nn.Module | None, parts: Parts | None, model_of: Callable[..., MethodModel]
+) -> DiSKTrainableModule:
+    """Put together what is trained; ``model_of`` makes the model of a method with a prediction of its own."""
+    if parts is None:
+        return DiSKTrainableModule(student, guide)
+    if parts.method.own_prediction:
+        return DiSKTrainableModule(model_of(student, parts, unwrap_model(student).num_classes), guide)
+    return DiSKTrainableModule(student, guide, parts.method, parts.student)

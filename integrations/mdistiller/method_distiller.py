@@ -1,0 +1,79 @@
+"""A method by itself as a distiller of the host."""
+
+from typing import Any
+
+import torch
+from mdistiller.distillers._base import Distiller
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from yacs.config import CfgNode
+
+from disk_plugin.features import METHODS
+from disk_plugin.features.method import Method, Outputs
+
+from . import config
+from .feature_maps import build_method, shown
+
+
+class MethodDistiller(Distiller):
+    """A method by itself: section ``<NAME>``. A subclass per method says which."""
+
+    method_name: str
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> None:
+        super().__init__(student, teacher)
+        teacher.requires_grad_(False)
+        check_trainer(cfg)
+        kind, section = METHODS[self.method_name], self.method_name.upper()
+        method, self.teacher_map = build_method(kind, student, teacher, cfg, config.method_settings(cfg, section, kind))
+        self.add_module(self.method_name, method)
+        self.loss_weight = cfg[section][kind.weight_name.upper()]
+        self.ce_weight = config.ce_weight(cfg, section, kind)
+
+    @property
+    def method(self) -> Method:
+        """The method, whose name is that of its dictionary in a checkpoint's keys."""
+        method: Method = getattr(self, self.method_name)
+        return method
+
+    def forward_train(self, image: Tensor, target: Tensor, **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the prediction and the losses per sample."""
+        with torch.no_grad():
+            logits, features = self.teacher(image)
+        teacher = shown(logits, features, self.method.reads, self.teacher_map)
+        prediction, losses = self.method.evaluate(self.student_outputs(image), teacher, target)
+        found = {f"loss_{name}": self.loss_weight * loss for name, loss in losses.items()}
+        return prediction, found | ce_loss(prediction, target, self.ce_weight)
+
+    def forward_test(self, image: Tensor) -> Tensor:
+        """Return the logits of inference."""
+        return self.method.predict(self.student_outputs(image))
+
+    def student_outputs(self, image: Tensor) -> Outputs:
+        """Run the student; return what the method reads."""
+        logits, features = self.student(image)
+        return shown(logits, features, self.method.reads)
+
+    def get_learnable_parameters(self) -> list[nn.Parameter]:
+        """Return student and what the method trains."""
+        return super().get_learnable_parameters() + self.method.trainable_parameters()
+
+    def get_extra_parameters(self) -> int:
+        """Count what the method adds."""
+        return sum(parameter.numel() for parameter in self.method.parameters())
+
+
+def ce_loss(logits: Tensor, target: Tensor, weight: float, ignore_index: int = -100) -> dict[str, Tensor]:
+    """Return the cross-entropy beside a method that has none, as one more of the host's losses."""
+    if not weight:
+        return {}
+    return {"loss_ce": weight * cross_entropy(logits, target, ignore_index=ignore_index)}
+
+
+def check_trainer(cfg: CfgNode) -> None:
+    """Raise ValueError if the trainer wants two named losses, or batches with negative samples."""
+    if cfg.SOLVER.TRAINER in ("crd", "dot", "crd_dot"):
+        raise ValueError(
+            f"{cfg.DISTILLER.TYPE} needs SOLVER.TRAINER base or, with a guide, disk (Algorithm 1), got "
+            f"{cfg.SOLVER.TRAINER!r}"
+        )
