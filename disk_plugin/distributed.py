@@ -1,7 +1,7 @@
 """What several processes have to agree on: the hinge's gate, the guide's gradients, what the scheduler reads."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -116,11 +116,7 @@ class SharedGuide:
         if not self._checked:
             _refuse_wrapped(self._disk)  # two averages of one gradient may run into each other
             self._checked = True
-        gradients = [p.grad for p in self._disk.parameters() if p.grad is not None]
-        mean = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]), self._group)
-        parts = torch.split(mean, [gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        average_gradients(self._disk.parameters(), self._group)
         share_student_temperature(self._disk, self._group)
 
 
@@ -140,6 +136,18 @@ def mean_over_processes(value: Tensor, process_group: Group = None) -> Tensor:
     total = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
     dist.all_reduce(total, group=process_group)
     return (total / dist.get_world_size(process_group)).to(value.dtype)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], process_group: Group = None) -> None:
+    """Replace the gradients by their means over the processes, in one all-reduce; nothing without a process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    mean = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]), process_group)
+    parts = torch.split(mean, [gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 @torch.no_grad()

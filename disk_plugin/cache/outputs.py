@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from .. import _checks
 from .._modes import without_autocast
 from ..taps import FeatureTap, logits_of, with_features
+from ..taps.hooks import linear_names
 from . import checksums
 from .description import Meta
 from .files import CURE
@@ -51,7 +52,7 @@ class TeacherOutputs:
         if layer is None and isinstance(teacher, FeatureTap):
             layer = teacher.layer
         if layer is None and mode == "features":  # by name: the tap leaves the comparison with the logits to us
-            layer = next((name for name in reversed(_linear_names(model))), None)
+            layer = next((name for name in reversed(linear_names(model))), None)
         self.mode = mode
         self._model = model if mode == "logits" else with_features(model, layer)
         self.layer = self._model.layer if isinstance(self._model, FeatureTap) else None
@@ -187,10 +188,6 @@ def _check_head(head: nn.Linear, logits: Tensor, features: Tensor) -> None:
             "mode 'features' needs a teacher whose last Linear makes its logits, got others when they are recomputed "
             "by it: use mode='logits' or 'logits+features'"
         )
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _linear(model: nn.Module, layer: str) -> nn.Linear:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from .._modes import in_mode, without_autocast
-from ..distributed import Group, mean_over_processes, share_student_temperature
+from ..distributed import Group, average_gradients, mean_over_processes, share_student_temperature
 from ..loss import DiSKLoss
 from .record import loss_of, rows_of
 from .reservoir import Reservoir
@@ -216,9 +216,7 @@ class GuideReplay:
         loss = self.guide_loss(index)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        for parameter in self.disk.guide.parameters():
-            if parameter.grad is not None:
-                parameter.grad.copy_(self._mean(parameter.grad))
+        average_gradients(self.disk.guide.parameters(), self.process_group)
         self.optimizer.step()
         return loss.detach()
 

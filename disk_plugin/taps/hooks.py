@@ -74,7 +74,7 @@ class FeatureTap(nn.Module):
         if not _same(output, logits):
             raise RuntimeError(
                 f"the last Linear layer {self.layer!r} does not make the model's logits of shape "
-                f"{tuple(logits.shape)}: pass layer=NAME, one of {_linear_names(self.model)}"
+                f"{tuple(logits.shape)}: pass layer=NAME, one of {linear_names(self.model)}"
             )
         return True
 
@@ -112,7 +112,7 @@ def with_features(model: nn.Module, layer: str | None = None) -> FeatureTap:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Module, got {type(model).__name__}")
-    names = _linear_names(model)
+    names = linear_names(model)
     if layer is None and not names:
         raise ValueError("model has no nn.Linear layer whose input could be the features: pass layer=NAME")
     name = names[-1] if layer is None else layer
@@ -163,7 +163,8 @@ def _keep_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen["output"] = output
 
 
-def _linear_names(model: nn.Module) -> list[str]:
+def linear_names(model: nn.Module) -> list[str]:
+    """Return the dotted names of a model's Linear layers, in their order."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..distributed import mean_over_processes
+from ..distributed import average_gradients, mean_over_processes
 from ..loss import DiSKLoss
 from ..replay import GuideReplay
 from .recipe import Recipe
@@ -146,11 +146,7 @@ def guide_pass(optimizer: torch.optim.Optimizer, batches: Iterable[Any], guide_l
         loss = guide_loss(batch)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad.copy_(mean_over_processes(parameter.grad))
+        average_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
         optimizer.step()
 
 
