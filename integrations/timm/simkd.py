@@ -1,12 +1,15 @@
 """SimKD under the names it had before methods were interchangeable."""
 
-from typing import Any
+from typing import Any, cast
 
 from timm.utils import unwrap_model
 from torch import Tensor
 
 from disk_plugin.features import METHODS
 from disk_plugin.features.guided import FeatureWeight
+from disk_plugin.features.method import LAST_MAP
+from disk_plugin.features.simkd import SimKD, SimKDOutput
+from disk_plugin.taps import Layout
 
 from .model import MethodModel, Parts, build_method
 from .task import DiSKTask
@@ -34,6 +37,12 @@ class SimKDModel(MethodModel):
         how: dict[str, Any] = {"teacher_image": teacher_image, "settings": {"factor": factor}}
         parts = build_method(_SIMKD, student, teacher, image, **how)
         super().__init__(student, parts, unwrap_model(teacher).num_classes)
+
+    def match(self, input: Tensor, teacher_features: Tensor) -> SimKDOutput:  # noqa: A002 (timm's name)
+        """Return the logits and the distance to the teacher's ``forward_features`` output, per sample."""
+        student_map = self.read(self.student, input).maps[LAST_MAP]
+        teacher_map = cast(Layout, self.teacher_layout).to_map(teacher_features)
+        return cast(SimKD, self.method).match(student_map, teacher_map)
 
     @classmethod
     def around(cls, student: Any, parts: Parts, num_classes: int) -> "SimKDModel":
