@@ -21,7 +21,7 @@ READABLE_CLASSES = 120  # more names do not fit on an axis
 
 
 def plot_over_epochs(table: "DataFrame") -> "Figure":
-    """Draw the means of g and discount over the epochs: all samples (and their middle 80 %), right and wrong ones.
+    """Draw the means of g and discount over epochs: all samples (and their middle 80 %), correct ones, incorrect ones.
 
     Args:
         table: of ``SampleRecord.table`` or :func:`read`.

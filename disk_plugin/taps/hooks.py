@@ -63,7 +63,7 @@ class FeatureTap(nn.Module):
         )
 
     def _check(self, logits: Tensor, features: Tensor, output: Any) -> bool:
-        """On the first batch that can tell: the features fit, and a layer we chose ourselves makes the logits."""
+        """Validate, on the first informative batch, the features' shape and that a layer chosen by us yields logits."""
         if features.ndim < 2 or features.shape[0] != logits.shape[0] or self.feature_dim not in features.shape[1:]:
             raise RuntimeError(
                 f"layer {self.layer!r} reads a tensor of shape {tuple(features.shape)}, expected "
