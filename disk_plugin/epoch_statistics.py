@@ -40,7 +40,7 @@ def no_statistics() -> Tensor:
 def upgraded(collected: Tensor) -> Tensor:
     """Return an older checkpoint's tensor in the current layout; unknown entries are NaN, which triggers no warning.
 
-    A tensor of any other shape is returned as it is, for ``load_state_dict`` to refuse.
+    A tensor of any other shape is returned unchanged, so that ``load_state_dict`` raises.
     """
     if tuple(collected.shape) != (_BEFORE,):
         return collected
