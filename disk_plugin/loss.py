@@ -38,8 +38,7 @@ class DiSKLoss(nn.Module):
     :class:`DualScheduler` sets the training progress for the first and schedules the second.
 
     A :class:`disk_plugin.uniform.UniformGuide` bounds its g itself. Where the authors' code differs from the paper,
-    ``variant`` selects whose rule is followed. All classes are scaffolded by default: others would keep their full
-    pull.
+    ``variant`` selects the rule. By default all classes are scaffolded: others would keep their full pull.
 
     Autocast is disabled inside and half-precision inputs are upcast to float32. NaN in an input, or inf in the
     teacher's logits, propagates to the loss, except at ignored positions, which do not contribute to any gradient.

@@ -135,8 +135,8 @@ class TeacherCache:
                 them, recomputes the logits in float32; ``"logits"``: the logits in float16; ``"logits+features"``:
                 both. All of them equal the teacher up to float16's rounding. ``"sparse"`` raises.
             layer: dotted name of the layer whose input is the features; None for the last ``nn.Linear``.
-            batch_size: sample-views per batch; a resumed cache equals an uninterrupted one bit for bit if this is the
-                same.
+            batch_size: sample-views per batch; keep it on resuming for a cache that is bit-identical to an
+                uninterrupted one.
             num_workers: of the loader.
             device: moves the teacher; None leaves it where it is.
             progress: show a bar if tqdm is installed.

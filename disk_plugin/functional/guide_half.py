@@ -78,8 +78,8 @@ def guide_half(
 def _distill_slope(student: StudentSide, guide_logits: Tensor) -> Tensor:
     """Return d L_dist / d guide logit per position, in closed form.
 
-    d L_dist / d log g = -tau tau_s sum_k t_k g / (s_k + g), which the discount needs anyway, and d log g / d logit = 1
-    - g: the scaffold is evaluated and differentiated once, for the student, and the guide's half adds only O(N).
+    d L_dist / d log g = -tau tau_s sum_k t_k g / (s_k + g), which the discount needs anyway, times d log g / d logit,
+    which is 1 - g: the scaffold is evaluated and differentiated once, for the student; the guide's half adds O(N).
     """
     return -student.factor * student.removed * (-guide_logits).sigmoid()
 

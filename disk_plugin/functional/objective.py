@@ -81,8 +81,7 @@ def disk_terms(
         variant: ``"paper"``, ``"official_cifar"``, ``"official_imagenet"`` or a ``Variant``.
         guide_gradient_scale: c > 0 keeps the guide alive under the student's optimizer: its logit receives c / (4 (tau
             tau_s + multiplier)) times the gradient w.r.t. g, and outside g in [.0009, .953] a linear restoring force.
-            Values, and each sample's optimum in that range, are unchanged. None: the gradient w.r.t. the logit (the
-            paper).
+            Values, and each sample's optimum in that range, stay. None: the gradient w.r.t. the logit (the paper).
         hold_discount: the guide minimises L_dist at a given mean discount, which the caller holds (ours, not the
             paper's), instead of under the budget: its logit receives the gradient of the Lagrangian, whose mean over
             the batch is 0, and ``multiplier`` and ``budget`` are not read.

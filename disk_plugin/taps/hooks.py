@@ -84,10 +84,10 @@ def with_features(model: nn.Module, layer: str | None = None) -> FeatureTap:
     """Return a module x -> (logits, features), where features are the input of the model's last Linear layer.
 
     The model's code does not change: the layer gets two forward hooks. The model's output may be a Tensor, a tuple or
-    list whose first element is the logits, a dict with ``"logits"`` or ``"out"``, or an object with ``.logits``. On the
-    first batch the layer's output is compared with the logits, so that a wrong layer raises; a layer given by name only
-    has to be called. Gradients and train/eval mode are the caller's. It warns once if a model wrapped in evaluation
-    mode runs in training mode without gradients, as a teacher does after its parent's ``train()``.
+    list whose first element is the logits, a dict with ``"logits"`` or ``"out"``, or an object with ``.logits``. A
+    wrong last layer raises on the first batch, as its output is compared with the logits; a named one only has to be
+    called. Gradients and train/eval mode are the caller's. It warns once if a model wrapped in evaluation mode runs in
+    training mode without gradients, as a teacher does after its parent's ``train()``.
 
     Args:
         model: any classifier.
