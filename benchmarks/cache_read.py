@@ -2,8 +2,8 @@
 
 256 features, 100 classes, the two exact modes with features: "features", whose logits are recomputed by the teacher's
 last layer while reading, and "logits+features". The teacher is a random layer on random vectors; its outputs are
-written as any other's. The bytes are those of all files, meta.json, the checksums and the last layer included. The
-first reading of a view compares the checksums of its rows and is timed apart.
+written like any other's. The bytes are those of all files, meta.json, the checksums and the last layer included. The
+first read of a view compares the checksums of its rows and is timed separately.
 
 Usage: python benchmarks/cache_read.py [--samples N] [--views V] [--batch-size N] [--seconds S] [--out DIR] [--dry-run]
 """
@@ -27,7 +27,7 @@ BYTES_WANTED, RATE_WANTED = {"features": 530, "logits+features": 730}, 50_000
 
 
 def samples_per_second(cache: TeacherCache, batch_size: int, seconds: float) -> tuple[float, float]:
-    """Read whole epochs of batches in random order for that long; return medians, of each view's first, of the rest."""
+    """Read epochs of random batches for that long; return the medians of each view's first epoch and of the rest."""
     rates: list[float] = []
     end = time.perf_counter() + seconds
     while len(rates) < cache.views + 3 or time.perf_counter() < end:

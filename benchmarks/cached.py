@@ -2,8 +2,8 @@
 
 2,000 random 32x32 images, stored as bytes and opened as PIL images like CIFAR's, with random crop and flip, loaded in
 the training process. An epoch is all of that, the student's training and, for online KD, the teacher's forward.
-``SeededViews`` makes the augmentation repeatable, which costs time of its own: it is under both sides where ratios are
-about the cache, and measured apart against the plain data set.
+``SeededViews`` makes the augmentation repeatable, which takes time: ratios about the cache have it on both sides, and
+it is measured separately against the plain dataset.
 
 Usage: python benchmarks/cached.py [--pairs N] [--samples N] [--batch-size N] [--out DIR] [--dry-run]
 """
@@ -37,7 +37,7 @@ COMPARED = {(DISK, CE): 1.10, (DISK, KD): 0.6, (CE, PLAIN_CE): None, (DISK, PLAI
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Random images, kept and opened as torchvision's CIFAR-100 does."""
+    """Random images, stored and opened like torchvision's CIFAR-100."""
 
     def __init__(self, samples: int) -> None:
         self.data = torch.randint(256, (samples, 32, 32, 3), dtype=torch.uint8).numpy()
@@ -55,9 +55,9 @@ class Images(Dataset[tuple[Tensor, int]]):
 def epochs(
     student: nn.Module, dataset: Dataset[Any], batch_size: int, loss: Callable[..., Tensor]
 ) -> Callable[[], None]:
-    """Return what trains a copy of the student, and the loss's own parameters, for an epoch.
+    """Return a function that trains a copy of the student, and the loss's own parameters, for an epoch.
 
-    ``loss`` takes the student and what the data set's items hold.
+    ``loss`` takes the student and the entries of the dataset's items.
     """
     student = copy.deepcopy(student)
     learned = [*student.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else ())]
@@ -81,33 +81,33 @@ def ce(student: nn.Module, image: Tensor, target: Tensor, *_: Tensor) -> Tensor:
 
 
 class OnlineKD:
-    """Distillation from a teacher that runs."""
+    """Distillation with an online teacher."""
 
     def __init__(self, teacher: nn.Module) -> None:
         self.teacher = teacher.eval()
 
     def __call__(self, student: nn.Module, image: Tensor, target: Tensor, *_: Tensor) -> Tensor:
-        """Run it, and evaluate the loss."""
+        """Run the teacher and evaluate the loss."""
         with torch.no_grad():
             teacher_logits = self.teacher(image)
         return kd_loss(student(image), teacher_logits, target)
 
 
 class CachedDiSK(nn.Module):
-    """DiSK from a teacher that ran once."""
+    """DiSK with cached teacher outputs."""
 
     def __init__(self, cache: TeacherCache) -> None:
         super().__init__()
         self.cache, self.disk = cache, DiSKLoss(GuideHead(cache.num_classes, cache.feature_dim))
 
     def forward(self, student: nn.Module, image: Tensor, target: Tensor, index: Tensor, view: Tensor) -> Tensor:
-        """Read, and evaluate the loss."""
+        """Read the cache and evaluate the loss."""
         teacher_logits, teacher_features = self.cache(index, view)
         return self.disk(student(image), teacher_logits, target, teacher_features)
 
 
 def measured(images: Images, batch_size: int, pairs: int, folder: str) -> list[dict[str, Any]]:
-    """Write the cache, then compare epochs of students that began alike."""
+    """Write the cache, then compare epochs of students with the same initial weights."""
     views = SeededViews(images, VIEWS)
     teacher, student = CifarResNet("resnet10-l"), CifarResNet("resnet10-xxs")
     kd, disk = OnlineKD(teacher), CachedDiSK(TeacherCache.write(folder, teacher, views, progress=False))

@@ -1,4 +1,4 @@
-"""The residual networks for 32x32 images that the benchmarks train, by the names that papers give them."""
+"""The residual networks for 32x32 images that the benchmarks train, by their names in papers."""
 
 from torch import Tensor, nn
 from torch.nn.functional import relu

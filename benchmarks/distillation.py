@@ -1,4 +1,4 @@
-"""KD and DKD by the steps that mdistiller's users pay for: softmax and kl_div. Logits are (N, C), target (N,)."""
+"""KD and DKD computed as in mdistiller, by softmax and kl_div. Logits are (N, C), target (N,)."""
 
 import torch
 from torch import Tensor
@@ -40,6 +40,6 @@ def dkd_loss(
 
 
 def _label_or_other(logits: Tensor, label: Tensor) -> Tensor:
-    """Probabilities of the label and of any other class, (N, 2)."""
+    """Return the probabilities of the label and of any other class, (N, 2)."""
     probabilities = softmax(logits, 1)
     return torch.stack([(probabilities * label).sum(1), (probabilities * ~label).sum(1)], 1)

@@ -1,10 +1,10 @@
 """DiSK's loss, the guide's logit given, against KD's: time of forward and backward, eager and compiled, and memory.
 
 KD is tau^2 KL(t || s) from softmax and kl_div, alone ("KL") and with the cross-entropy that DiSK's loss contains
-("CE + KL", as in mdistiller). Gradients are those of the student's logits and, for DiSK, of the guide's.
+("CE + KL", as in mdistiller). Gradients are w.r.t. the student's logits and, for DiSK, the guide's.
 
-Memory is resident memory (Linux, VmHWM) at its peak, beyond what there was once the inputs lay there, in a process of
-its own per loss; on CUDA it is what the allocator handed out at its peak. It includes the gradient.
+Memory is peak resident memory (Linux, VmHWM) beyond that with the inputs alone, in a separate process per loss; on CUDA
+the allocator's peak. It includes the gradient.
 
 Usage: python benchmarks/loss.py [--pairs N] [--device D] [--out DIR] [--dry-run]
 """
@@ -58,7 +58,7 @@ def gradients(loss: Loss, student: Tensor, teacher: Tensor, target: Tensor, guid
 
 
 def timed(shapes: dict[tuple[int, int], int], count: int, device: str, backend: str | None) -> list[dict[str, Any]]:
-    """Compare our losses with theirs, at every shape; compiled, and with the defaults alone, if there is a backend."""
+    """Compare our losses with theirs at every shape; with a backend, compiled and for the default settings only."""
     kind, rows = "compiled" if backend else "eager", []
     ours = dict(list(OURS.items())[:1]) if backend else OURS
     for shape, calls in shapes.items():
@@ -86,7 +86,7 @@ def peaks(shape: tuple[int, int], device: str) -> dict[str, int]:
 
 
 def peak_bytes(name: str, shape: tuple[int, int], device: str) -> int:
-    """Return the bytes that forward and backward take beyond the inputs, at the peak."""
+    """Return the peak bytes of forward and backward beyond the inputs."""
     loss = (OURS | THEIRS)[name]
     gradients(loss, *inputs((8, 100), device))
     given = inputs(shape, device)
@@ -96,7 +96,7 @@ def peak_bytes(name: str, shape: tuple[int, int], device: str) -> int:
 
 
 def _high_water(device: str) -> int:
-    """Largest number of bytes held so far: of this process on a CPU (not ru_maxrss, which its parent's size enters)."""
+    """Return the peak bytes so far: of this process on a CPU (not ru_maxrss, which depends on its parent's size)."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -1,4 +1,4 @@
-"""Two ways of doing one thing, timed by turns: what drifts on the machine hits both alike. And the tables of that."""
+"""Paired timings of two ways of doing one thing, alternating so that drift affects both alike; and their tables."""
 
 import json
 import platform
@@ -26,9 +26,9 @@ class Ratio(NamedTuple):
 def compare(
     ours: Callable[[], object], theirs: Callable[[], object], *, pairs: int, warmup: int = 3, calls: int = 1
 ) -> Ratio:
-    """Time the two by turns, first the one and then the other, in an order that alternates from pair to pair.
+    """Time the two in pairs, in an order that alternates from pair to pair.
 
-    Each time is that of ``calls`` calls in a row, given per call: for what is too short for the clock.
+    Each time is the mean over ``calls`` consecutive calls, for calls too short for the clock.
     """
     for _ in range(warmup):
         ours()
@@ -47,7 +47,7 @@ def compare(
 
 
 def machine(device: str = "cpu") -> str:
-    """Describe what the times are of."""
+    """Describe the hardware and versions."""
     count = torch.get_num_threads()
     cpu = f"{platform.machine()} CPU, {count} thread{'s' * (count > 1)}"
     name = cpu if device == "cpu" else torch.cuda.get_device_name()
@@ -55,12 +55,12 @@ def machine(device: str = "cpu") -> str:
 
 
 def row(what: str, ratio: Ratio, bar: float | None = None) -> dict[str, Any]:
-    """Return a row of :func:`table`; ``bar`` is the ratio wanted, if one is."""
+    """Return a row of :func:`table`; ``bar`` is the target ratio, if any."""
     return {"what": what, "bar": bar, **ratio._asdict()}
 
 
 def results(rows: list[dict[str, Any]], setting: str, device: str = "cpu") -> dict[str, Any]:
-    """Return what is kept as JSON: the rows, what was measured and where."""
+    """Return the results to store as JSON: the rows, what was measured and where."""
     return {"machine": machine(device), "setting": setting, "rows": rows}
 
 

@@ -1,15 +1,15 @@
 """Training steps with DiSK against KD's, ResNet32x4 -> ResNet8x4, 32x32 images, 100 classes, random data.
 
-A step is the teacher's forward, the student's forward and backward, the loss and SGD. The joint objective is measured
-by the step. Algorithm 1 is measured by the outer iteration, three student passes over a few batches, with KD's three:
+A step is the teacher's forward, the student's forward and backward, the loss and SGD. The joint objective is timed per
+step. Algorithm 1 is timed per outer iteration, three student passes over a few batches, against three of KD:
 
 - replay: the third pass is recorded, then ``GuideReplay`` trains the guide for three passes;
 - alternation: three guide passes first, each running teacher and student once more;
-- the authors' loop: besides three student and three guide passes, two in which teacher and student run for nothing. A
-  model of its cost with our guide, which is smaller than theirs.
+- the authors' loop: besides three student and three guide passes, two passes of teacher and student whose outputs are
+  unused. A model of its cost with our guide, which is smaller than theirs.
 
-KD and DKD are as mdistiller computes them, but run the teacher first, as ours does: on a CPU that is the faster order.
-``--mdistiller CHECKOUT`` also takes its own distillers, with its own models, against DiSK registered with it.
+KD and DKD are computed as in mdistiller, but run the teacher first, as ours does: on a CPU that is the faster order.
+``--mdistiller CHECKOUT`` also times its own distillers, with its own models, against DiSK registered with it.
 
 Usage: python benchmarks/step.py [--pairs N] [--batches N] [--mdistiller CHECKOUT] [--device D] [--out DIR] [--dry-run]
 """
@@ -36,7 +36,7 @@ from disk_plugin.uniform import UniformGuide
 
 PASSES = 3  # of the student in an outer iteration
 BARS = {"joint DiSK": 1.05, "UniformGuide": 1.02, "Algorithm 1, replay": 1.10}
-DISCOUNT = 0.4  # held: an automatic one would be 0 in so few batches
+DISCOUNT = 0.4  # fixed: "auto" would be 0 in so few batches
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -54,7 +54,7 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 class KD:
-    """A student that learns from a teacher by a loss (student_logits, teacher_logits, target)."""
+    """Distillation by a loss (student_logits, teacher_logits, target)."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, loss: Callable[..., Tensor] = kd_loss) -> None:
         self.student, self.teacher, self.loss = copy.deepcopy(student), copy.deepcopy(teacher).eval(), loss
@@ -69,7 +69,7 @@ class KD:
 
 
 class DiSK:
-    """The same by DiSK: jointly, or in Algorithm 1's passes."""
+    """Distillation by DiSK: jointly, or in Algorithm 1's passes."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         self.student, self.teacher = copy.deepcopy(student), with_features(copy.deepcopy(teacher).eval())
@@ -105,7 +105,7 @@ class DiSK:
         self.student.train()
 
     def dead_pass(self, batches: Batches) -> None:
-        """Run the models and let it be."""
+        """Run the models and discard the outputs."""
         with torch.no_grad():
             for image, _ in batches:
                 self._teach(image)
@@ -131,7 +131,7 @@ def replay(ours: DiSK, batches: Batches) -> None:
 
 
 def alternation(ours: DiSK, batches: Batches) -> None:
-    """Algorithm 1's outer iteration as it stands."""
+    """Algorithm 1's outer iteration, unmodified."""
     for _ in range(PASSES):
         ours.guide_pass(batches)
     for _ in range(PASSES):
@@ -146,7 +146,7 @@ def authors_loop(ours: DiSK, batches: Batches) -> None:
 
 
 class Setting(NamedTuple):
-    """What is equal for all."""
+    """What all methods share."""
 
     models: tuple[str, str]
     batch_size: int

@@ -1,9 +1,9 @@
-"""What clipping by one global norm leaves of the student's gradient, with DiSK's guide in the same norm.
+"""The factor of the student's gradient under clipping by one global norm that includes DiSK's guide.
 
-timm clips all parameters of the trainable module together. A student whose own gradient has norm s keeps the factor
-min(1, clip / s); with the guide's gradient g beside it min(1, clip / sqrt(s^2 + g^2)). Shown for each multiplier: the
-median over the steps of a short training of both factors, with the guide's whole gradient as it comes, with its
-gradient without the budget's term, and as ``DiSKTask.get_clip_parameters`` hands it to the host.
+timm clips all parameters of the trainable module together. A student whose own gradient has norm s is scaled by min(1,
+clip / s); together with a guide's gradient of norm g by min(1, clip / sqrt(s^2 + g^2)). Shown for each multiplier: the
+median of both factors over the steps of a short training, with the guide's whole gradient, with its gradient without
+the budget's term, and with the parameters of ``DiSKTask.get_clip_parameters``.
 
 A synthetic problem: 100 classes of noisy 32 px images, a trained test_resnet as teacher.
 
@@ -83,7 +83,7 @@ def factors(
 
 
 def _guide_norm_without_budget(task: DiSKTask, image: Tensor, target: Tensor, guide: list[nn.Parameter]) -> float:
-    """The guide's gradient of the same batch with a budget that nothing exceeds, the scaling unchanged."""
+    """Return the norm of the guide's gradient for the same batch within the budget, with the same scaling."""
     budget = task.disk.budget.clone()
     task.disk.budget.fill_(1e6)
     task.disk.eval()  # not counted in the epoch's statistics

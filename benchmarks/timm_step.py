@@ -1,8 +1,8 @@
-"""A training step of DiSKTask against one of timm's own LogitDistillationTask: same student, teacher, batch, optimizer.
+"""A training step of DiSKTask against timm's LogitDistillationTask: same student, teacher, batch, optimizer.
 
 Forward of both models, backward, SGD step; resnet50 -> resnet18, 160 px, 1000 classes, random weights and images.
-timm runs the teacher after the student, whose activations are held meanwhile; DiSKTask runs it before. What DiSK itself
-costs is therefore also measured against timm's task with the teacher first.
+timm runs the teacher after the student, whose activations are held meanwhile; DiSKTask runs it before. The cost of DiSK
+itself is therefore also measured against timm's task with the teacher first.
 
 Usage: python benchmarks/timm_step.py [--pairs N] [--batch-size N] [--dry-run]
 """
@@ -37,7 +37,7 @@ class TeacherFirst(LogitDistillationTask):
 
 
 def stepper(task: TrainingTask, image: Tensor, target: Tensor) -> Callable[[], None]:
-    """Return one whole step of training."""
+    """Return a training step as a function."""
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=1e-3, momentum=0.9)
     task.get_trainable_module().train()
 

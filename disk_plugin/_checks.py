@@ -1,4 +1,4 @@
-"""Checks of arguments: O(1), no look at tensor values, messages that say what was expected and what came."""
+"""Argument validation: O(1), without reading tensor values; messages say what was expected and what came."""
 
 import math
 import numbers
@@ -11,7 +11,7 @@ from torch import Tensor
 def number(
     name: str, value: Any, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
 ) -> None:
-    """Refuse what is not a finite real number within the bounds; tensors (state set by us) pass unseen."""
+    """Validate a finite real number within the bounds; the value of a tensor (state set by us) is not read."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise ValueError(
@@ -36,7 +36,7 @@ def number(
 
 
 def integer(name: str, value: Any, *, at_least: int | None = None) -> None:
-    """Refuse what is not an integer, numpy's included, of at least ``at_least``."""
+    """Validate an integer (Python's or numpy's) of at least ``at_least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if at_least is not None and value < at_least:
@@ -44,13 +44,13 @@ def integer(name: str, value: Any, *, at_least: int | None = None) -> None:
 
 
 def choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Refuse a mode that is not known, and list those that are."""
+    """Raise ValueError, listing the known modes, if ``value`` is not one of them."""
     if value not in known:
         raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
 
 
 def tensor(name: str, value: Any) -> None:
-    """Refuse what is not a floating-point tensor."""
+    """Raise TypeError if ``value`` is not a floating-point tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     if not value.is_floating_point():
@@ -58,7 +58,7 @@ def tensor(name: str, value: Any) -> None:
 
 
 def logits(student_logits: Any, teacher_logits: Any, student: str = "student_logits") -> None:
-    """Both (N, C) or (N, C, d1, ...), of one shape, C >= 2; ``student`` is the name to use for the first."""
+    """Validate logits of the same shape, (N, C) or (N, C, d1, ...), C >= 2; ``student`` names the first in messages."""
     tensor(student, student_logits)
     tensor("teacher_logits", teacher_logits)
     shape = tuple(student_logits.shape)
@@ -71,7 +71,7 @@ def logits(student_logits: Any, teacher_logits: Any, student: str = "student_log
 
 
 def label(value: Any, student_logits: Tensor) -> None:
-    """Class indices, int64, one per position."""
+    """Validate class indices: int64, one per position."""
     if not isinstance(value, Tensor):
         raise TypeError(f"label must be a Tensor, got {type(value).__name__}")
     if value.dtype != torch.int64:
@@ -81,7 +81,7 @@ def label(value: Any, student_logits: Tensor) -> None:
 
 
 def per_position(name: str, value: Any, student_logits: Tensor) -> None:
-    """One value per position: the logits' shape without the class dimension."""
+    """Validate one value per position: the logits' shape without the class dimension."""
     tensor(name, value)
     expected = positions(student_logits)
     if tuple(value.shape) != expected:
@@ -89,12 +89,12 @@ def per_position(name: str, value: Any, student_logits: Tensor) -> None:
 
 
 def positions(student_logits: Tensor) -> tuple[int, ...]:
-    """Shape of what holds one value per position: (N,) or (N, d1, ...)."""
+    """Return the shape of one value per position: (N,) or (N, d1, ...)."""
     return (student_logits.shape[0], *student_logits.shape[2:])
 
 
 def label_smoothing(value: Any) -> None:
-    """A number in [0, 1), no tensor: whether it is 0 decides what is evaluated."""
+    """Validate a number in [0, 1), not a tensor: whether it is 0 decides what is evaluated."""
     if isinstance(value, Tensor):
         raise TypeError("label_smoothing must be a number, got Tensor")
     number("label_smoothing", value)
@@ -103,7 +103,7 @@ def label_smoothing(value: Any) -> None:
 
 
 def class_weight(value: Any, classes: int | None = None) -> None:
-    """None, or one weight per class (C,), with ``classes`` where C is known."""
+    """Validate None or one weight per class, (C,); C is ``classes`` where it is known."""
     if value is None:
         return
     tensor("weight", value)
@@ -114,7 +114,7 @@ def class_weight(value: Any, classes: int | None = None) -> None:
 
 
 def target(value: Any, student_logits: Tensor) -> None:
-    """Class indices, int64 of shape (N, d1, ...), or probabilities, floating-point of the logits' shape."""
+    """Validate class indices, int64 (N, d1, ...), or probabilities, floating-point of the logits' shape."""
     if not isinstance(value, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(value).__name__}")
     indices, probabilities = positions(student_logits), tuple(student_logits.shape)
@@ -129,7 +129,7 @@ def target(value: Any, student_logits: Tensor) -> None:
 
 
 def sample_weight(value: Any, student_logits: Tensor) -> None:
-    """One weight per sample (N,), or per position."""
+    """Validate one weight per sample, (N,), or per position."""
     tensor("sample_weight", value)
     expected = positions(student_logits)
     if tuple(value.shape) not in {expected, expected[:1]}:

@@ -16,19 +16,19 @@ PAPER_BOUNDS = (0.1, 50.0)  # of the multiplier over a schedule, A.5
 
 
 class Form(NamedTuple):
-    """The arguments that say it, read together."""
+    """The arguments of ``DiSKLoss`` that bound g, resolved together."""
 
     level: GuideLevel | None  # of the discount's form
     multiplier: float
     budget: float
-    keeps_multiplier: bool  # it was asked for, or there is nothing to weigh: no scheduler changes it unasked
+    keeps_multiplier: bool  # given by the user, or nothing to weigh: a scheduler changes it only on request
 
 
 def resolve_form(guide: nn.Module, discount: float | Literal["auto"] | None, multiplier: Any, budget: Any) -> Form:
-    """Read ``DiSKLoss``'s arguments; what is not said follows from what is.
+    """Resolve ``DiSKLoss``'s arguments; defaults depend on which of them are given.
 
     Raises:
-        ValueError: a number for the discount beside a budget or a guide that bounds itself; values out of range.
+        ValueError: a number for the discount together with a budget or a guide that bounds itself; values out of range.
         TypeError: ``guide`` is not a module, values of another type.
     """
     if not isinstance(guide, nn.Module):
@@ -63,7 +63,7 @@ def rest_of(ce_weight: Any) -> float:
 
     Raises:
         ValueError: ``ce_weight`` < 0.
-        TypeError: no number.
+        TypeError: not a number.
     """
     _checks.number("ce_weight", ce_weight, at_least=0)
     return max(1.0 - float(ce_weight), 0.0)
@@ -81,10 +81,10 @@ def settings_of(loss: "DiSKLoss", **more: Any) -> str:
 
 
 def asks_for_budget(loss: "DiSKLoss", rule: str, **given: Any) -> bool:
-    """Say whether a scheduler's arguments ask for the budget.
+    """Return whether a scheduler's arguments ask for the budget.
 
     Raises:
-        ValueError: they do, of a loss that was given a number as its discount.
+        ValueError: they do, but the loss was given a number as its discount.
     """
     asked = [name for name, value in given.items() if value is not None] + ["rule"] * (rule != "cosine")
     if asked and loss.level is not None and loss.level.discount != "auto":
@@ -96,14 +96,14 @@ def asks_for_budget(loss: "DiSKLoss", rule: str, **given: Any) -> bool:
 
 
 def take_budget(loss: "DiSKLoss") -> None:
-    """Let the budget bound g, as in a loss that was built for it."""
-    del loss.level  # as a module: it would stay in sight
+    """Switch the loss to the budget, as if it had been built with one."""
+    del loss.level  # else it stays registered, as None
     loss.level, loss.keeps_multiplier = None, False
     loss._initial["multiplier"] = MULTIPLIER
 
 
 def multiplier_bounds(loss: "DiSKLoss", multiplier: Any, *, scheduled: bool) -> tuple[float, float]:
-    """Return the schedule's own bounds, the paper's where one is asked for otherwise, or what the loss was given."""
+    """Return the loss's multiplier if it is kept and nothing is scheduled, else the bounds given, or the paper's."""
     own, keeps = loss.multiplier.item(), loss.keeps_multiplier
     if multiplier is None and keeps and not scheduled:
         return own, own
@@ -111,13 +111,13 @@ def multiplier_bounds(loss: "DiSKLoss", multiplier: Any, *, scheduled: bool) -> 
     if keeps and own and bounds != (own, own):  # a multiplier of 0 has nothing to weigh
         warnings.warn(
             f"the loss was given multiplier={own:g}, which the schedule's bounds {bounds} overwrite: give one of them",
-            stacklevel=3,  # the line that makes the scheduler
+            stacklevel=3,  # the line that constructs the scheduler
         )
     return bounds
 
 
 def pair(name: str, values: Any) -> tuple[float, float]:
-    """Two numbers >= 0."""
+    """Validate two numbers >= 0 and return them as floats."""
     if not isinstance(values, tuple | list) or len(values) != 2:
         raise ValueError(f"{name} must be two numbers, got {values!r}")
     for value in values:

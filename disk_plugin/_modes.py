@@ -1,4 +1,4 @@
-"""Training mode, evaluation mode and autocast for a while."""
+"""Context managers for training mode, evaluation mode and autocast."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Set training or evaluation mode; afterwards each of its modules has its own mode again."""
+    """Set training or evaluation mode; on exit each submodule's own mode is restored."""
     modes = {each: each.training for each in module.modules()}
     module.train(training)
     try:
@@ -20,6 +20,6 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
-    """Switch autocast off for the tensor's device, where that device has it."""
+    """Disable autocast for the tensor's device type, if it supports autocast."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -1,4 +1,4 @@
-"""Buffers that are state, not weights: written in place wherever torch allows it, moved without losing digits."""
+"""Buffers that are state, not weights: written in place where torch allows it, moved without losing precision."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ from .functional._positions import transformed
 
 @torch.no_grad()
 def write(buffer: Tensor, value: Tensor) -> bool:
-    """Write in place; return False, with nothing written, where a transform of ``torch.func`` does not allow it.
+    """Write in place; return False, with nothing written, if a ``torch.func`` transform does not allow it.
 
-    Such a transform changes nothing that it was not given: pass it the buffers, by ``torch.func.functional_call``.
+    Such a transform mutates only its inputs: pass it the buffers with ``torch.func.functional_call``.
     """
     if torch.compiler.is_compiling() or not transformed():
         buffer.copy_(value)
@@ -28,9 +28,9 @@ def write(buffer: Tensor, value: Tensor) -> bool:
 
 @contextmanager
 def moving(module: nn.Module, move: Callable[[Tensor], Tensor], initial: Mapping[str, Any]) -> Iterator[None]:
-    """Let a module's own buffers keep float64 while ``move`` is applied; off the meta device they start anew.
+    """Keep a module's own float64 buffers in float64 while ``move`` is applied; reinitialize them on leaving meta.
 
-    They are counts and settings: rounded to a half type they would be others. MPS has float32 at most.
+    They are counts and settings, which half precision would change. MPS has float32 at most.
     """
     was_meta = any(buffer.is_meta for buffer in module.buffers(recurse=False))
     with _keeping_float64(module, move):
@@ -45,7 +45,7 @@ def moving(module: nn.Module, move: Callable[[Tensor], Tensor], initial: Mapping
 
 @contextmanager
 def _keeping_float64(module: nn.Module, move: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let the module's own float64 buffers keep their type while ``move`` is applied; float32 where MPS has none."""
+    """Keep the module's own float64 buffers in float64 while ``move`` is applied; MPS has none and gets float32."""
     buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
     if move(torch.empty(0)).device.type == "mps":
         module._buffers.update({name: buffer.float() for name, buffer in buffers.items()})

@@ -1,4 +1,4 @@
-"""What a training batch changes in a loss: statistics, a fitted temperature, the level of g."""
+"""The buffers of a loss that a training batch updates: statistics, a fitted temperature, the level of g."""
 
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def step_student_temperature(disk: "DiSKLoss", student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> None:
-    """Make one Newton step towards the fitted student temperature, in place."""
+    """Make one Newton step of the fitted student temperature, in place."""
     _checks.target(target, student_logits)
     temperature, moments = student_temperature_step(
         student_logits,
@@ -38,11 +38,11 @@ def step_student_temperature(disk: "DiSKLoss", student_logits: Tensor, teacher_l
 
 
 def observe(disk: "DiSKLoss", terms: DiSKTerms, guide_logits: Tensor, own_logits: Tensor, target: Tensor) -> None:
-    """Count the batch and show it to what follows the discount: the loss's own level, or a ``UniformGuide``.
+    """Add the batch to the statistics and step what follows the discount: the loss's level or a ``UniformGuide``.
 
-    ``guide_logits`` are those in force, ``own_logits`` what the guide itself gave.
+    ``guide_logits`` are those used in the loss, ``own_logits`` the guide's output.
     """
-    # where torch.func does not allow it nothing is written: values and gradients need no statistics
+    # not written where torch.func does not allow it: values and gradients do not depend on the statistics
     statistics = count_batch(disk.epoch_statistics, terms, target, guide_logits, disk.ignore_index)
     write(disk.epoch_statistics, statistics)
     finite = is_finite(terms)
@@ -57,7 +57,7 @@ def observe(disk: "DiSKLoss", terms: DiSKTerms, guide_logits: Tensor, own_logits
 
 @torch.no_grad()
 def _step_level(disk: "DiSKLoss", level: DiscountLevel, terms: DiSKTerms, own_logits: Tensor, target: Tensor) -> None:
-    """Show the level what the batch gave, the whole one where ``reduce_mean`` looks further."""
+    """Step the level with the batch's means, or the whole batch's where ``reduce_mean`` averages over several."""
     one = torch.ones_like(terms.discount)
     shown = own_logits.detach().to(one.dtype)
     if not target.is_floating_point():
@@ -65,4 +65,4 @@ def _step_level(disk: "DiSKLoss", level: DiscountLevel, terms: DiSKTerms, own_lo
     centre = shown.sum() / terms.counted
     seen = torch.stack([terms.discount, terms.discount_slope, terms.agreement, centre, one]) * terms.counted
     seen = seen if disk.reduce_mean is None else disk.reduce_mean(seen)
-    level.step(*(seen[:4] / seen[4]).unbind())  # NaN, which moves nothing, where no position counted
+    level.step(*(seen[:4] / seen[4]).unbind())  # NaN, which changes nothing, if no position is valid

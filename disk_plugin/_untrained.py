@@ -1,4 +1,4 @@
-"""A guide that nobody trains: gradients reach it, and its parameters are in no optimizer."""
+"""Detects a guide that is not trained: gradients reach it, but its parameters are in no optimizer."""
 
 import gc
 
@@ -8,10 +8,10 @@ from torch.nn.parameter import is_lazy
 
 
 class GuideMoves:
-    """Compares the guide's parameters and gradients, by value, with those at the end of the epoch before.
+    """Compares the guide's parameters and gradients, by value, with those at the end of the previous epoch.
 
-    By value, as an optimizer may write past torch's version counters, and a gradient of another epoch may still lie
-    there. Copies of both are held until the next epoch ends.
+    By value, because an optimizer may bypass torch's version counters and a stale gradient may remain in ``.grad``.
+    Copies of both are held until the next epoch ends.
     """
 
     def __init__(self, guide: nn.Module) -> None:
@@ -19,11 +19,11 @@ class GuideMoves:
         self._before = self._copies()
 
     def judge(self, epoch: int) -> str | None:
-        """End an epoch; return what to warn of.
+        """End an epoch; return the text of a warning, or None.
 
-        Nothing where a parameter moved (``GuideReplay`` or an optimizer of the guide's own moves them too), where no
-        new finite gradient came (a guide that is frozen, or the student's turn in Algorithm 1), and where an optimizer
-        holds a parameter of the guide: its learning rate may be 0, or a ``GradScaler`` skips its steps.
+        None if a parameter changed (``GuideReplay`` or the guide's own optimizer may have done it), if there is no new
+        finite gradient (a frozen guide, or a student pass of Algorithm 1), or if an optimizer holds a parameter of the
+        guide: its learning rate may be 0, or a ``GradScaler`` skips its steps.
         """
         before, now = self._before, self._copies()
         self._before = now
@@ -46,7 +46,7 @@ class GuideMoves:
         }
 
     def _is_held(self) -> bool:
-        """Look among all objects, as parameters do not know their optimizer: where all speaks for a warning only."""
+        """Search all objects for an optimizer, as parameters do not know theirs: slow, so only before a warning."""
         own = {id(parameter) for parameter in self._guide.parameters()}
         return any(
             id(parameter) in own
@@ -58,12 +58,12 @@ class GuideMoves:
 
 
 def _differ(before: Tensor, now: Tensor) -> bool:
-    """Whether a tensor, which may have been moved to another device, has another value."""
+    """Whether the values differ; a tensor may have been moved to another device."""
     return before.shape != now.shape or not torch.equal(before.to(now), now)
 
 
 def _is_new(before: Tensor | None, now: Tensor | None) -> bool:
-    """Whether there is a gradient that was not there before, finite and not all 0."""
+    """Whether there is a new gradient, finite and not all 0."""
     if now is None or not bool(now.isfinite().all() and now.any()):
         return False
     return before is None or _differ(before, now)

@@ -1,6 +1,6 @@
-"""What users are told of once: a dead guide, a loss that is NaN, a schedule that gets nowhere or is past its end.
+"""Warnings given once: a dead guide, a NaN loss, a schedule that hardly rises or is past its end.
 
-Student and teacher swapped in a call too, which would otherwise train nothing but the guide.
+Also student and teacher swapped in a call, which would silently train the guide alone.
 """
 
 import os
@@ -17,16 +17,16 @@ from torch import Tensor
 from .epoch_statistics import EpochStatistics
 from .functional._positions import transformed
 
-# A guide is dead that no longer tells samples apart: by g on every sample, or, as the loss holds g short of 1, by g
-# alike on all of them while g or the discount is nearly 1. With many classes g < .01 may do its work.
+# A guide is dead if it no longer tells samples apart: g > .99 or < .01 on every sample, or, as the loss keeps g below
+# 1, equal g on all of them while g or the discount is nearly 1. With many classes g < .01 may still be useful.
 _BELOW, _ABOVE, _SPREAD, _NEAR_ONE, _ALL_TAKEN, _NOTHING_TAKEN = 0.01, 0.99, 0.002, 0.9, 0.95, 0.01
 
 
 def dead_guide(seen: EpochStatistics, epoch: int, *, pulled_down: bool) -> str | None:
-    """Judge the guide by an epoch's training batches.
+    """Return a warning if an epoch's training batches show a dead guide.
 
-    ``pulled_down``: the multiplier was not small, for what it can be. Where it is small g near 1 on all samples is what
-    eq. (5) asks for, and a living guide comes back from there.
+    ``pulled_down``: the multiplier was not small for its range. While it is small, g near 1 on all samples is the
+    optimum of eq. (5), and a guide that is alive comes back from there.
     """
     alike = seen.guide_std < _SPREAD and (seen.guide_min > _NEAR_ONE or seen.discount > _ALL_TAKEN)
     signs = {
@@ -46,7 +46,7 @@ def dead_guide(seen: EpochStatistics, epoch: int, *, pulled_down: bool) -> str |
 
 
 def not_finite(batches: float, bad: float, epoch: int) -> str | None:
-    """Judge the loss: single batches overflow under a loss scaler, which skips them; half of an epoch's do not."""
+    """Return a warning if half of an epoch's batches had a NaN or inf loss: a loss scaler skips single ones."""
     if not bad or bad < batches / 2:
         return None
     return (
@@ -56,8 +56,8 @@ def not_finite(batches: float, bad: float, epoch: int) -> str | None:
 
 
 def low_multiplier(highest: float, upper: float, epochs: int) -> str | None:
-    """Say what would otherwise go unseen: in a short run the cosine restarts before the multiplier has risen."""
-    if 3 * highest >= upper:  # a period of two epochs comes to half
+    """Return a warning if the multiplier hardly rises: in a short run the cosine restarts before it has."""
+    if 3 * highest >= upper:  # a period of two epochs reaches half
         return None
     longer = f"period={epochs} lets it rise through the whole run, " if epochs > 2 else ""
     return (
@@ -67,7 +67,7 @@ def low_multiplier(highest: float, upper: float, epochs: int) -> str | None:
 
 
 def past_the_end(epoch: int, epochs: int) -> str | None:
-    """Say that the schedule is over: called once per batch it would be over within the first epoch."""
+    """Return a warning if the schedule is over: called once per batch it ends within the first epoch."""
     if epoch < epochs:
         return None
     return (
@@ -76,12 +76,12 @@ def past_the_end(epoch: int, epochs: int) -> str | None:
     )
 
 
-_UNHEARD = 100  # batches: by then it is training, not a look at the loss
+_UNHEARD = 100  # batches: more than a quick look at the loss
 
 
 @contextmanager
 def low_multiplier_unwarned() -> Iterator[None]:
-    """Let a host, which has a log of its own, say there what ``DualScheduler.note`` holds."""
+    """Suppress the warning for a host that writes ``DualScheduler.note`` to its own log."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "in the .* steps of its schedule", UserWarning)
         yield
@@ -89,7 +89,7 @@ def low_multiplier_unwarned() -> Iterator[None]:
 
 @contextmanager
 def past_the_end_unwarned() -> Iterator[None]:
-    """Let a host that calls ``step()`` once per epoch go on after a schedule that was given a shorter length."""
+    """Suppress the warning for a host that calls ``step()`` once per epoch beyond a shorter schedule."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"step\(\) was called .* times, the schedule has epochs=", UserWarning)
         yield
@@ -99,7 +99,7 @@ def warn_if_swapped(
     module: Any, student: Tensor, teacher: Tensor, names: tuple[str, str] = ("student_logits", "teacher_logits")
 ) -> None:
     """Warn once per module, in training mode, where the teacher's output requires grad and the student's does not."""
-    # torch.compile traces no warning; inside a transform requires_grad is not that of the caller's tensors
+    # torch.compile does not trace warnings; inside a transform requires_grad is not that of the caller's tensors
     if torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled():
         return
     if not module.training or student.requires_grad or not teacher.requires_grad or "swapped" in module.told:
@@ -113,7 +113,7 @@ def warn_if_swapped(
 
 
 def warn_if_unheard(level: Any) -> None:
-    """Warn once where nobody says how far training has come, on which a target or a ramp depends."""
+    """Warn once if a target or ramp depends on training progress and nothing calls ``set_progress``."""
     if level.unheard is None or not level.follows_progress or torch.compiler.is_compiling() or transformed():
         return
     level.unheard += 1
@@ -127,7 +127,7 @@ def warn_if_unheard(level: Any) -> None:
 
 
 def _first_outside() -> int:
-    """Return the stack level, for ``warnings.warn`` in the calling function, of the user's line."""
+    """Return the ``stacklevel`` of the user's line for ``warnings.warn`` in the calling function."""
     inside = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):

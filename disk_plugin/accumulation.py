@@ -1,4 +1,4 @@
-"""Gradient accumulation with one hinge: that of the full batch, not one per micro-batch."""
+"""Gradient accumulation with one hinge for the full batch instead of one per micro-batch."""
 
 from typing import Any
 
@@ -11,23 +11,23 @@ from .loss import DiSKLoss
 
 
 class AccumulatedBatch:
-    """The micro-batches that together are one batch: each gives the student's half, all together the guide's.
+    """The micro-batches of one batch: each yields the student's half of the loss, all together the guide's.
 
-    Whether the budget is exceeded is known only after the last micro-batch, and only the guide has to know. Its half
-    needs no more of the student than the logits, which are kept: it is evaluated once, on all of them, and its gradient
-    is the full batch's. (The student's half is a sum over samples and needs no such care.) That costs a second
-    evaluation of loss and guide, neither of student nor teacher, and the logits' memory; under
-    :func:`disk_plugin.distributed.attach` it is one average of the guide's gradients per step.
+    Whether the budget is exceeded is known only after the last micro-batch, and matters to the guide alone. Its half
+    depends on the student only through the logits, which are kept: it is evaluated once, on all of them, and its
+    gradient is the full batch's. (The student's half is a sum over samples.) The cost is a second evaluation of loss
+    and guide, not of student or teacher, and the logits' memory; with :func:`disk_plugin.distributed.attach`, one
+    all-reduce of the guide's gradients per step.
 
-    Exact up to rounding where the guide treats samples one by one (``norm="layer"``). Epoch statistics count the whole
-    once, in ``terms``; there too the level of g and a fitted student temperature move, after the student's half, not
-    before it.
+    Exact up to rounding if the guide treats samples independently (``norm="layer"``). Epoch statistics count the full
+    batch once, in ``terms``, which also updates the level of g and a fitted student temperature: after the student's
+    half, not before it.
 
     Args:
         disk: the loss.
 
     Raises:
-        ValueError: a variant whose student feels the budget, and so the hinge; micro-batches with different inputs.
+        ValueError: a variant whose budget gradient reaches the student; micro-batches with different inputs.
         TypeError: ``disk`` is not a DiSKLoss.
         RuntimeError: ``terms`` before ``add``.
 
@@ -60,15 +60,15 @@ class AccumulatedBatch:
         *,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """Return ``student_loss`` of a micro-batch, a mean over it: scale it by valid elements in it / in the batch.
+        """Return a micro-batch's mean ``student_loss``: scale it by valid elements in the micro-batch / in the batch.
 
-        That is 1 / number of micro-batches where they are of one size and nothing is ignored, else
-        ``(target != ignore_index).sum()`` over the same for the whole batch.
+        That is 1 / number of micro-batches if they have equal size and nothing is ignored, else ``(target !=
+        ignore_index).sum()`` of the micro-batch over that of the batch.
         """
         warn_if_swapped(self.disk, student_logits, teacher_logits)
         with torch.no_grad():
             guide_logits = self.disk.guide_logits(teacher_logits, teacher_features, target=target)
-        training, self.disk.training = self.disk.training, False  # the whole is counted, and shared, in terms
+        training, self.disk.training = self.disk.training, False  # the full batch is counted, and reduced, in terms
         try:
             terms = self.disk.terms(
                 student_logits, teacher_logits, target, guide_logits=guide_logits, sample_weight=sample_weight
@@ -85,7 +85,7 @@ class AccumulatedBatch:
         return terms.student_loss
 
     def terms(self) -> DiSKTerms:
-        """Evaluate what was added as one batch and forget it: call ``guide_loss.backward()``, log the rest."""
+        """Evaluate what was added as one batch and clear it: call ``guide_loss.backward()``, log the rest."""
         if not self._parts:
             raise RuntimeError("terms() needs at least one micro-batch, got none: call add(...) before it")
         joined: dict[str, Any] = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
@@ -93,11 +93,11 @@ class AccumulatedBatch:
         terms = self.disk.terms(**joined)
         if terms.guide_loss.requires_grad:
             return terms
-        # of a guide without parameters: its backward is to be called all the same
+        # a guide without parameters: backward must work all the same
         return terms._replace(guide_loss=terms.guide_loss + torch.zeros_like(terms.guide_loss, requires_grad=True))
 
     def clear(self) -> None:
-        """Forget what was added: call it where a step is skipped, or its micro-batches join the next batch."""
+        """Drop the added micro-batches: call it if a step is skipped, or they join the next batch."""
         self._parts = []
 
     def _keep(self, **inputs: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""What several processes have to agree on: the hinge's gate, the guide's gradients, what the scheduler reads."""
+"""What ranks have to agree on: the hinge's gate, the guide's gradients, the scheduler's statistics."""
 
 import gc
 from collections.abc import Iterable, Iterator
@@ -16,34 +16,34 @@ Group = dist.ProcessGroup | None
 
 
 def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
-    """Make the losses of all processes one: the same guide, the whole batch's hinge, the whole batch's gradient.
+    """Synchronize the losses of all ranks: the same guide, one hinge and one gradient for the whole batch.
 
-    For loops that wrap the student alone in DistributedDataParallel. The guide's parameters and the loss's buffers
-    become those of the group's first process. From then on each evaluation in training mode averages the usage (one
-    scalar all-reduce; with a variant that counts errors, two), and each backward that reaches the guide ends with an
-    average of its gradients (one all-reduce). Every process must therefore evaluate and differentiate equally often.
+    For loops that wrap only the student in DistributedDataParallel. The guide's parameters and the loss's buffers are
+    broadcast from the group's rank 0. From then on each evaluation in training mode averages the usage (one scalar
+    all-reduce; with a variant that counts errors, two), and each backward that reaches the guide ends with an average
+    of its gradients (one all-reduce). Every rank must therefore run the same number of forwards and backwards.
 
-    The average belongs at the end of the backward, as in DistributedDataParallel: clipping, ``GradScaler.unscale_`` and
-    any optimizer then see the gradient of the whole, and an overflow on one process makes all of them skip the step. A
-    hook on ``optimizer.step`` would come after the first two. Accumulated gradients are averaged right either way, as
-    the mean of means is the mean; with ``no_sync`` around all but the last micro-batch it happens once per step.
+    Gradients are averaged at the end of backward, as in DistributedDataParallel: clipping, ``GradScaler.unscale_`` and
+    any optimizer see the gradient of the whole batch, and an overflow on one rank makes all ranks skip the step. (A
+    hook on ``optimizer.step`` would come after the first two.) Accumulated gradients are averaged correctly either way;
+    with ``no_sync`` around all but the last micro-batch there is one all-reduce per step.
 
-    Under gradient accumulation each micro-batch, of all processes together, has its own hinge. With k of them the
-    guide's gradient is the full batch's where all are within the budget or all exceed it; otherwise it differs by
-    multiplier / k times the sum of (1[usage_j > budget] - 1[usage > budget]) grad usage_j.
-    :class:`disk_plugin.accumulation.AccumulatedBatch` removes that difference.
+    Under gradient accumulation each micro-batch, over all ranks, has its own hinge. With k of them the guide's gradient
+    is the full batch's if all are within the budget or all exceed it; otherwise it differs by multiplier / k times the
+    sum of (1[usage_j > budget] - 1[usage > budget]) grad usage_j. :class:`disk_plugin.accumulation.AccumulatedBatch`
+    removes that difference.
 
     Args:
-        disk: each process's own loss, on its device, its guide not frozen, not inside DistributedDataParallel.
-        process_group: the processes that share a batch; None for all.
+        disk: each rank's own loss, on its device, its guide not frozen, not inside DistributedDataParallel.
+        process_group: the ranks that share a batch; None for all.
 
     Returns:
-        What ends it (``detach``) or suspends it for a micro-batch (``no_sync``); it need not be kept.
+        A handle with ``detach()`` and, for micro-batches, ``no_sync()``; it need not be kept.
 
     Raises:
         RuntimeError: no process group is initialised; the loss is inside DistributedDataParallel (if it is wrapped
             later, its first backward raises) or ``reduce_mean`` is taken.
-        ValueError: the process is not in ``process_group``.
+        ValueError: this rank is not in ``process_group``.
         TypeError: ``disk`` is not a DiSKLoss.
 
     Example:
@@ -69,7 +69,7 @@ def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
 
 
 class SharedGuide:
-    """The bond that :func:`attach` makes."""
+    """Handle returned by :func:`attach`."""
 
     @torch.no_grad()
     def __init__(self, disk: DiSKLoss, process_group: Group) -> None:
@@ -81,7 +81,7 @@ class SharedGuide:
         def mean(value: Tensor) -> Tensor:
             return mean_over_processes(value, process_group)
 
-        # a function, as a copy of the loss (for a moving average) copies what it holds, and no group can be copied
+        # a function: deepcopy of the loss (for a moving average) would fail on a process group
         disk.reduce_mean = mean
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
@@ -91,7 +91,7 @@ class SharedGuide:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Accumulate the guide's gradients on this process alone, beside ``DistributedDataParallel.no_sync``."""
+        """Skip the all-reduce of the guide's gradients: use it beside ``DistributedDataParallel.no_sync``."""
         before, self._averages = self._averages, False
         try:
             yield
@@ -99,13 +99,13 @@ class SharedGuide:
             self._averages = before
 
     def detach(self) -> None:
-        """Give the loss back to its process: own hinge, own gradient; what was shared stays equal until a step."""
+        """Stop synchronizing: each rank has its own hinge and gradient; parameters stay equal until the next step."""
         for hook in self._hooks:
             hook.remove()
         self._disk.reduce_mean = None
 
     def _accumulated(self, parameter: nn.Parameter) -> None:
-        """Ask, once per backward, to be called at its end, when every parameter's gradient is there."""
+        """Queue ``_average``, once per backward, to run at its end, when all gradients are accumulated."""
         backward = torch._C._current_graph_task_id()
         if self._averages and backward != self._backward:
             self._backward = backward
@@ -114,7 +114,7 @@ class SharedGuide:
     @torch.no_grad()
     def _average(self) -> None:
         if not self._checked:
-            _refuse_wrapped(self._disk)  # two averages of one gradient may run into each other
+            _refuse_wrapped(self._disk)  # two concurrent all-reduces of one gradient may collide
             self._checked = True
         average_gradients(self._disk.parameters(), self._group)
         share_student_temperature(self._disk, self._group)
@@ -122,14 +122,14 @@ class SharedGuide:
 
 @torch.no_grad()
 def mean_over_processes(value: Tensor, process_group: Group = None) -> Tensor:
-    """Return the mean of each process's ``value``, on every process; ``value`` itself without a process group.
+    """Return the mean of ``value`` over ranks, on every rank; ``value`` itself without a process group.
 
-    As ``DiSKLoss.reduce_mean`` it gives all processes one hinge, that of the whole batch: every process must then
-    evaluate the loss equally often. Processes weigh the same, as in DistributedDataParallel's mean of the gradients.
+    As ``DiSKLoss.reduce_mean`` it gives all ranks one hinge, that of the whole batch: every rank must then evaluate the
+    loss equally often. Every rank has equal weight, as in DistributedDataParallel's mean of the gradients.
 
     Args:
-        value: a floating-point tensor of the same shape on every process; half types are summed in float32.
-        process_group: the processes to average over; None for all.
+        value: a floating-point tensor of the same shape on every rank; half precision is summed in float32.
+        process_group: the ranks to average over; None for all.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(process_group) == 1:
         return value
@@ -152,11 +152,11 @@ def average_gradients(parameters: Iterable[nn.Parameter], process_group: Group =
 
 @torch.no_grad()
 def share_statistics(disk: DiSKLoss, process_group: Group = None) -> None:
-    """Give every process the epoch's statistics of all, so that their schedulers decide alike: before ``dual.step()``.
+    """All-reduce the epoch's statistics, so that all ranks' schedulers decide alike: call it before ``dual.step()``.
 
     Args:
         disk: each process's own loss, unwrapped.
-        process_group: the processes that share them; None for all.
+        process_group: the ranks that share them; None for all.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -171,11 +171,11 @@ def share_statistics(disk: DiSKLoss, process_group: Group = None) -> None:
 
 @torch.no_grad()
 def share_student_temperature(disk: DiSKLoss, process_group: Group = None) -> None:
-    """Give every process the mean of what each has fitted on its own batch; nothing unless it is fitted.
+    """Average the fitted student temperature over ranks; does nothing unless it is fitted.
 
     Args:
         disk: each process's own loss, unwrapped.
-        process_group: the processes that share it; None for all.
+        process_group: the ranks that share it; None for all.
     """
     if disk.fit_student_temperature:
         for fitted in (disk.fitted_student_temperature, disk.student_temperature_moments):
@@ -183,10 +183,10 @@ def share_student_temperature(disk: DiSKLoss, process_group: Group = None) -> No
 
 
 def _refuse_wrapped(disk: nn.Module) -> None:
-    """Raise where DistributedDataParallel averages the guide's gradients itself."""
+    """Raise RuntimeError if DistributedDataParallel averages the guide's gradients itself."""
     if _wrapper(disk) is None:
         return
-    gc.collect()  # one that was given up may still wait in a reference cycle
+    gc.collect()  # a discarded wrapper may still be alive in a reference cycle
     wrapper = _wrapper(disk)
     if wrapper is not None:
         raise RuntimeError(
@@ -197,7 +197,7 @@ def _refuse_wrapped(disk: nn.Module) -> None:
 
 
 def _wrapper(disk: nn.Module) -> DistributedDataParallel | None:
-    """Find what wraps the loss, among all objects: DistributedDataParallel leaves no mark on its module."""
+    """Find the wrapper among all objects, as DistributedDataParallel leaves no mark on its module."""
     own = {id(parameter) for parameter in disk.parameters()}
     for thing in gc.get_objects():
         # type(), as isinstance() would run the __class__ of lazy objects

@@ -1,4 +1,4 @@
-"""What an epoch's training batches showed of DiSK: means to print and log, right and wrong samples apart."""
+"""Means over an epoch's training batches, to print and log; some for correct and incorrect samples separately."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,14 @@ from .functional import DiSKTerms
 
 _OVER_ALL = ("logged_loss", "ce", "distill", "divergence", "usage", "feature")  # samples; then right and wrong ones
 _PARTS = ("guide_right", "guide_wrong", "discount_right", "discount_wrong")
-_CONFIDENCE = 2.0  # standard deviations by which an accuracy has to exceed another one
+_CONFIDENCE = 2.0  # standard deviations by which one accuracy has to exceed another
 
 
 class EpochReport:
     """Means over the samples seen since construction, collected on the device and read once.
 
-    Samples under ``ignore_index`` do not count. Those without the quantity, such as g on wrong samples of an epoch that
-    has none, have a mean of NaN.
+    Samples under ``ignore_index`` do not count. A mean over no sample, such as g on incorrect samples of an epoch
+    without any, is NaN.
 
     Example:
         >>> import torch
@@ -34,7 +34,7 @@ class EpochReport:
 
     @torch.no_grad()
     def add(self, terms: DiSKTerms | GuidedTerms) -> None:
-        """Add a batch's terms, evaluated with ``reduction="none"``; one that is not finite counts in no mean.
+        """Add a batch's terms, evaluated with ``reduction="none"``; a batch that is not finite is skipped.
 
         Raises:
             ValueError: terms reduced to scalars.
@@ -51,16 +51,16 @@ class EpochReport:
         # MPS has no float64
         dtype = torch.float32 if right.device.type == "mps" else torch.float64
         sums = torch.stack([column.sum(dtype=dtype) for column in columns])
-        sums = torch.where(sums.isfinite().all(), sums, 0.0)  # under a loss scaler single batches overflow
+        sums = torch.where(sums.isfinite().all(), sums, 0.0)  # single batches may overflow under a loss scaler
         self._sums = sums if self._sums is None else self._sums + sums
 
     def sum_over_processes(self) -> None:
-        """Add up what all processes saw; each of them must have seen at least one batch."""
+        """All-reduce (sum) over ranks; each must have added at least one batch."""
         if self._sums is not None and dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._sums)
 
     def means(self) -> dict[str, float]:
-        """Return the means by name, accuracies as shares in [0, 1]; NaN where there was no sample to take one of."""
+        """Return the means by name, accuracies in [0, 1]; NaN for a mean over no sample."""
         if self._sums is None:
             return {}
         count, right, teacher_right, *sums = self._sums.tolist()
@@ -73,11 +73,11 @@ class EpochReport:
         return {name: total / samples if samples else float("nan") for name, (total, samples) in values.items()}
 
     def weak_teacher(self, num_classes: int, *, beside_student: bool = True) -> str | None:
-        """Say that there is nothing to learn from this teacher, if so: at chance, or behind the student.
+        """Return a warning if the teacher is at chance or worse than the student, else None.
 
-        A class map in another order, inputs normalised for another network or weights that were not loaded leave no
-        other sign. Judged on the training batches as they came, by two standard deviations of their number; a student
-        that has been trained may be ahead of its teacher for good reasons.
+        Often the only sign of permuted classes, input normalised for another network or weights that were not loaded.
+        Judged on the training batches seen, by two standard deviations; a trained student may be ahead of its teacher
+        for good reasons.
 
         Args:
             num_classes: C, >= 2: chance is 1 / C.

@@ -1,4 +1,4 @@
-"""What an epoch's training batches showed, collected on the device and read once: the scheduler's evidence."""
+"""Statistics of an epoch's training batches for the scheduler, collected on the device and read once."""
 
 from typing import NamedTuple
 
@@ -13,10 +13,10 @@ _BEFORE = 4  # its length until 0.1: usage, positions, smallest, largest
 
 
 class EpochStatistics(NamedTuple):
-    """Python floats over all positions since the last reset that were not ignored, of batches with a finite loss."""
+    """Python floats over all valid positions since the last reset, of batches with a finite loss."""
 
     usage: float  # mean g * CE, nats per sample; NaN without a batch
-    positions: float  # how many positions that is the mean of
+    positions: float  # number of positions in that mean
     guide_min: float  # smallest g; inf without a batch
     guide_max: float  # largest g; -inf without a batch
     guide_std: float  # standard deviation of g; NaN without a batch
@@ -24,7 +24,7 @@ class EpochStatistics(NamedTuple):
 
     @classmethod
     def read(cls, collected: Tensor) -> "EpochStatistics":
-        """Synchronize with the device and turn the collected tensor into numbers."""
+        """Convert the collected tensor to Python floats; synchronizes with the device."""
         usage, positions, total, squares, discount, smallest, largest = collected.tolist()
         count = positions or float("nan")
         variance = squares / count - (total / count) ** 2
@@ -38,9 +38,9 @@ def no_statistics() -> Tensor:
 
 
 def upgraded(collected: Tensor) -> Tensor:
-    """Return what an older checkpoint collected in today's layout; what it does not tell is NaN, which warns of none.
+    """Return an older checkpoint's tensor in the current layout; unknown entries are NaN, which triggers no warning.
 
-    A tensor of any other shape is returned as it is, for ``load_state_dict`` to refuse.
+    A tensor of any other shape is returned unchanged, so that ``load_state_dict`` raises.
     """
     if tuple(collected.shape) != (_BEFORE,):
         return collected
@@ -60,12 +60,12 @@ def count_batch(collected: Tensor, terms: DiSKTerms, target: Tensor, guide_logit
     if not target.is_floating_point():
         valid = target != ignore_index
     positions = valid.sum().to(dtype)
-    # a mean, or the parts of one: either way its mean over positions times their number is the sum
+    # a mean, or per position: either way this is the sum over positions
     usage, discount = (
         value.to(dtype) * positions if value.ndim == 0 else value.sum(dtype=dtype)
         for value in (terms.usage, terms.discount)
     )
-    # a batch that overflowed must not cost the whole epoch's statistics
+    # a batch that overflowed must not spoil the epoch's statistics
     finite = is_finite(terms)
     g = guide_logits.to(dtype).sigmoid()
     shown = torch.where(valid & finite, g, 0.0)
@@ -77,5 +77,5 @@ def count_batch(collected: Tensor, terms: DiSKTerms, target: Tensor, guide_logit
 
 @torch.no_grad()
 def is_finite(terms: DiSKTerms) -> Tensor:
-    """Whether a batch's loss and usage are, a bool scalar."""
+    """Whether a batch's loss and usage are finite, a bool scalar."""
     return (terms.loss.sum() + terms.usage.sum()).isfinite()

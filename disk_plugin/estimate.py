@@ -1,4 +1,4 @@
-"""Where a budget comes from: the student's error on data that it was not fitted to."""
+"""The budget's estimate: the student's error on held-out data."""
 
 from collections.abc import Iterable
 
@@ -13,20 +13,20 @@ from .taps import logits_of
 def estimate_budget(student: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, ignore_index: int = -100) -> float:
     """Return the student's error rate, the paper's heuristic for the budget (Kag et al., ICLR 2023, section 3.2).
 
-    "A good initialization for the budget is the error of [the] cross-entropy trained model": warm-start the student,
-    hold some training data out and measure there; an error on the data it was fitted to is too small, one on the test
-    set is a look at the test set. The train/eval modes are restored afterwards.
+    "A good initialization for the budget is the error of [the] cross-entropy trained model": warm-start the student and
+    measure on held-out training data. The error on data it was fitted to is too small, and that on the test set leaks
+    the test set. The train/eval modes are restored afterwards.
 
     Args:
         student: a classifier, see :func:`disk_plugin.taps.logits_of` for its outputs.
         loader: batches (x, target) with class indices (N, ...).
-        ignore_index: class index of positions that do not count.
+        ignore_index: target value that is ignored.
 
     Returns:
-        Share of positions predicted wrong, in [0, 1]: use it as ``budget`` in nats per sample.
+        Share of positions predicted incorrectly, in [0, 1]: use it as ``budget`` in nats per sample.
 
     Raises:
-        ValueError: the loader is empty, or its targets are no class indices of the predictions' shape.
+        ValueError: the loader is empty, or its targets are not class indices of the predictions' shape.
     """
     device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
     wrong = count = 0.0

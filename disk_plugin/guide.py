@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from . import _checks
 
-# What the guide reads of a logit: at most this far below the row's largest, which at a temperature of 4 is a
-# probability of 4e-6 of that one's. Masked classes (-1e4, or the smallest number there is) would drown all others.
+# Logits are clamped to at most this far below the row's largest: at a temperature of 4 a probability ratio of 4e-6.
+# Masked classes (-1e4, or the smallest float) would otherwise dominate the input.
 _SPAN, _LARGEST = 50.0, 1e4
 
 
@@ -17,25 +17,25 @@ class GuideHead(nn.Module):
     """Guide g(x) of Kag et al. (ICLR 2023), appendix A.4: an MLP on the teacher's logits and pooled features.
 
     Linear, norm and ReLU twice (64 and 128 wide), then Linear to one value, returned before its sigmoid. The paper's
-    norm is BatchNorm; the default here is LayerNorm, which also takes one-sample batches, behaves alike in training
-    and evaluation and needs no synchronisation between replicas. Inputs are cast to the parameters' dtype; a logit
-    more than 50 below the row's largest is read as 50 below it, as of a class that is masked.
+    norm is BatchNorm; the default here is LayerNorm, which also takes one-sample batches, behaves alike in training and
+    evaluation and needs no synchronization between replicas. Inputs are cast to the parameters' dtype. Logits are
+    clamped to at most 50 below the row's largest, for masked classes.
 
     Args:
         num_classes: C, >= 2.
-        feature_dim: D, width of the teacher's features; 0 for a guide that reads logits only.
-        use_logits: whether the guide reads the teacher's logits; False needs ``feature_dim`` > 0.
+        feature_dim: D, width of the teacher's features; 0 for a guide on logits only.
+        use_logits: whether the teacher's logits are an input; False needs ``feature_dim`` > 0.
         hidden_dims: widths of the hidden layers.
         norm: ``"layer"``, or ``"batch"`` as in the paper.
-        initial: the g it starts from, about, in (0, 1): the last bias; None for torch's own, near .5.
+        initial: approximate initial g in (0, 1), set by the last bias; None for torch's initialization, near .5.
 
     Shape:
         teacher_logits (N, C) or (N, C, d1, ...); teacher_features (N, D), shared by all positions of a sample, or
         (N, D, d1, ...); returns guide logits (N,) or (N, d1, ...).
 
     Raises:
-        ValueError: ``num_classes`` < 2, ``feature_dim`` < 0, an unknown norm, ``initial`` outside (0, 1), nothing to
-            read, an empty ``hidden_dims``; in ``forward`` inputs of another width or shape than it was built for.
+        ValueError: ``num_classes`` < 2, ``feature_dim`` < 0, an unknown norm, ``initial`` outside (0, 1), no input, an
+            empty ``hidden_dims``; in ``forward`` inputs of another width or shape than it was built for.
         TypeError: values or inputs of another type.
 
     Example:
@@ -120,5 +120,5 @@ class GuideHead(nn.Module):
 
 
 def _bounded(logits: Tensor) -> Tensor:
-    """Raise what is far below the largest of its row; NaN stays NaN."""
+    """Clamp what is far below the largest of its row; NaN stays NaN."""
     return torch.maximum(logits, logits.amax(1, keepdim=True) - _SPAN).clamp(-_LARGEST, _LARGEST)

@@ -1,4 +1,4 @@
-"""How large g is: one number that training batches move until the mean discount meets its target."""
+"""The level of g: one number, updated after each training batch until the mean discount meets its target."""
 
 import math
 from typing import Any, Literal
@@ -10,10 +10,10 @@ from . import _checks
 from ._state import moving, write
 
 SHARE, OVER = 0.8, 0.2  # of the automatic target: chosen by examples/gain.py, see examples/README.md
-MOST = 0.5  # the automatic target's bound: where it would be beyond, the student has hardly begun to follow
-_SMALLEST, _LONGEST_STEP = -16.0, 0.5  # of log g; a Newton step from far off overshoots
+MOST = 0.5  # bound of the automatic target: above it the student has hardly begun to follow
+_SMALLEST, _LONGEST_STEP = -16.0, 0.5  # of log g; a Newton step from far away overshoots
 _NONE_YET = -1.0  # agreement before the first batch
-# of a number as target; "auto" starts from nothing, so that training begins as plain distillation
+# for a number as target; "auto" starts near g = 0, so that training begins as plain distillation
 _FIRST = math.log(0.01)
 _INITIAL = {
     "log_guide": _FIRST,
@@ -23,10 +23,10 @@ _INITIAL = {
     "gate": 1.0,
 }
 PATIENCE = 6.0  # the target waits while an epoch removes a sixth of the disagreement
-_MOMENTUM = 0.3  # of the running agreement; a slow one lags behind a student from scratch
-_FLAT = 1e-4  # slopes below it tell nothing: the step is as long as it may be
-_RANGE = 0.5  # a guide's ranking multiplies the odds of g by e^-.5 to e^.5: a wider one censors
-_HIGHEST = -1e-3  # of log g, below which a ranking can be seen
+_MOMENTUM = 0.3  # of the running agreement; a small one lags behind a student trained from scratch
+_FLAT = 1e-4  # slopes below it are not informative: the step has its maximal length
+_RANGE = 0.5  # a guide's ranking multiplies the odds of g by e^-.5 to e^.5: a wider one removes samples
+_HIGHEST = -1e-3  # of log g; above it a ranking would not show
 
 
 class DiscountLevel(nn.Module):
@@ -37,10 +37,10 @@ class DiscountLevel(nn.Module):
     .. math:: \Delta \log g = (d^* - d) \Big/ \tfrac1N \sum_i \sum_y \frac{t_y s_y g}{(s_y + g)^2}, \qquad
               |\Delta \log g| \le 1/2
 
-    A number is the target d* itself. ``"auto"`` takes off as much as the student fails to follow, once it has had time
-    to try: ``share * (1 - agreement)``, at most 1/2, with the running share of training samples on which the student's
-    argmax is the teacher's. It rises from 0 over the first ``over`` of training, and waits while an epoch still removes
-    a sixth or more of the disagreement (times ``1 - 6 * (agreement - last) / (1 - last)``, at least 0).
+    A number is the target d* itself. ``"auto"`` follows the student: d* = ``share * (1 - agreement)``, at most 1/2,
+    with agreement the running share of training samples on which the student's argmax is the teacher's. It is ramped up
+    from 0 over the first ``over`` of training, and held back while an epoch still removes a sixth or more of the
+    disagreement (times ``1 - 6 * (agreement - last) / (1 - last)``, at least 0).
 
     Args:
         discount: target in [0, 1), or ``"auto"``.
@@ -54,7 +54,7 @@ class DiscountLevel(nn.Module):
 
     log_guide: Tensor
     agreement: Tensor
-    last_agreement: Tensor  # at the end of the epoch before
+    last_agreement: Tensor  # at the end of the previous epoch
     progress: Tensor
     gate: Tensor
 
@@ -69,7 +69,7 @@ class DiscountLevel(nn.Module):
         _checks.number("over", over, above=0, at_most=1)
         self.discount, self.share, self.over = discount, float(share), float(over)
         self.patience = PATIENCE
-        self.unheard: int | None = 0  # training batches without a word of the progress; None once there was one
+        self.unheard: int | None = 0  # training batches without ``set_progress``; None once it was called
         self._initial = dict(_INITIAL)
         if discount == "auto":
             self._initial["log_guide"] = _SMALLEST
@@ -78,11 +78,11 @@ class DiscountLevel(nn.Module):
 
     @torch.no_grad()
     def set_progress(self, progress: float) -> None:
-        """Say which share of training is done, in [0, 1], once per epoch: ``DualScheduler`` does."""
+        """Set the share of training that is done, in [0, 1], once per epoch; ``DualScheduler`` calls it."""
         _checks.number("progress", progress, at_least=0)
         self.unheard = None
         progress, last = min(progress, 1.0), self.last_agreement
-        new = (self.progress != progress) & (self.agreement != last)  # else it is said again, on a resume
+        new = (self.progress != progress) & (self.agreement != last)  # else the same call again, on a resume
         gain = (self.agreement - last) / (1 - last).clamp(min=_FLAT)
         self.gate.copy_(torch.where(new, (1 - self.patience * gain).clamp(0.0, 1.0), self.gate))
         self.last_agreement.copy_(torch.where(new, self.agreement, last))
@@ -90,13 +90,13 @@ class DiscountLevel(nn.Module):
 
     @torch.no_grad()
     def step(self, discount: Tensor, slope: Tensor, agreement: Tensor, mean_logit: Tensor) -> None:
-        """Move g after a training batch, in place: ``DiSKLoss`` does. A batch that is not finite moves nothing.
+        """Update g in place after a training batch; ``DiSKLoss`` calls it. A batch that is not finite is skipped.
 
         Args:
             discount: mean share of the teacher's pull that was taken off, a scalar.
-            slope: its derivative by log g, a scalar.
+            slope: its derivative w.r.t. log g, a scalar.
             agreement: share of the batch on which the student's argmax is the teacher's, a scalar.
-            mean_logit: mean of the guide's own logits, a scalar; read by a :class:`GuideLevel` alone.
+            mean_logit: mean of the guide's own logits, a scalar; used by :class:`GuideLevel` only.
 
         Raises:
             RuntimeError: under a transform of ``torch.func`` without the buffers.
@@ -108,13 +108,13 @@ class DiscountLevel(nn.Module):
         moved = self._moved(mean_logit, first)
         agreement = torch.where(first, agreement, torch.lerp(self.agreement, agreement, _MOMENTUM))
         missing = self._target(agreement) - discount
-        slope = torch.where(slope > 0, slope, discount * (1 - discount))  # its upper bound, where no sample told it
+        slope = torch.where(slope > 0, slope, discount * (1 - discount))  # its upper bound, if no sample gives a slope
         step = (missing / slope.clamp(min=_FLAT)).clamp(-_LONGEST_STEP, _LONGEST_STEP)
         log_guide = (self.log_guide + step).clamp(_SMALLEST, 0.0)
         self._write(finite, log_guide=log_guide, agreement=agreement, last_agreement=last, **moved)
 
     def _moved(self, mean_logit: Tensor, first: Tensor) -> dict[str, Tensor]:
-        """Return what else a batch moves, by name of the buffer; ``first``: it is the first one."""
+        """Return further buffers to update, by name; ``first``: the first batch."""
         return {}
 
     @property
@@ -124,7 +124,7 @@ class DiscountLevel(nn.Module):
 
     @property
     def target(self) -> Tensor:
-        """The mean discount that is aimed at now, a scalar."""
+        """The current target of the mean discount, a scalar."""
         return self._target(self.agreement.clamp(min=0.0))
 
     def _write(self, finite: Tensor, **moved: Tensor) -> None:
@@ -141,13 +141,13 @@ class DiscountLevel(nn.Module):
         return (self.progress / self.over).clamp(max=1.0)
 
     def _target(self, agreement: Tensor) -> Tensor:
-        """The discount that is aimed at now."""
+        """Return the current target of the mean discount."""
         if isinstance(self.discount, float):
             return torch.full_like(agreement, self.discount)
         return (self.share * (1 - agreement)).clamp(max=MOST) * self._ramp() * self.gate
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DiscountLevel":
-        """Move the module; its scalars stay float64, and start anew off the meta device."""
+        """Move the module; its scalars stay float64, and are reinitialized on leaving meta."""
         with moving(self, fn, self._initial):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -159,7 +159,7 @@ class DiscountLevel(nn.Module):
 
 
 class GuideLevel(DiscountLevel):
-    """The level of a guide that ranks: its logits, centred and bounded, go above and below the level."""
+    """The level of a guide that ranks samples: its logits, centred and bounded, are added to the level."""
 
     centre: Tensor
 
@@ -177,7 +177,7 @@ class GuideLevel(DiscountLevel):
         return logit + _RANGE * torch.tanh((guide_logits - self.centre.to(guide_logits.dtype)) / _RANGE)
 
     def _moved(self, mean_logit: Tensor, first: Tensor) -> dict[str, Tensor]:
-        """Let the centre follow the guide."""
+        """Update the running mean of the guide's logits."""
         mean_logit = mean_logit.to(self.centre.dtype)
         centre = torch.where(first, mean_logit, torch.lerp(self.centre, mean_logit, _MOMENTUM))
         return {"centre": torch.where(mean_logit.isfinite(), centre, self.centre)}

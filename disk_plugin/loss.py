@@ -1,4 +1,4 @@
-"""DiSKLoss: keeps the arguments, owns the guide, calls the functions."""
+"""DiSKLoss: holds the arguments and the guide; the functional API holds the formulas."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -25,25 +25,25 @@ class DiSKLoss(nn.Module):
 
     .. math:: \alpha\,L_{CE}(s) + (1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+
 
-    is Kag et al. (ICLR 2023), eq. (5). One backward gives the student the gradient of CE and scaffold with the guide
-    held fixed, and the guide its own with the student held fixed; Algorithm 1's alternation backpropagates
-    ``terms(...).guide_loss`` and ``terms(...).student_loss`` in turn. What bounds g has two forms:
+    is Kag et al. (ICLR 2023), eq. (5). In one backward, student and guide each receive only their own gradient
+    (stop-gradient on the other); Algorithm 1's alternation backpropagates ``terms(...).guide_loss`` and
+    ``terms(...).student_loss`` in turn. g is bounded in one of two ways:
 
     - by default the mean **discount**, the share of the teacher's pull that is taken off (ours): the guide ranks the
-      samples, and the loss sets the level of g after each batch (:class:`disk_plugin.level.DiscountLevel`), without a
-      hinge; ``multiplier`` is 0.
-    - the paper's **budget** in nats: with ``multiplier`` or ``budget`` given, or ``discount=None``. Both are buffers
-      (and so override the constructor's when a checkpoint is loaded).
+      samples, and the loss sets the level of g after each batch (:class:`disk_plugin.level.DiscountLevel`); there is no
+      hinge and ``multiplier`` is 0.
+    - the paper's **budget** in nats: with ``multiplier`` or ``budget`` given, or ``discount=None``. Both are buffers,
+      so a loaded checkpoint overrides the constructor's.
 
-    :class:`DualScheduler` tells the first how far training has come, and drives the second.
+    :class:`DualScheduler` sets the training progress for the first and schedules the second.
 
     A :class:`disk_plugin.uniform.UniformGuide` bounds its g itself. Where the authors' code differs from the paper,
-    ``variant`` says whose rule is followed. All classes are scaffolded, as the tail would keep its full pull.
+    ``variant`` selects the rule. By default all classes are scaffolded: others would keep their full pull.
 
-    Autocast is off inside and half-precision inputs are upcast to float32. NaN in an input, or inf in the teacher's
-    logits, propagates to the loss, except at positions that are ignored, which do not contribute to any gradient.
-    Under ``torch.func`` statistics are counted only where the transform is given the buffers (``functional_call``). In
-    ``AveragedModel(disk)`` leave ``use_buffers`` False, as multiplier and statistics are no weights, and call eval().
+    Autocast is disabled inside and half-precision inputs are upcast to float32. NaN in an input, or inf in the
+    teacher's logits, propagates to the loss, except at ignored positions, which do not contribute to any gradient.
+    Under ``torch.func`` statistics are updated only if the transform is given the buffers (``functional_call``). In
+    ``AveragedModel(disk)`` leave ``use_buffers`` False, as multiplier and statistics are not weights, and call eval().
 
     Args:
         guide: a module (teacher_logits[, teacher_features]) -> guide logits (N,) or (N, d1, ...).
@@ -51,22 +51,22 @@ class DiSKLoss(nn.Module):
         distill_weight: weight of the scaffolded divergence, >= 0; None for 1 - ce_weight, at least 0 (the paper's).
         temperature: divides the teacher's logits, dimensionless, > 0 (paper: tau).
         student_temperature: divides the student's logits, > 0; None for ``temperature``; ``"fit"`` for the paper's
-            argmin of the KL divergence, followed by one Newton step per training batch and kept in a buffer.
+            argmin of the KL divergence, tracked by one Newton step per training batch and kept in a buffer.
         top_k: number of the teacher's largest classes that receive g, >= 1; None for all (paper: K).
         discount: target of the mean discount in [0, 1), or ``"auto"``, which follows the student; None for the budget.
         multiplier: weight of the budget's hinge, >= 0; None for 50 (paper: lambda).
         budget: nats per sample, >= 0; None for .3 (paper: delta, :func:`disk_plugin.schedule.estimate_budget`).
         variant: ``"paper"``, ``"official_cifar"``, ``"official_imagenet"`` or a ``Variant``.
-        guide_gradient_scale: > 0, of the budget's form: keeps the guide alive under the student's SGD, see
-            :func:`disk_plugin.functional.disk_terms`. None: the plain derivative by its logit, as in the paper.
+        guide_gradient_scale: > 0, with a budget: keeps the guide alive under the student's SGD, see
+            :func:`disk_plugin.functional.disk_terms`. None: the gradient w.r.t. the guide logit, as in the paper.
         ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
         weight: of each class in the cross-entropy, (C,); None for 1. Means divide by positions, not by their weights.
         label_smoothing: of the cross-entropy alone, in [0, 1), as in ``nn.CrossEntropyLoss``.
 
     Attributes:
-        level: what holds the discount, or None in the budget's form.
-        reduce_mean: None, or what averages a scalar over the batches that together are one, such as
-            :func:`disk_plugin.distributed.mean_over_processes`: the whole's usage decides the hinge.
+        level: the module that holds the discount, or None with a budget.
+        reduce_mean: None, or a function that averages a scalar over the parts of a batch, such as
+            :func:`disk_plugin.distributed.mean_over_processes`: the whole batch's usage decides the hinge.
 
     Shape:
         student_logits, teacher_logits (N, C) or (N, C, d1, ...); target int64 (N, d1, ...) or probabilities of the
@@ -87,7 +87,7 @@ class DiSKLoss(nn.Module):
     budget: Tensor
     weight: Tensor | None
     epoch_statistics: Tensor
-    epoch_batches: Tensor  # all, and those with a NaN or inf loss
+    epoch_batches: Tensor  # number of all, and of those with a NaN or inf loss
     fitted_student_temperature: Tensor
     student_temperature_moments: Tensor
 
@@ -133,7 +133,7 @@ class DiSKLoss(nn.Module):
         self.guide_gradient_scale, self.label_smoothing = settings.guide_gradient_scale, settings.label_smoothing
         self.ce_weight, self.distill_weight, self.temperature = settings[:3]
         self.variant, self.top_k, self.ignore_index = settings.variant, settings.top_k, settings.ignore_index
-        self.fit_student_temperature, self.told = fitted, set[str]()  # of what has been warned
+        self.fit_student_temperature, self.told = fitted, set[str]()  # kinds of warnings given
         # float64, so that a schedule's 0.3 stays 0.3 in a float64 objective
         self._initial: dict[str, Any] = {"multiplier": form.multiplier, "budget": form.budget}
         if fitted:
@@ -144,7 +144,7 @@ class DiSKLoss(nn.Module):
         for name, value in self._initial.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64), persistent=name != "epoch_batches")
         self.reduce_mean: Callable[[Tensor], Tensor] | None = None
-        self._fixed_student_temperature = student_temperature  # a setting, which no checkpoint overrides
+        self._fixed_student_temperature = student_temperature  # a setting: checkpoints do not override it
 
     def forward(
         self,
@@ -171,9 +171,9 @@ class DiSKLoss(nn.Module):
     ) -> DiSKTerms:
         """Evaluate everything once: the loss, its two halves and what to log (see :class:`functional.DiSKTerms`).
 
-        In training mode each call adds to ``statistics()`` and, with ``student_temperature="fit"``, moves it a step.
-        ``guide_logits`` is what :meth:`guide_logits` gave, where that has to be called elsewhere: inside a module that
-        DistributedDataParallel wraps. ``teacher_features`` is then not read.
+        In training mode each call updates ``statistics()`` and, with ``student_temperature="fit"``, the temperature.
+        Pass ``guide_logits``, the result of :meth:`guide_logits`, if the guide runs elsewhere, such as inside a module
+        wrapped in DistributedDataParallel; ``teacher_features`` is then not read.
         """
         _checks.logits(student_logits, teacher_logits)
         _checks.choice("reduction", reduction, REDUCTIONS)
@@ -194,9 +194,9 @@ class DiSKLoss(nn.Module):
     def guide_logits(
         self, teacher_logits: Tensor, teacher_features: Tensor | None = None, *, target: Tensor | None = None
     ) -> Tensor:
-        """Return the guide's own logits, (N,) or (N, d1, ...); the teacher's outputs are constants.
+        """Return the guide's own logits, (N,) or (N, d1, ...); the teacher's outputs are detached.
 
-        With the target the guide reads zeros where that is ``ignore_index``: a NaN there would reach its gradient.
+        With a target, the guide's inputs are zeroed at ignored positions: a NaN there would reach its gradient.
         """
         inputs = [teacher_logits.detach()]
         if teacher_features is not None:
@@ -211,24 +211,24 @@ class DiSKLoss(nn.Module):
 
     @property
     def student_temperature(self) -> float | Tensor:
-        """The student temperature in force: the constructor's number, or the fitted buffer."""
+        """The current student temperature: the constructor's number, or the fitted buffer."""
         if self.fit_student_temperature:
             return self.fitted_student_temperature
         fixed = self._fixed_student_temperature
         return float(self.temperature if fixed is None else fixed)
 
     def statistics(self) -> EpochStatistics:
-        """Read what the training batches since the last reset showed (waits for the device)."""
+        """Return statistics of the training batches since the last reset (synchronizes with the device)."""
         return EpochStatistics.read(self.epoch_statistics)
 
     @torch.no_grad()
     def reset_statistics(self) -> None:
-        """Forget the batches seen so far."""
+        """Reset the statistics."""
         self.epoch_statistics.copy_(no_statistics())
         self.epoch_batches.zero_()
 
     def _settings(self) -> Settings:
-        """Return the hyper-parameters in force, whose values the constructor has validated."""
+        """Return the current hyper-parameters, which the constructor has validated."""
         named = {name: getattr(self, name) for name in Settings._fields if name != "hold_discount"}
         return Settings(**named, hold_discount=self.level is not None)
 
@@ -237,14 +237,14 @@ class DiSKLoss(nn.Module):
         return settings_of(self, student_temperature=self._fixed_student_temperature)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load; statistics of an older checkpoint are brought to today's layout."""
+        """Load; statistics of an older checkpoint are converted to the current layout."""
         name = f"{prefix}epoch_statistics"
         if name in state_dict:
-            state_dict[name] = upgraded(state_dict[name])  # of the caller's dict load_state_dict has made a copy
+            state_dict[name] = upgraded(state_dict[name])  # load_state_dict has copied the caller's dict
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DiSKLoss":
-        """Move the module; its scalars stay float64 (counts!), and are the constructor's off the meta device."""
+        """Move the module; its scalars stay float64 (counts!), and are reinitialized on leaving the meta device."""
         with moving(self, fn, self._initial):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

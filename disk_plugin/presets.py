@@ -1,10 +1,10 @@
 """Published settings as plain dicts, to splat: every value with its source.
 
 ``p = presets.PAPER``, then ``GuideHead(C, D, **p["guide"])``, ``DiSKLoss(guide, **p["loss"])``,
-``DualScheduler(loss, epochs=..., **p["dual"])``; ``p["recipe"]`` is what the published runs did around them.
+``DualScheduler(loss, epochs=..., **p["dual"])``; ``p["recipe"]`` is the rest of the published training recipe.
 "A.4", "A.5": appendices of Kag et al. (ICLR 2023). "script": the authors' public CIFAR or ImageNet training script.
-``CIFAR100_SEARCHED`` is not published but found by this repository's own search, see examples/README.md.
-The budget of ``PAPER`` is no number: pass the loss ``budget=disk_plugin.schedule.estimate_budget(student, held_out)``.
+``CIFAR100_SEARCHED`` is not published: it comes from this repository's own search, see examples/README.md.
+``PAPER`` names no budget: pass the loss ``budget=disk_plugin.schedule.estimate_budget(student, held_out)``.
 """
 
 from typing import Any
@@ -16,12 +16,12 @@ PAPER: Preset = {
     "loss": {
         "discount": None,  # the paper bounds g by a budget
         "variant": "paper",
-        "ce_weight": 0.1,  # A.5 scans {0, .1, .5, .9, 1}; which was taken where is not printed
+        "ce_weight": 0.1,  # A.5 scans {0, .1, .5, .9, 1}; the choice per experiment is not printed
         "distill_weight": 0.9,  # 1 - ce_weight, eq. (5)
         "temperature": 4.0,  # A.5
         "student_temperature": None,  # A.5: tau_s = tau by default
         "top_k": 20,  # A.5
-        "guide_gradient_scale": None,  # the paper does not scale: alternate, or give the guide an optimizer of its own
+        "guide_gradient_scale": None,  # the paper does not scale: alternate, or give the guide its own optimizer
     },
     "dual": {"multiplier": (0.1, 50.0), "period": 50},  # A.5
     "recipe": {
@@ -87,7 +87,7 @@ OFFICIAL_IMAGENET: Preset = {
     "dual": {
         "multiplier": (0.1, 0.5),  # script
         "period": 30,  # script
-        "budget": 0.2,  # script, constant: its schedule is computed and not used
+        "budget": 0.2,  # script, constant: its schedule is computed but unused
     },
     "recipe": {"mode": "joint"},  # script: one step for both
 }
@@ -98,8 +98,8 @@ CIFAR100_SEARCHED: Preset = {  # ours: the best of 8 trials of examples/cifar100
         "ce_weight": 0.1,
         "distill_weight": 0.9,
         "temperature": 2.0,
-        "multiplier": 50.0,  # constant: each restart of a schedule throws accuracy away in a short run
-        "budget": 0.1,  # a third of the default: nearer to plain distillation
+        "multiplier": 50.0,  # constant: in a short run each restart of a schedule costs accuracy
+        "budget": 0.1,  # a third of the default: closer to plain distillation
     },
     "dual": {"multiplier": (50.0, 50.0)},
     "recipe": {

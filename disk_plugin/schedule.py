@@ -1,4 +1,4 @@
-"""The discount's target or the budget and its multiplier over training, the watch over the guide's health."""
+"""Schedules of the discount's target, or of the budget and its multiplier, and checks of the guide's health."""
 
 import math
 import warnings
@@ -17,53 +17,53 @@ __all__ = ["DualScheduler", "estimate_budget"]
 
 
 class DualScheduler:
-    r"""Drive what bounds g in a :class:`DiSKLoss` as ``LRScheduler`` drives an optimizer: ``step()`` once per epoch.
+    r"""Schedule the bound of g in a :class:`DiSKLoss`, as ``LRScheduler`` does the learning rate: step once per epoch.
 
-    A loss that follows a **discount** (the default) learns how far training has come, which its ``"auto"`` target and a
-    ``UniformGuide``'s ramp want to know; nothing but ``epochs`` is to be set.
+    A loss with a **discount** (the default) is told the training progress, on which its ``"auto"`` target and a
+    ``UniformGuide``'s ramp depend; only ``epochs`` has to be set.
 
-    The paper's **budget** has a multiplier that rises in periods, within the bounds asked for here; a ``multiplier``
-    given to the loss stays as it is where none are asked for:
+    The paper's **budget** has a multiplier that rises within each period, between the bounds given here (a
+    ``multiplier`` given to the loss stays constant if none are):
 
     .. math:: \lambda(r) = \lambda_{min} + (\lambda_{max} - \lambda_{min})\,(1 - \cos(\pi\,(r \bmod A)/A))/2
 
-    is line 8 of Algorithm 1, Kag et al. (ICLR 2023). Construction writes epoch 0's values; ``step()``, once per epoch
-    beside the learning rate's, writes those of the next. An incomplete last period is merged into the one before it,
-    and the last period runs on to its end, so that the last ``step()`` leaves exactly ``multiplier[1]``; the last epoch
-    trained sees the cosine one epoch earlier. The loss's own ``budget`` is kept. Any of ``multiplier``, ``period``,
-    ``budget``, ``budget_period`` or another ``rule`` asks for the budget, which a loss in its default form then takes.
+    is line 8 of Algorithm 1, Kag et al. (ICLR 2023): ``CosineAnnealingWarmRestarts`` with T_0 = A = ``period``, but
+    rising. A restart that would leave less than a full period is skipped: ``epochs=8, period=4`` restarts at epochs 0
+    and 4, and so does ``epochs=10, period=4``, whose last cosine takes 6 epochs. Construction writes epoch 0's values,
+    each ``step()`` the next epoch's: the last one leaves exactly ``multiplier[1]``, and the last epoch trained sees the
+    cosine one epoch earlier. The loss's own ``budget`` is kept. Any of ``multiplier``, ``period``, ``budget``,
+    ``budget_period`` or another ``rule`` switches a default loss to the budget.
 
-    ``step()`` warns, once each, if half of the epoch's batches had a NaN or inf loss, and if the guide is dead: g > .99
-    on every sample; or alike on all, its standard deviation below .002, while all g exceed .9 or more than .95 of the
-    teacher's pull is taken off though the multiplier is above the middle of its range; or g < .01 on every sample
-    while less than .01 of the pull is; if gradients reached the guide but its parameters are in no optimizer; and if it
-    is called more than ``epochs`` times, as it would be once per batch. Construction warns if ``epochs`` are too few
-    for the multiplier to rise.
+    ``step()`` warns, once each, if half of the epoch's batches had a NaN or inf loss; if gradients reached the guide
+    but its parameters are in no optimizer; if it is called more than ``epochs`` times (once per batch?); and if the
+    guide is dead: g > .99 on every sample; g < .01 on every sample with a mean discount below .01; or, with the
+    multiplier above the middle of its range, a standard deviation of g below .002 while all g exceed .9 or the mean
+    discount exceeds .95. Construction warns if ``epochs`` are too few for the multiplier to rise.
 
     Args:
-        loss: the loss to drive.
+        loss: the loss to schedule.
         epochs: how many times ``step()`` will be called: whole epochs, or outer iterations of Algorithm 1.
-        multiplier: (smallest, largest) multiplier, 0 <= smallest <= largest; None for the one that the loss was given,
-            or else the paper's (.1, 50).
+        multiplier: (smallest, largest) multiplier, 0 <= smallest <= largest; None for the one given to the loss, else
+            the paper's (.1, 50).
         period: epochs from one restart to the next, >= 1; None for ceil(epochs / 4), as in Algorithm 1 (R = 4 A).
         budget: nats per sample: None for the loss's own, a constant, or (upper, lower) for a cosine from upper to
             lower within each ``budget_period``, as the authors' CIFAR script has it.
         budget_period: epochs from one restart of the budget to the next; None for ``period``.
         budget_decay: the upper budget is multiplied by this at each restart, in (0, 1], but never below the lower.
         rule: ``"cosine"``; ``"adaptive"``: the same, and the largest multiplier doubles at the end of a period whose
-            last epoch spent more than the budget (the paper updates its bounds "to enforce the constraint" without
-            saying how; this is our reading), up to ``multiplier_cap``; ``"ascent"``: dual ascent, multiplier +=
-            ascent_rate * (mean usage - budget) of the finished epoch, within ``multiplier``, from its smaller end.
+            last epoch exceeded the budget (the paper updates its bounds "to enforce the constraint" without saying how;
+            this is our reading), up to ``multiplier_cap``; ``"ascent"``: dual ascent, multiplier += ascent_rate * (mean
+            usage - budget) of the finished epoch, clamped to ``multiplier``, from its smaller end.
         ascent_rate: step of the ascent, per nat, > 0.
-        multiplier_cap: bound of the doubling.
+        multiplier_cap: upper bound of the doubling.
 
     Attributes:
-        note: what construction warned of, or None.
+        note: the warning given at construction, or None.
 
-    With several processes every process must see the same statistics for ``"adaptive"`` and ``"ascent"``.
+    Under ``"adaptive"`` and ``"ascent"`` every rank must have the same statistics (``share_statistics``).
 
     Raises:
-        ValueError: values out of range, a budget's settings beside a loss that was given a number as its discount.
+        ValueError: values out of range, settings of a budget for a loss that was given a number as its discount.
         TypeError: ``loss`` is not a ``DiSKLoss``, or values of another type.
         RuntimeError: ``dual(epoch)`` under ``"ascent"``, where the multiplier depends on the run; ``step()`` under
             ``"adaptive"`` or ``"ascent"`` without a training batch since the last one.
@@ -137,14 +137,14 @@ class DualScheduler:
         return self._cosine_multiplier(epoch), self._budget(epoch)
 
     def step(self) -> None:
-        """End an epoch: judge the guide, move on, write the next multiplier and budget in place."""
+        """End an epoch: check the guide, write the next epoch's multiplier and budget in place."""
         self._warn("late", _watch.past_the_end(self.epoch, self.epochs))
         self._warn("untrained", self._moves.judge(self.epoch))
         seen, (batches, bad) = self.loss.statistics(), self.loss.epoch_batches.tolist()
         self._warn("not finite", _watch.not_finite(batches, bad, self.epoch))
         middle = (self.multiplier_min + self.multiplier_max) / 2
-        pulled_down = 1.1 * self.loss.multiplier.item() >= middle  # a period of two epochs comes to the middle
-        if self.loss.level is None and any(True for _ in self.loss.guide.parameters()):  # what cannot learn cannot die
+        pulled_down = 1.1 * self.loss.multiplier.item() >= middle  # a period of two epochs reaches the middle
+        if self.loss.level is None and any(True for _ in self.loss.guide.parameters()):  # else nothing can die
             self._warn("dead", _watch.dead_guide(seen, self.epoch, pulled_down=pulled_down))
         if self.rule != "cosine" and not seen.positions:
             came = f"{bad:.0f}, all with a NaN or inf loss" if bad else "none"
@@ -160,7 +160,7 @@ class DualScheduler:
         self.loss.reset_statistics()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the progress and the budget, numbers only; other settings are the constructor's."""
+        """Return the progress and the budget as numbers; other settings are the constructor's."""
         return {
             "epoch": self.epoch,
             "multiplier_max": self.multiplier_max,
@@ -170,7 +170,7 @@ class DualScheduler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up saved progress and write its multiplier and budget into the loss; a budget given here stays.
+        """Load the progress and write its multiplier and budget into the loss; a budget given to the constructor stays.
 
         Raises:
             RuntimeError: entries missing or unknown.
@@ -178,7 +178,7 @@ class DualScheduler:
         if set(state) != set(self.state_dict()):
             raise RuntimeError(f"expected a state with {sorted(self.state_dict())}, got {sorted(state)}")
         self.epoch = state["epoch"]
-        if self.rule == "adaptive":  # progress only there; elsewhere a setting
+        if self.rule == "adaptive":  # progress under this rule, a setting under the others
             self.multiplier_max = state["multiplier_max"]
         if self._budget_from_loss:  # the fresh loss may not know the budget that the saved one was built with
             self.budget_high, self.budget_low = state["budget"]
@@ -196,7 +196,7 @@ class DualScheduler:
             level.set_progress(self.epoch / self.epochs)
 
     def _last_start(self) -> int:
-        """First epoch of the last period, which takes the incomplete one in."""
+        """Return the epoch of the last restart, after which at least a full period is left."""
         return max(self.epochs // self.period - 1, 0) * self.period
 
     def _starts_period(self, epoch: int) -> bool:
@@ -213,7 +213,7 @@ class DualScheduler:
         return self.multiplier_min + (self.multiplier_max - self.multiplier_min) * rise
 
     def _budget(self, epoch: int) -> float:
-        """Cosine from the decayed upper budget to the lower, anew each period; constant where both are equal."""
+        """Return the cosine from the decayed upper budget to the lower, restarted each period; constant if equal."""
         restarts, position = divmod(epoch, self.budget_period)
         high = max(self.budget_high * self.budget_decay**restarts, self.budget_low)
         fall = (1 + math.cos(math.pi * position / self.budget_period)) / 2

@@ -1,4 +1,4 @@
-"""One g for all samples, without a network: the control beside every trained guide, and a guide by itself."""
+"""One g for all samples, without a network: a guide of its own, and the baseline for every trained guide."""
 
 from typing import Literal
 
@@ -12,26 +12,25 @@ from .level import OVER, SHARE, DiscountLevel
 class UniformGuide(DiscountLevel):
     r"""A guide that gives every sample the same g: plugs into ``DiSKLoss(guide)``, has no parameters.
 
-    The scaffold selects without being told to: by t s / (s + g) a class far below g is let go, the others keep their
-    pull. What a trained guide adds to that is what it is ahead of this one. Not in the paper.
+    Even a constant g is selective: by t s / (s + g) a class with s far below g is dropped, the others keep their pull.
+    The gain of a trained guide is measured against this one. Not in the paper.
 
-    One of three ways to say how large g is:
+    g is set in one of three ways:
 
     - a number: constant. 0 is plain distillation.
-    - two numbers: from the first to the second over the first ``over`` of training, straight.
-    - ``discount``: the mean share of the teacher's pull that is taken off, which means the same for 10 and for 1,000
-      classes, at any temperature, early and late: a target for :class:`disk_plugin.level.DiscountLevel`, or
-      ``"auto"``. ``DiSKLoss(GuideHead(...))`` does the same with a guide that ranks.
+    - two numbers: linear from the first to the second over the first ``over`` of training.
+    - ``discount``: the mean share of the teacher's pull that is taken off, which is comparable across numbers of
+      classes, temperatures and epochs: a target for :class:`disk_plugin.level.DiscountLevel`, or ``"auto"``.
+      ``DiSKLoss(GuideHead(...))`` does the same with a guide that ranks.
 
-    ``DualScheduler(disk, epochs=...)`` tells it how far training has come; in a loop without one call
-    :meth:`set_progress`. In several processes (``attach``) and under ``AccumulatedBatch`` the means are the whole
-    batch's.
+    ``DualScheduler(disk, epochs=...)`` sets the training progress; in a loop without one call :meth:`set_progress`.
+    With several ranks (``attach``) and under ``AccumulatedBatch`` the means are over the whole batch.
 
     Args:
         value: g in [0, 1], or (first, last); None where ``discount`` is given.
         discount: target in [0, 1), or ``"auto"``; None where ``value`` is given.
-        share: factor of the automatic target, in (0, 1].
-        over: share of training over which two values, or the automatic target, are ramped, in (0, 1].
+        share: factor of the ``"auto"`` target, in (0, 1].
+        over: share of training over which two values, or the ``"auto"`` target, are ramped, in (0, 1].
 
     Shape:
         teacher_logits (N, C) or (N, C, d1, ...); teacher_features are not read; returns (N,) or (N, d1, ...).
@@ -39,7 +38,7 @@ class UniformGuide(DiscountLevel):
     Raises:
         ValueError: values out of range; both or neither of ``value`` and ``discount``.
         TypeError: values of another type.
-        RuntimeError: a discount is aimed at in training mode under a transform of ``torch.func`` without the buffers.
+        RuntimeError: ``discount`` in training mode under a ``torch.func`` transform without the buffers.
 
     Example:
         >>> import torch
@@ -72,9 +71,9 @@ class UniformGuide(DiscountLevel):
         self.ends = None if value is None else (float(ends[0]), float(ends[1]))  # type: ignore[arg-type]
 
     def forward(self, teacher_logits: Tensor, teacher_features: Tensor | None = None) -> Tensor:
-        """Return log g / (1 - g), one value for all positions."""
+        """Return logit g = log(g / (1 - g)), one value for all positions."""
         log_g = self._log_guide()
-        # log (1 - g) of g = 1 is -inf, and the logit inf, as it should be
+        # at g = 1, log(1 - g) is -inf and the logit inf, as intended
         logit = log_g - torch.log(-torch.expm1(log_g))
         shape = (teacher_logits.shape[0], *teacher_logits.shape[2:])
         dtype = torch.promote_types(teacher_logits.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""What the authors' two public scripts do differently from the paper, as data: one record per variant."""
+"""Where the authors' two public scripts differ from the paper: one record per variant."""
 
 from typing import Literal, NamedTuple
 
@@ -9,15 +9,15 @@ class Variant(NamedTuple):
     ``VARIANTS["paper"]._replace(teacher_target="scaffolded")`` changes one choice for an ablation.
 
     Attributes:
-        scaffold_label: the label's class receives the guide too, even outside the teacher's top-K.
+        scaffold_label: whether the label's class is scaffolded even outside the teacher's top-K.
         teacher_target: ``"all"``: softmax over all classes. ``"scaffolded"``: the classes outside the scaffold enter
             the softmax at the row's smallest (undivided) logit and are then set to zero, without renormalising.
-        budget_label: class whose cross-entropy the budget counts, the true ``"label"`` or the ``"teacher"``'s argmax.
+        budget_label: class of the budget's cross-entropy, the true ``"label"`` or the ``"teacher"``'s argmax.
         budget_clamp: upper bound of that cross-entropy, nats; ``None`` for none.
-        budget_denominator: ``"samples"`` or ``"errors"``, the number of samples the student gets wrong (at least 1;
-            the authors divide by zero here on a batch without errors).
+        budget_denominator: ``"samples"`` or ``"errors"``, the number of samples the student misclassifies (at least 1;
+            the authors divide by zero on a batch without errors).
         guide_penalty: weight of the extra term mean log(1 + K g).
-        student_feels_budget: the budget's gradient reaches the student.
+        student_feels_budget: whether the budget's gradient reaches the student.
     """
 
     scaffold_label: bool = False
@@ -48,7 +48,7 @@ _CHOICES = {
 
 
 def resolve_variant(variant: str | Variant) -> Variant:
-    """Return the record of a name, or the record itself after a check of its choices."""
+    """Return the record of a name, or the record itself after validating its choices."""
     if isinstance(variant, Variant):
         for field, known in _CHOICES.items():
             if getattr(variant, field) not in known:

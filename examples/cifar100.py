@@ -2,10 +2,10 @@
 
 Trains the teacher and the CE warm starts, searches the settings of KD and of DiSK with the same number of trials on
 5,000 held-out training images (``--search``; frozen in results/*_search.json), then trains every row of the report on
-all 50,000 images from the same start and batches, with the same learning rate and number of passes. The last epoch
-counts. Each row and seed has a folder of its own: interrupted, the same command goes on with the last whole epoch, and
-``--collect`` makes the table of whatever has finished. ``--converged`` stands for the long protocol: 60 epochs of CE,
-then 60 of each row of ``trials.CONVERGED``.
+all 50,000 images from the same start and batches, with the same learning rate and number of passes. Reported is the
+last epoch. Each row and seed has its own folder: the same command resumes from the last complete epoch, and
+``--collect`` tabulates whatever has finished. ``--converged`` is the long protocol: 60 epochs of CE, then 60 of each
+row of ``trials.CONVERGED``.
 
 Usage: python examples/cifar100.py --data data/cifar100.npz [--student NAME] [--teacher NAME] [--epochs N] [--seeds N]
        [--converged] [--methods NAME ...] [--only SEED ...] [--collect]
@@ -110,7 +110,7 @@ def frozen(path: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Search, screen, repeat, look at regimes, time, or report."""
+    """Search, screen, repeat, compare regimes, time, or report."""
     args = arguments()
     experiment = Experiment(args)
     pair = f"cifar100_{args.teacher.removeprefix('resnet')}_{args.student.removeprefix('resnet')}"
@@ -143,7 +143,7 @@ def main() -> None:
         name, shown = "converged" if args.converged else f"{args.epochs}", table
         found = final.collect() if args.only is None else None
     if found is None or (args.only is not None and args.screen):
-        return  # a share of the work; the call without --only collects
+        return  # a part of the work; the call without --only collects
     write(found, shown(found), args.out / f"{pair}_{name}.json")
     if shown is table:
         write_curves(found, args.out, f"{pair}_{name}")

@@ -1,7 +1,7 @@
 """The small real problem that the examples share: scikit-learn's handwritten digits, a teacher and a tiny student.
 
-1,797 images of 8 x 8 pixels come inside scikit-learn: nothing is downloaded. The teacher is an MLP that gets nearly
-everything right; the student has four hidden units, a real capacity gap.
+1,797 images of 8 x 8 pixels ship with scikit-learn: nothing is downloaded. The teacher is an MLP that is nearly
+perfect; the student has four hidden units, a real capacity gap.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def splits() -> dict[str, Split]:
 
 
 def shifted(split: Split) -> Split:
-    """Return every image under the nine shifts of at most one pixel."""
+    """Return every image under all nine shifts of at most one pixel."""
     padded = F.pad(split.x.view(-1, 8, 8), [1] * 4)
     moved = [padded[:, row : row + 8, column : column + 8].flatten(1) for row in range(3) for column in range(3)]
     return Split(torch.cat(moved), split.y.repeat(9))
@@ -61,7 +61,7 @@ def make_student() -> nn.Module:
 
 
 def accuracy(model: nn.Module, split: Split) -> float:
-    """Percent of the split that the model gets right."""
+    """Return the accuracy on the split, percent."""
     model.eval()
     with torch.no_grad():
         right = (model(split.x).argmax(1) == split.y).float().mean().item()
@@ -70,7 +70,7 @@ def accuracy(model: nn.Module, split: Split) -> float:
 
 
 def batches(split: Split, seed: int, epoch: int):
-    """Yield (x, y, index) in an order that depends on seed and epoch alone."""
+    """Yield (x, y, index) in an order that depends only on seed and epoch."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     for index in torch.randperm(len(split.y), generator=generator).split(BATCH_SIZE):
         yield split.x[index], split.y[index], index
@@ -86,7 +86,7 @@ def train(
     extra_parameters=(),
     after_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> nn.Module:
-    """SGD, momentum .9, cosine learning rate; methods differ in ``loss_of(model, x, y, index)`` alone."""
+    """SGD, momentum .9, cosine learning rate; methods differ only in ``loss_of(model, x, y, index)``."""
     optimizer = torch.optim.SGD([*model.parameters(), *extra_parameters], lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for epoch in range(epochs):

@@ -1,8 +1,8 @@
-"""Where DiSK pays: its default against the best of 36 settings of KD, beside one g for all and a guide with a budget.
+"""Where DiSK helps: its default against the best of 36 settings of KD, with one g for all and a budget as controls.
 
-Small problems, hundreds of students, from a CE-trained start and from none. ``--choose`` compares the forms that the
-default was chosen from, by the rule in small_problems/candidates.py; without it the report is made, on other seeds and
-test data, with nothing set but the temperature that is best for KD. Both keep each cell when it is done and go on.
+Small problems, hundreds of students, warm-started with CE and from scratch. ``--choose`` compares the candidates for
+the default by the rule in small_problems/candidates.py; without it the report is made, on other seeds and test data,
+with only the temperature set, to the best for KD. Both store each finished cell and resume.
 
 Usage: python examples/gain.py [--choose] [--data data/cifar100.npz --teacher TEACHER/checkpoint.pt] [--seeds N]
        [--only WORD ...] [--workers N] [--out DIR] [--dry-run]
@@ -22,7 +22,7 @@ from small_problems.training import Scores, new_student, train_disk, train_kd, w
 from torch import nn
 from tqdm import tqdm
 
-SEARCH_SEEDS, REPORT_SEEDS = 100, 0  # the first of each
+SEARCH_SEEDS, REPORT_SEEDS = 100, 0  # the first seed of each
 
 
 def arguments() -> argparse.Namespace:
@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
 
 
 def chosen_cells(args: argparse.Namespace) -> dict[str, Cell]:
-    """Return the cells that the flags ask for."""
+    """Return the cells selected by the flags."""
     found = candidates.cells(args.out)
     if not args.choose:
         found |= candidates.new_cells()
@@ -61,7 +61,7 @@ def chosen_cells(args: argparse.Namespace) -> dict[str, Cell]:
 
 
 def run_cell(job: tuple[str, Cell, dict[str, Any], range, Path]) -> str:
-    """Train what is not kept yet of one cell; keep it and return its name."""
+    """Train what one cell lacks, store it and return the cell's name."""
     name, cell, forms, seeds, folder = job
     path = folder / f"{report.slug(name)}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}

@@ -1,11 +1,11 @@
-"""Table 1, 2D Gaussians: in how many of 100 random starts does a two-neuron student get everything right?
+"""Table 1, 2D Gaussians: from how many of 100 random starts does a two-neuron student classify everything correctly?
 
 Six clusters of three colours on a 3 x 2 grid, a teacher with 8 and 16 hidden units, a student with 2 (appendix A.2).
-The minima are told apart by accuracy, rounded to a tenth as the paper names them: below 75, 85 and 95 %, and above.
-What the paper leaves open is fixed here: r = .05 is the variance, as in its N(c, rI) and on its authors' poster; linear
-layers have biases; the teacher is the first that gets 95 % of its training data right; minibatches of 200; batch-norm
-statistics are those of the training data once training is over.
-Settings of KD and DiSK are frozen in results/gaussians_search.json (``--search``).
+Minima are distinguished by accuracy, rounded to a tenth as the paper names them: below 75, 85 and 95 %, and above. What
+the paper leaves open is fixed here: r = .05 is the variance, as in its N(c, rI) and on its authors' poster; linear
+layers have biases; the teacher is the first with 95 % training accuracy; minibatches of 200; batch-norm statistics are
+recomputed on the training data after training. Settings of KD and DiSK are frozen in results/gaussians_search.json
+(``--search``).
 
 Usage: python examples/gaussians.py [--dry-run] [--search | --ablate] [--out DIR]
 """
@@ -25,7 +25,7 @@ from toys.starts import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Problem, Starts
 from toys.training import Trained, student_loss
 
 SPACING, VARIANCE, SAMPLES, BATCH_SIZE = 1.5, 0.05, 1000, 200
-TEACHERS = 10  # tried at most
+TEACHERS = 10  # maximal number tried
 TRIALS = 20  # of the search, for each of KD and DiSK
 COLOURS = ("red", "tab:blue", "tab:green")
 GRID = ((0, 1, 2), (1, 2, 0))  # colour of each cluster, bottom row first
@@ -51,7 +51,7 @@ def sample(count: int, seed: int, variance: float = VARIANCE) -> tuple[Tensor, T
 
 
 def settle(module: nn.Module) -> None:
-    """Let the next training-mode forward replace batch-norm's running statistics."""
+    """Make the next training-mode forward replace batch-norm's running statistics."""
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm1d):
             layer.momentum = 1.0
@@ -59,10 +59,10 @@ def settle(module: nn.Module) -> None:
 
 @functools.cache
 def teacher_of(seed: int, variance: float = VARIANCE) -> nn.Sequential:
-    """Return a teacher trained with cross-entropy, the first that gets 95 % of its training data right.
+    """Return a teacher trained with cross-entropy, the first with 95 % training accuracy.
 
     Raises:
-        RuntimeError: none did.
+        RuntimeError: none reaches it.
     """
     x, y = sample(SAMPLES, seed, variance)
     for start in range(TEACHERS):
@@ -94,7 +94,7 @@ def trained_teacher(x: Tensor, y: Tensor, seed: int) -> nn.Sequential:
 
 @functools.cache
 def problem(seed: int, variance: float = VARIANCE) -> Problem:
-    """Training data and the teacher's outputs on them."""
+    """Return training data and the teacher's outputs on them."""
     x, y = sample(SAMPLES, seed, variance)
     teacher = teacher_of(seed, variance)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def problem(seed: int, variance: float = VARIANCE) -> Problem:
 
 
 def accuracies(students: Starts, data: Problem, x: Tensor, y: Tensor) -> Tensor:
-    """Share of (x, y) that each student gets right, (S,), with the statistics of the training data."""
+    """Return each student's accuracy on (x, y), (S,), with the statistics of the training data."""
     settle(students.module)
     with torch.no_grad():
         students.train(True)(data.x, in_dims=None)
@@ -111,7 +111,7 @@ def accuracies(students: Starts, data: Problem, x: Tensor, y: Tensor) -> Tensor:
 
 
 def classify(students: Starts, data: Problem, seed: int, variance: float = VARIANCE) -> Tensor:
-    """Minimum of each start by its accuracy on fresh points, other ones for every seed."""
+    """Return the minimum of each start by its accuracy on fresh points of each seed."""
     accuracy = accuracies(students, data, *sample(SAMPLES, 5000 + seed, variance))
     return torch.bucketize(accuracy, torch.tensor(BELOW), right=True)
 
@@ -160,7 +160,7 @@ ABLATIONS: dict[str, table1.Ablation] = {
 
 
 def describe(results: dict[str, Any], _trained: dict[str, Trained]) -> dict[str, Any]:
-    """Return what the best of n starts under cross-entropy would give, from the paper's counts and from ours."""
+    """Return the expected best of n starts under cross-entropy, from the paper's counts and from ours."""
     ours = list(results[rows.CE]["counts"].values())
     tried = {
         "paper's CE, KD's 15 settings": (PAPER[rows.CE], rows.KD, 15),
@@ -171,7 +171,7 @@ def describe(results: dict[str, Any], _trained: dict[str, Trained]) -> dict[str,
 
 
 def remarks(results: dict[str, Any]) -> str:
-    """Return what :func:`describe` found as a table."""
+    """Return the result of :func:`describe` as a table."""
     lines = [f"| best of n ends of | n | {' | '.join(MINIMA)} | paper's row | deviance (3 df) | n that fits best |"]
     lines.append(f"|{'---|' * (len(MINIMA) + 5)}")
     for name, found in results["best_of"].items():

@@ -1,10 +1,9 @@
 """Is the guide alive, and is it near its optimum? Two checks on the digits problem.
 
 1. One SGD (lr .1, momentum .9) over student and guide, multiplier .1 to 50 in two periods, budget by the paper's
-   heuristic: what the guide spends at the end of the last period, against its budget, and how much g differs between
-   samples; beside it the same runs with ``guide_gradient_scale=None``, the plain gradient.
-2. A frozen student: the guide trained alone until the schedule's end, against the exact per-sample optimum for the
-   multiplier under which that optimum spends the budget.
+heuristic: the usage at the end of the last period, against the budget, and the spread of g over samples; also for
+``guide_gradient_scale=None``, the gradient w.r.t. the logit. 2. A frozen student: the guide trained alone until the end
+of the schedule, against the exact per-sample optimum for the multiplier under which that optimum spends the budget.
 
 Usage: python examples/guide_health.py [--dry-run] [--seeds N] [--out DIR]
 """
@@ -57,7 +56,7 @@ class Problem:
 
     @torch.no_grad()
     def terms(self, disk: DiSKLoss, student: nn.Module) -> functional.DiSKTerms:
-        """Evaluate the training split sample by sample."""
+        """Evaluate the training split, per sample."""
         disk.eval()
         terms = disk.terms(student(self.train.x), self.logits, self.train.y, self.features, reduction="none")
         disk.train()

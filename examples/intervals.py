@@ -1,11 +1,11 @@
-"""Table 1, 1D intervals: in how many of 100 random starts does a one-interval student find the global minimum?
+"""Table 1, 1D intervals: from how many of 100 random starts does a one-interval student find the global minimum?
 
 Blue points lie in [2, 3] and [5, 7] of [0, 9], the teacher has two intervals and the student one (appendix A.1). The
 student's minima are A = [2, 3], B = [2, 7] and C = [5, 7], which the paper calls global; "elsewhere" is none of them.
 What the paper leaves open is fixed here: the student's parameters are its interval's start and width, each between 0
 and 9; it starts at a ~ U(0, 3), b ~ U(3, 9); the slope kappa is 7 and .003 is added to both probabilities, so that the
-loss is bounded (both chosen with DiSK's counts in view, on other starts); the teacher has the true ends; all samples
-are in each gradient step. KD's settings are frozen in results/intervals_search.json (``--search``).
+loss is bounded (both chosen with DiSK's counts in view, on other starts); the teacher has the true ends; full-batch
+gradient steps. KD's settings are frozen in results/intervals_search.json (``--search``).
 
 Usage: python examples/intervals.py [--dry-run] [--search | --ablate] [--out DIR]
 """
@@ -24,7 +24,7 @@ from toys.training import Trained, student_loss
 KAPPA, OFFSET, WIDTH, SAMPLES = 7.0, 0.003, 9.0, 1000
 BLUE = ((2.0, 3.0), (5.0, 7.0))
 MINIMA = {"A [2, 3]": (2.0, 3.0), "B [2, 7]": (2.0, 7.0), "C [5, 7], global": (5.0, 7.0)}
-REACH = 1.0  # a start belongs to a minimum if both ends are that near
+REACH = 1.0  # a start belongs to a minimum if both ends are within this distance
 
 
 class Intervals(nn.Module):
@@ -47,7 +47,7 @@ class Intervals(nn.Module):
 
 
 def to_ends(place: Tensor) -> Tensor:
-    """Turn start and width into both ends, (..., 2)."""
+    """Convert start and width to both ends, (..., 2)."""
     low, width = place.unbind(-1)
     return torch.stack([low, low + width], -1)
 
@@ -58,7 +58,7 @@ def random_ends() -> Tensor:
 
 
 def is_blue(x: Tensor) -> Tensor:
-    """Label of each point."""
+    """Return each point's label."""
     return torch.stack([(low < x) & (x < high) for low, high in BLUE]).any(0)
 
 
@@ -73,7 +73,7 @@ def sample(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def problem(seed: int, kappa: float = KAPPA) -> Problem:
-    """Training data and the teacher's outputs on them; its features are the values of its two intervals."""
+    """Return training data and the teacher's outputs on them; its features are the values of its two intervals."""
     x, y = sample(SAMPLES, seed)
     teacher = Intervals(torch.tensor(BLUE), kappa)
     with torch.no_grad():
@@ -81,12 +81,12 @@ def problem(seed: int, kappa: float = KAPPA) -> Problem:
 
 
 def ends_of(students: Starts) -> Tensor:
-    """Both ends of every student's interval, (S, 2)."""
+    """Return both ends of every student's interval, (S, 2)."""
     return to_ends(students.parameters["place"].detach()[:, 0])
 
 
 def classify(students: Starts, _problem: Problem, _seed: int) -> Tensor:
-    """Nearest minimum of each start, by the interval's ends."""
+    """Return the nearest minimum of each start, by the interval's ends."""
     distance = (ends_of(students)[:, None] - torch.tensor(list(MINIMA.values()))).abs().amax(2)
     nearest = distance.min(1)
     return torch.where(nearest.values < REACH, nearest.indices + 1, 0)
@@ -149,7 +149,7 @@ ABLATIONS: dict[str, table1.Ablation] = {
 
 
 def describe(_results: dict[str, Any], trained: dict[str, Trained]) -> dict[str, Any]:
-    """Return how near the starts come while the multiplier is small, and what g ends at: is the start erased?"""
+    """Return how close together the starts get while the multiplier is small, and the final g: is the start erased?"""
     x, guide = problem(table1.REPORT_SEEDS[0]).x, trained[rows.DISK].guide
     found: dict[str, Any] = {"g_at_the_end": {}}
     for low, high in ((0.0, 2.0), (2.0, 3.0), (3.0, 5.0), (5.0, 7.0), (7.0, 9.0)):
@@ -170,7 +170,7 @@ def describe(_results: dict[str, Any], trained: dict[str, Trained]) -> dict[str,
 
 
 def kd_from(places: Tensor) -> dict[str, int]:
-    """Count where plain KD ends on the first set, from students that are already at these places (S, 2)."""
+    """Count the minima of plain KD on the first set, started from these parameters (S, 2)."""
     seed, made = table1.REPORT_SEEDS[0], iter(to_ends(places))
     continued = TOY._replace(make_student=lambda: Intervals(next(made)[None]))
     trained = table1.run(continued, TOY.rows[rows.KD_PLAIN], starts=len(places), seed=seed)
@@ -178,7 +178,7 @@ def kd_from(places: Tensor) -> dict[str, int]:
 
 
 def remarks(results: dict[str, Any]) -> str:
-    """Return what :func:`describe` found as a table, with the guide's g below it."""
+    """Return the result of :func:`describe` as a table, with the guide's g below it."""
     lines = [
         "| first set | ends of the middle 80 % of starts span | at most narrowed to | at iteration | median a, b |"
     ]
@@ -195,7 +195,7 @@ def remarks(results: dict[str, Any]) -> str:
 
 
 def surface(settings: dict[str, Any], data: Problem, guide: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return a grid of ends and the student's loss there, per sample's mean; ``guide`` (N,) is held fixed."""
+    """Return a grid of ends and the student's mean loss there; ``guide`` (N,) is held fixed."""
     grid = torch.linspace(0, WIDTH, 61)
     losses = torch.full((len(grid), len(grid)), float("nan"))
     for i, low in enumerate(grid):
@@ -207,7 +207,7 @@ def surface(settings: dict[str, Any], data: Problem, guide: Tensor | None) -> tu
 
 
 def figures(toy: table1.Toy, results: dict[str, Any], trained: dict[str, Trained], out: Path) -> None:
-    """Draw loss surfaces with all end points, the counts, the way of the ends over training, and g over the data."""
+    """Draw loss surfaces with all end points, the counts, the trajectories of the ends, and g over the data."""
     data, disk = problem(table1.REPORT_SEEDS[0]), trained[rows.DISK]
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     top = figure.subplots(2, 3)

@@ -1,9 +1,9 @@
-"""Does the guide find wrong labels? A tenth of CIFAR-100's training labels are flipped, then nobody is told.
+"""Is the guide a label-error detector? A tenth of CIFAR-100's training labels are flipped.
 
 Teacher and student train on the flipped labels; DiSK's g and discount and both networks' cross-entropy are recorded for
-every sample and epoch with ``disk_plugin.diagnostics``, and each is scored by the area under its ROC curve as a finder
-of the flipped ones. No setting is chosen here: DiSK runs with the default schedule, and with the settings that
-``cifar100.py --search`` froze, which never saw a flipped label; CE and KD run beside it.
+every sample and epoch with ``disk_plugin.diagnostics``, and each is scored as a label-error detector by the area under
+its ROC curve. No setting is chosen here: DiSK runs with the default schedule, and with the settings that ``cifar100.py
+--search`` froze, without flipped labels; CE and KD are the baselines.
 
 Usage: python examples/label_noise.py --data data/cifar100.npz [--samples N] [--epochs N] [--out DIR] [--dry-run]
 """
@@ -37,7 +37,7 @@ TEACHER, STUDENT, SHARE = "resnet10-s", "resnet10-xxs", 0.1
 
 
 class RecordedDiSK(DiSK):
-    """DiSK that keeps what it did to each sample in each epoch."""
+    """DiSK with a per-sample record of each epoch."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -98,7 +98,7 @@ def load(args: argparse.Namespace) -> tuple[data.Split, data.Split, torch.Tensor
 
 
 def fit(args: argparse.Namespace, train: data.Split, held_out: data.Split) -> tuple[Run, Run, dict[str, Any]]:
-    """Train the teacher, then all students side by side; return both runs and DiSK's settings."""
+    """Train the teacher, then all students in parallel; return both runs and DiSK's settings."""
     every = torch.arange(len(train.labels))
 
     def run_of(model: str, methods: dict[str, Method], teacher: ResNet | None) -> Run:
@@ -111,7 +111,7 @@ def fit(args: argparse.Namespace, train: data.Split, held_out: data.Split) -> tu
     search = json.loads((RESULTS / "cifar100_10-l_10-xxs_search.json").read_text())
     settings = {"default schedule": {}, "searched": search["chosen"]["disk"]["settings"]}
     run = {"feature_dim": SHAPES[TEACHER][0][-1], "epochs": args.epochs, "seed": 0}
-    # the same budget for both: the search's, where the settings give none
+    # the same budget for both: the search's, if the settings have none
     methods = {name: RecordedDiSK.made(own, budget=search["budget"], **run) for name, own in settings.items()}
     others = {"ce": CE(), "kd": KD(**search["chosen"]["kd"]["settings"])}
     return teacher_run, run_of(STUDENT, {**methods, **others}, teacher), settings

@@ -1,10 +1,10 @@
 """Does DiSK help here? CE, KD and DiSK students on scikit-learn's digits, twice, in under two minutes on a CPU.
 
-Under shifts by one pixel the digits are more than a student of four units can hold: capacity limits it. Without them
-it fits most of what the teacher fits, and overfits. Every student starts from a CE-trained one and gets the same number
-of passes over the same batches, with the same optimizer; DiSK is README's loop, UniformGuide the same without a
-network. KD, DiSK and UniformGuide had 36 settings each, judged on validation data of other seeds (``--search``, frozen
-in results/quickstart_search.json); test data is read once, after training.
+With shifts by one pixel capacity limits a student of four units. Without them it fits most of what the teacher fits,
+and overfits. Every student starts from a CE-trained one and makes the same number of passes over the same batches, with
+the same optimizer; DiSK is README's loop, UniformGuide the same without a network. KD, DiSK and UniformGuide had 36
+settings each, selected on validation data of other seeds (``--search``, frozen in results/quickstart_search.json); test
+data is read once, after training.
 
 Usage: python examples/quickstart.py [--dry-run] [--search] [--seeds N] [--out DIR]
 """
@@ -31,7 +31,7 @@ from disk_plugin.diagnostics import capacity_gap
 SEARCH_FILE = Path(__file__).parent / "results" / "quickstart_search.json"
 SEARCH_SEEDS = [100, 101, 102, 103]  # never those of the report
 SEARCHED = ("KD", "DiSK", "UniformGuide")
-UNTUNED = "DiSK, KD's temperature"  # README's loop with nothing else set
+UNTUNED = "DiSK, KD's temperature"  # README's loop, nothing else set
 METHODS = ("CE", "KD", "DiSK", UNTUNED, "UniformGuide")
 COMPARED = [("CE", "KD"), ("DiSK", "KD"), (UNTUNED, "KD"), ("UniformGuide", "KD"), ("DiSK", "UniformGuide")]
 
@@ -47,7 +47,7 @@ TRIALS = {"KD": KD_TRIALS, "DiSK": DISK_TRIALS, "UniformGuide": DISK_TRIALS}
 
 
 class Setup(NamedTuple):
-    """A problem and how long its students train; views: how often each image stands in the training data."""
+    """A problem and its students' number of epochs; views: copies of each image in the training data."""
 
     make: Callable[[], Problem]
     warm: int
@@ -70,7 +70,7 @@ def prepare(setup: Setup, seeds: list[int]) -> tuple[Problem, list[nn.Module]]:
 
 
 def settings_of(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return every method's settings, those of the searched ones as the search found them."""
+    """Return every method's settings, searched ones as the search found them."""
     searched = {method: found[method]["settings"] for method in SEARCHED}
     return {"CE": {}, **searched, UNTUNED: {"temperature": searched["KD"]["temperature"]}}
 
@@ -96,7 +96,7 @@ def make_losses(problem: Problem, method: str, settings: dict[str, Any], seeds: 
 
 
 def search(name: str, setup: Setup) -> dict[str, Any]:
-    """Pick each method's settings by mean validation accuracy at the last epoch."""
+    """Select each method's settings by mean validation accuracy at the last epoch."""
     problem, starts = prepare(setup, SEARCH_SEEDS)
     chosen = {}
     with tqdm(total=sum(map(len, TRIALS.values())), desc=f"search, {name}") as bar:
@@ -121,14 +121,14 @@ def search(name: str, setup: Setup) -> dict[str, Any]:
 
 @torch.no_grad()
 def scored(students: list[nn.Module], split: problems.Split) -> list[float]:
-    """Percent of the split that each student gets right."""
+    """Return each student's accuracy on the split, percent."""
     return [accuracy(student(split.x), split.y) for student in students]
 
 
 def compare(
     name: str, setup: Setup, found: dict[str, Any], seeds: list[int], bar: tqdm
 ) -> tuple[dict[str, Any], shown.Seen]:
-    """Train every method from every seed; return the numbers, and what the figure needs of DiSK's guide."""
+    """Train every method from every seed; return the numbers, and the figure's data on DiSK's guide."""
     problem, starts = prepare(setup, seeds)
     settings = settings_of(found)
     rows: dict[str, dict[str, Any]] = {}
@@ -161,13 +161,13 @@ def compare(
 
 
 def recommended(problem: Problem, student: nn.Module) -> dict[str, Any]:
-    """Ask ``capacity_gap`` about a student that has had its warm start; validation data are held out."""
+    """Return ``capacity_gap``'s recommendation for a warm-started student; validation data are held out."""
     gap = capacity_gap(student, problem.teacher, [problem.train], [problem.validation])
     return {name: getattr(gap, name) for name in ("by_capacity", "by_data", "verdict", "recommendation")}
 
 
 def verdict(name: str, differences: dict[str, Any]) -> str:
-    """Say in one sentence what the intervals allow: is DiSK ahead of KD, and is it by its network?"""
+    """Return one sentence on what the intervals show: is DiSK ahead of KD, and does its network matter?"""
     said = {
         "DiSK - KD": ("DiSK is ahead of KD", "DiSK is behind KD", "DiSK and KD cannot be told apart"),
         "DiSK - UniformGuide": (
@@ -238,7 +238,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Search if asked to, train, print and write."""
     args = arguments()
-    torch.set_num_threads(1)  # faster for matrices this small, and the same sums on any number of cores
+    torch.set_num_threads(1)  # faster for matrices this small, and reproducible on any number of cores
     if args.search:
         SEARCH_FILE.write_text(
             json.dumps({name: search(name, setup) for name, setup in SETUPS.items()}, indent=1) + "\n"

@@ -1,10 +1,10 @@
-"""Where does DiSK pay? A map over student width, number of images and classes, with real problems as points.
+"""Where does DiSK help? A map over student width, number of images and classes, with real problems as points.
 
 A synthetic family (Gaussian clusters in 16 dimensions, as in scaffold_target.py), scikit-learn's digits with and
 without shifts, and, with ``--data``, CIFAR-100's pixels. In every cell the students start from the same CE-trained one
 and make the same number of passes; each method's setting is chosen on validation data (KD: six, each form of DiSK:
 three temperatures) and reported on fresh test data. Writes regime_map.json after every problem, then the figure, the
-table and the rule that ``disk_plugin.diagnostics.capacity_gap`` recommends by. Interrupted, the same command goes on.
+table and the rule of ``disk_plugin.diagnostics.capacity_gap``. The same command resumes an interrupted run.
 
 Usage: python examples/regime_map.py [--data data/cifar100.npz] [--coarse] [--seeds N] [--report] [--out DIR]
        [--dry-run]
@@ -24,21 +24,21 @@ from regime.arms import ARMS, KD_SETTINGS
 from regime.cells import cells
 from tqdm import tqdm
 
-STRUCTURES = ((10, 3), (10, 30), (30, 10), (100, 3))  # classes, clusters of each
+STRUCTURES = ((10, 3), (10, 30), (30, 10), (100, 3))  # classes, clusters per class
 WIDTHS, IMAGES = (4, 8, 12, 24, 48), (300, 1000, 3000)
 COARSE_WIDTHS, COARSE_IMAGES = (4, 12, 48), (300, 3000)
 REAL_SEEDS = 6  # their splits are fixed and small
 
 
 class Row(NamedTuple):
-    """A problem to be made, and the student widths to try on it."""
+    """A problem's constructor, and the student widths to try on it."""
 
     make: Callable[[], problems.Problem]
     widths: tuple[int, ...]
 
 
 def rows(args: argparse.Namespace) -> Iterator[tuple[str, Row]]:
-    """Yield what is to run, by a key that a stored problem is found by."""
+    """Yield the rows to run, with the key of each stored problem."""
     widths, images = (COARSE_WIDTHS, COARSE_IMAGES) if args.coarse else (WIDTHS, IMAGES)
     seeds, real = range(args.seeds), range(1 if args.dry_run else max(args.seeds, REAL_SEEDS))
     for classes, clusters in STRUCTURES[:2] if args.dry_run else STRUCTURES:
@@ -52,13 +52,13 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[str, Row]]:
 
 
 def protocol(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what must not change between the pieces of an interrupted run."""
+    """Return what must not change when a run is resumed."""
     arms = {name: arm.loss for name, arm in ARMS.items()}
     return {"seeds": args.seeds, "kd": KD_SETTINGS, "arms": arms, "dry_run": args.dry_run}
 
 
 def run(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """Train what the file does not hold yet; write it after every problem."""
+    """Train what the file lacks; write it after every problem."""
     results: dict[str, Any] = {"protocol": protocol(args), "problems": {}}
     if path.exists():
         results = json.loads(path.read_text())

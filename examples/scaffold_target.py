@@ -27,7 +27,7 @@ from disk_plugin.variants import VARIANTS
 CLASSES, CLUSTERS, DIM, HELD_OUT = 100, 3, 16, 1000
 SPREAD, NOISE = 1.3, 0.55  # standard deviations of the clusters' centres, and around them
 SCAFFOLDED = VARIANTS["paper"]._replace(teacher_target="scaffolded")
-PAPERS = {"ce_weight": 0.1, "temperature": 4.0}  # of every row with a budget but for what it names
+PAPERS = {"ce_weight": 0.1, "temperature": 4.0}  # of every row with a budget, unless it sets them
 ROWS: dict[str, dict[str, Any]] = {
     "CE": {"method": "CE"},
     **{
@@ -57,7 +57,7 @@ def draw_centres(count: int, generator: torch.Generator) -> Tensor:
 
 
 def draw_samples(centres: Tensor, classes: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw samples (count, DIM) of clusters that are dealt out to the classes, and their labels."""
+    """Draw samples (count, DIM) from clusters assigned to the classes, and their labels."""
     cluster = torch.randint(len(centres), (count,), generator=generator)
     noise = torch.randn(count, DIM, generator=generator) * NOISE
     return centres[cluster] + noise, cluster % classes
@@ -102,14 +102,14 @@ class Problem:
         return student
 
     def accuracy(self, model: nn.Module) -> float:
-        """Percent of the validation data that the model gets right."""
+        """Return the validation accuracy, percent."""
         x, y = self.validation
         with torch.no_grad():
             return 100 * (model(x).argmax(1) == y).float().mean().item()
 
 
 def train(problem: Problem, warm: nn.Module, seed: int, method: str, scheduled: bool = True, **settings: Any):
-    """Train one student on from its warm start; return its accuracy, usage / budget and the spread of g."""
+    """Train one student from its warm start; return its accuracy, usage / budget and the spread of g."""
     student = copy.deepcopy(warm)
     if method in {"CE", "KD"}:
         weights = {"ce_weight": 1.0, "distill_weight": 0.0} if method == "CE" else {}
@@ -145,7 +145,7 @@ def train(problem: Problem, warm: nn.Module, seed: int, method: str, scheduled: 
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return one Markdown row per setting, its values seed by seed."""
+    """Return one Markdown row per setting, with its values per seed."""
     lines = ["| setting | validation accuracy, per seed | usage / budget | std of g |", "|---|---|---|---|"]
     for name, row in results["rows"].items():
         cells = []

@@ -15,7 +15,7 @@ epochs = 3 if parser.parse_args().dry_run else 60
 
 torch.manual_seed(0)
 splits = digits.splits()
-student = digits.warm_student(splits["train"], epochs // 2, seed=0)  # the average of noise teaches nothing
+student = digits.warm_student(splits["train"], epochs // 2, seed=0)  # an average of random weights teaches nothing
 print(f"start: validation accuracy {digits.accuracy(student, splits['validation']):.1f} %")
 average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.99))
 teacher = with_features(average.eval())

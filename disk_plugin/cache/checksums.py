@@ -1,7 +1,7 @@
-"""CRC-32 of a cache's files: finds every flipped byte and all but 2**-32 of other accidents, no intent.
+"""CRC-32 of a cache's files: detects every flipped byte and all but 2**-32 of other corruption, not tampering.
 
-``data.bin`` has a checksum per block of about 64 KiB, whole rows: so small that a row is checked when it is first read,
-so large that the checksums take less than 1 byte in 10,000.
+``data.bin`` has a checksum per block of about 64 KiB, in whole rows: small enough to check a row when it is first read,
+large enough for the checksums to take less than 1 byte in 10,000.
 """
 
 import ctypes
@@ -23,15 +23,15 @@ BYTES = 4  # of a checksum
 
 
 def rows_in_block(row_bytes: int) -> int:
-    """Return how many rows make a block."""
+    """Return the number of rows per block."""
     return max(1, BLOCK_BYTES // row_bytes)
 
 
 def extend(tail: int, filled: int, content: bytes, block_bytes: int) -> tuple[bytes, int]:
-    """Go on after the ``filled`` bytes of an unfinished block, whose checksum so far is ``tail``.
+    """Continue after the ``filled`` bytes of an incomplete block, whose checksum so far is ``tail``.
 
     Returns:
-        The checksums of the blocks that are finished now, one after the other, and that of the unfinished one.
+        The concatenated checksums of the blocks completed now, and that of the incomplete one.
     """
     view, finished, start = memoryview(content), b"", 0
     while start < len(view):
@@ -45,15 +45,15 @@ def extend(tail: int, filled: int, content: bytes, block_bytes: int) -> tuple[by
 
 
 def as_bytes(checksum: int) -> bytes:
-    """Return a checksum as it is stored."""
+    """Return a checksum as stored bytes."""
     return checksum.to_bytes(BYTES, "little")
 
 
 def check_file(path: Path, content: bytes, expected: int) -> None:
-    """Refuse a file that is not what was written.
+    """Validate a file's checksum.
 
     Raises:
-        RuntimeError: with both checksums.
+        RuntimeError: it differs; the message holds both checksums.
     """
     came = zlib.crc32(content)
     if came != expected:
@@ -64,9 +64,9 @@ class BlockChecks:
     """Compares each block of the rows with its checksum, once, when one of its rows is first read.
 
     Args:
-        folder: of the cache.
-        meta: what it holds; without blocks, as caches of format 1, nothing is ever compared.
-        data: the rows as they will be read, (rows, width).
+        folder: the cache's folder.
+        meta: its description; without blocks, as in caches of format 1, nothing is compared.
+        data: the memory-mapped rows, (rows, width).
     """
 
     def __init__(self, folder: Path, meta: "Meta", data: Tensor) -> None:
@@ -78,7 +78,7 @@ class BlockChecks:
         self._unread: Tensor | None = torch.ones(count, dtype=torch.bool) if count else None
 
     def before_reading(self, rows: Tensor) -> None:
-        """Compare the blocks of these rows that no row was read of.
+        """Compare the blocks of these rows that were not compared yet.
 
         Raises:
             RuntimeError: a block is damaged; the message holds file, place and both checksums.
@@ -97,7 +97,7 @@ class BlockChecks:
             self._unread = None
 
     def compare_all(self) -> None:
-        """Compare every block, also those that were compared before: one pass over the file.
+        """Compare every block, even those compared before: one pass over the file.
 
         Raises:
             RuntimeError: as in :meth:`before_reading`.
@@ -115,7 +115,7 @@ class BlockChecks:
     def _compare(self, block: int) -> None:
         meta, start = self._meta, block * self._meta.block_rows
         rows = self._data[start : start + meta.block_rows]
-        # where the rows lie, not a copy of them
+        # the mapped memory itself, not a copy
         came = zlib.crc32((ctypes.c_char * rows.nbytes).from_address(rows.data_ptr()))
         expected = int.from_bytes(self._expected[block * BYTES : (block + 1) * BYTES], "little")
         if came != expected:

@@ -1,4 +1,4 @@
-"""``meta.json``: what a cache holds, what it is of and how far it is written."""
+"""``meta.json``: a cache's contents, source and progress."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ FORMATS = 1, 2  # without checksums, with
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What a cache holds (``mode``, sizes), what it is of (``fingerprint``), how far it is written, its checksums."""
+    """A cache's contents (``mode``, sizes), source (``fingerprint``), progress and checksums."""
 
     mode: str
     layer: str | None
@@ -49,27 +49,27 @@ class Meta:
 
     @property
     def checksum_bytes(self) -> int:
-        """Bytes of the checksums of the full blocks that are written."""
+        """Bytes of the checksums of the full blocks written so far."""
         return checksums.BYTES * (self.written // self.block_rows) if self.block_rows else 0
 
     def with_checksums(self, head: bytes) -> "Meta":
-        """Return the description of a cache, not yet begun, whose files get checksums."""
+        """Return the description of a new cache whose files have checksums."""
         return dataclasses.replace(
             self, head_checksum=zlib.crc32(head), block_rows=checksums.rows_in_block(self.row_bytes)
         )
 
     def identity(self) -> Fingerprint:
-        """Everything that has to be the same for writing to go on."""
+        """Everything that must be equal to resume writing."""
         shape = {name: getattr(self, name) for name in ("mode", "layer", "num_classes", "feature_dim")}
         return {**shape, **self.fingerprint}
 
 
 def read_meta(folder: Path) -> Meta:
-    """Read what a folder holds, checking nothing but the description itself.
+    """Read a folder's description, validating nothing else.
 
     Raises:
         FileNotFoundError: there is no cache.
-        RuntimeError: ``meta.json`` is damaged, another program's, or of another format.
+        RuntimeError: ``meta.json`` is damaged, not ours, or of another format.
     """
     path = folder / META
     if not path.exists():
@@ -86,14 +86,14 @@ def read_meta(folder: Path) -> Meta:
 
 
 def write_meta(folder: Path, meta: Meta) -> None:
-    """Replace the description as a whole."""
+    """Replace the description atomically."""
     entries = dataclasses.asdict(meta)
     entries["checksum"] = _checksum(entries)
     replace(folder / META, (json.dumps(entries, indent=1) + "\n").encode())
 
 
 def _checked(entries: dict[str, Any]) -> Meta:
-    """Return the description that a file's entries are; ValueError, TypeError or KeyError if they are none."""
+    """Return the description from a file's entries; ValueError, TypeError or KeyError if they are invalid."""
     found = entries.pop("checksum", None)
     if (found is not None or "block_rows" in entries) and found != _checksum(entries):
         raise ValueError(f"its checksum must be {_checksum(entries)}, got {found}")

@@ -1,8 +1,8 @@
-"""The files of a cache by name, and what is done to any of them: written as a whole, flushed, measured.
+"""The files of a cache by name, and helpers to write them atomically, flush them and validate them.
 
 ``data.bin`` holds the rows, float16, one view after the other; ``checksums.bin`` the checksum of each full block of
-them; ``head.pt`` the teacher's last layer, where logits are recomputed; ``meta.json`` what the cache is of, how many
-rows are written, and the checksums of the rows after the last full block, of the head and of itself.
+them; ``head.pt`` the teacher's last layer, where logits are recomputed; ``meta.json`` the cache's source, how many rows
+are written, and the checksums of the rows after the last full block, of the head and of itself.
 """
 
 import os
@@ -15,7 +15,7 @@ STRANGERS_CURE = "choose another folder, or delete this one and write it anew"
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is seen either as it was or as it becomes."""
+    """Replace a file atomically."""
     fresh = path.with_suffix(".new")
     with fresh.open("wb") as file:
         file.write(content)
@@ -24,25 +24,25 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def flush(file: IO[bytes]) -> None:
-    """Have the disk hold what was written."""
+    """Flush and fsync."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def size_of(path: Path) -> int:
-    """Return a file's bytes, 0 where there is none."""
+    """Return a file's size in bytes, 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
 def check_size(path: Path, expected: int) -> None:
-    """Refuse a file of another size."""
+    """Raise RuntimeError if the file has another size."""
     size = size_of(path)
     if size != expected:
         raise RuntimeError(f"{path} must have {expected} bytes, got {size}: {CURE}")
 
 
 def refuse_strangers(folder: Path, head: bytes) -> None:
-    """Refuse files that no cache knows of; a writer that was killed at once may have left the same head.
+    """Raise FileExistsError if there are files not ours; a writer killed at its start may have left the same head.
 
     Raises:
         FileExistsError: naming the file.

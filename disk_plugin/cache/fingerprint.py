@@ -1,4 +1,4 @@
-"""What a cache is of: the teacher's weights, the data set and its transform, as short values that can be compared."""
+"""The source of a cache: the teacher's weights, the dataset and its transform, as short values to compare."""
 
 import ctypes
 import hashlib
@@ -18,7 +18,7 @@ _PROBES = 8  # images that are read and compared bit for bit
 
 
 def of_teacher(teacher: nn.Module) -> Fingerprint:
-    """Hash the names, types, shapes and bytes of the state; a tap, or torch.compile's wrapper, stands for its model."""
+    """Hash the names, dtypes, shapes and bytes of the state; a tap or torch.compile's wrapper is unwrapped first."""
     model = teacher.model if isinstance(teacher, FeatureTap) else teacher
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
@@ -28,7 +28,7 @@ def of_teacher(teacher: nn.Module) -> Fingerprint:
 
 
 def of_views(views: SeededViews | PlainView) -> Fingerprint:
-    """Describe data set, transform and views; a few images tell apart what has the same description."""
+    """Describe dataset, transform and views; hashes of a few images distinguish equal descriptions."""
     return {
         "data set": " of ".join(_describe(dataset) for dataset in _wrapped(views.dataset)),
         "transform": "; ".join(_transform(dataset) for dataset in _wrapped(views.dataset)),
@@ -39,10 +39,10 @@ def of_views(views: SeededViews | PlainView) -> Fingerprint:
 
 
 def refuse_random(views: SeededViews | PlainView, found: Fingerprint) -> None:
-    """Read the probed images again: what a generator of the data set's own draws cannot be repeated.
+    """Read the probed images again: random numbers from the dataset's own generator are not repeatable.
 
     Raises:
-        ValueError: they came out differently.
+        ValueError: they differ.
     """
     again = _images(views)
     if again != found["images"]:
@@ -64,7 +64,7 @@ def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> str:
 
 
 def _wrapped(dataset: Any) -> Iterator[Any]:
-    """Yield a data set and those inside it, as in ``Subset(dataset, indices)``."""
+    """Yield a dataset and those inside it, as in ``Subset(dataset, indices)``."""
     yield dataset
     inner = getattr(dataset, "dataset", None)
     if isinstance(inner, Dataset):
@@ -72,7 +72,7 @@ def _wrapped(dataset: Any) -> Iterator[Any]:
 
 
 def _describe(dataset: Any) -> str:
-    """Name a data set with its length and, where it has them, hashes of its targets and of a subset's indices."""
+    """Name a dataset with its length and, if it has them, hashes of its targets and of a subset's indices."""
     parts = [f"{type(dataset).__name__} ({len(dataset)} samples"]
     for name in ("targets", "indices"):
         values = getattr(dataset, name, None)
@@ -83,16 +83,16 @@ def _describe(dataset: Any) -> str:
 
 
 def _transform(dataset: Any) -> str:
-    """Return the transform as it describes itself, without memory addresses and the modules that stand beside them."""
+    """Return the transform's repr, without memory addresses and their module names."""
     found = getattr(dataset, "transforms", None)
     found = getattr(dataset, "transform", None) if found is None else found
-    # a class of the script that writes is in __main__, and elsewhere for the script that reads
+    # a class of the writing script is in __main__, but elsewhere for the reading script
     plain = re.sub(r"<[\w.]*?(\w+) object at 0x[0-9a-fA-F]+>", r"<\1 object>", repr(found))
     return re.sub(r" at 0x[0-9a-fA-F]+", "", plain)
 
 
 def _images(views: SeededViews | PlainView) -> str:
-    """Hash the images of a few (index, view), spread over both."""
+    """Hash the images of a few (index, view) pairs, spread over both."""
     digest = hashlib.sha256()
     for probe in range(_PROBES):
         index, view = (probe * (size - 1) // (_PROBES - 1) for size in (len(views), views.views))
@@ -101,7 +101,7 @@ def _images(views: SeededViews | PlainView) -> str:
 
 
 def _add(digest: Any, value: Any) -> None:
-    """Feed type, shape and bytes of a tensor to a hash; another value by its repr."""
+    """Update a hash with dtype, shape and bytes of a tensor; with the repr of any other value."""
     if not isinstance(value, Tensor):
         digest.update(repr(value).encode())
         return
@@ -110,6 +110,6 @@ def _add(digest: Any, value: Any) -> None:
 
 
 def as_bytes(tensor: Tensor) -> bytes:
-    """Copy a tensor's bytes out; torch alone, where there need be no numpy."""
+    """Copy a tensor's bytes without numpy, which is optional."""
     tensor = tensor.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)

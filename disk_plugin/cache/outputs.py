@@ -1,4 +1,4 @@
-"""The teacher's outputs for batches of sample-views, and as the rows that are stored."""
+"""The teacher's outputs for batches of sample-views, and their storage as rows."""
 
 import importlib
 import importlib.util
@@ -25,10 +25,10 @@ MODES = ("features", "logits", "logits+features")
 
 
 def check_mode(mode: str) -> None:
-    """Refuse a mode that is not known, and the one that is not built.
+    """Raise ValueError if the mode is unknown or not implemented.
 
     Raises:
-        ValueError: with the modes that are.
+        ValueError: listing the known modes.
     """
     if mode == "sparse":
         raise ValueError(
@@ -40,18 +40,18 @@ def check_mode(mode: str) -> None:
 
 
 class TeacherOutputs:
-    """A teacher as images -> logits and features, float32 on the CPU.
+    """Runs a teacher: images -> logits and features, float32 on the CPU.
 
     Attributes:
         layer: dotted name of the layer that reads the features; None in mode ``"logits"``.
-        head: that layer, where the logits will be recomputed by it.
+        head: that layer, if it will recompute the logits.
     """
 
     def __init__(self, teacher: nn.Module, mode: str, layer: str | None, device: torch.device | str | None) -> None:
         model = teacher.model if isinstance(teacher, FeatureTap) else teacher
         if layer is None and isinstance(teacher, FeatureTap):
             layer = teacher.layer
-        if layer is None and mode == "features":  # by name: the tap leaves the comparison with the logits to us
+        if layer is None and mode == "features":  # by name, as then the tap leaves the comparison with the logits to us
             layer = next((name for name in reversed(linear_names(model))), None)
         self.mode = mode
         self._model = model if mode == "logits" else with_features(model, layer)
@@ -73,7 +73,7 @@ class TeacherOutputs:
         return logits.float().cpu(), None if features is None else features.float().cpu()
 
     def rows(self, images: Tensor) -> Tensor:
-        """Return what is stored of a batch: (N, width) in float32, before it is rounded."""
+        """Return a batch's rows to store: (N, width) in float32, before rounding."""
         logits, features = self(images)
         if features is None:
             return logits
@@ -90,10 +90,10 @@ class TeacherOutputs:
 
 
 def read_head(path: Path, meta: Meta) -> tuple[Tensor, Tensor | None] | None:
-    """Read what :meth:`TeacherOutputs.head_bytes` gave: weight (C, D) and bias (C,); None without a head.
+    """Read a file of :meth:`TeacherOutputs.head_bytes`: weight (C, D) and bias (C,); None without a head.
 
     Raises:
-        RuntimeError: the file is damaged, or another program's.
+        RuntimeError: the file is damaged, or not ours.
     """
     if not meta.head_bytes:
         return None
@@ -105,7 +105,7 @@ def read_head(path: Path, meta: Meta) -> tuple[Tensor, Tensor | None] | None:
         head = torch.load(io.BytesIO(content), weights_only=True)
         weight, bias = head["weight"], head["bias"]
         came: Any = [tuple(each.shape) for each in (weight, bias) if each is not None]
-    except Exception as error:  # a file that torch did not write makes it raise nearly anything
+    except Exception as error:  # a file that torch did not write may raise nearly anything
         came, cause = type(error).__name__, error
     if came not in (expected, expected[:1]):
         layer = f"the teacher's last layer, tensors of shape {expected[0]} and {expected[1]}"
@@ -114,7 +114,7 @@ def read_head(path: Path, meta: Meta) -> tuple[Tensor, Tensor | None] | None:
 
 
 def progress_bar(loader: Iterable[Any], shown: bool) -> Iterable[Any]:
-    """Show a bar over the batches where tqdm is installed."""
+    """Show a progress bar over the batches if tqdm is installed."""
     if not shown or importlib.util.find_spec("tqdm") is None:
         return loader
     bar: Iterable[Any] = importlib.import_module("tqdm").tqdm(loader, desc="teacher outputs")
@@ -128,15 +128,15 @@ def batches(
     _checks.integer("batch_size", batch_size, at_least=1)
     return DataLoader(
         _Rows(views),
-        int(batch_size),  # numpy's pass our checks, not torch's
+        int(batch_size),  # numpy's integers pass our checks, not torch's
         sampler=rows,
         num_workers=int(num_workers),
-        generator=torch.Generator(),  # the workers' seed would else be drawn from the caller's
+        generator=torch.Generator(),  # otherwise the workers' seed would be drawn from the global generator
     )
 
 
 def to_half(rows: Tensor, places: Tensor, meta: Meta) -> Tensor:
-    """Round to float16, or say what does not fit, and where; bfloat16 reaches further and is never cut.
+    """Round to float16; raise for values out of its range (bfloat16's is wider), naming the place.
 
     Raises:
         ValueError: a value is not finite in float16.
@@ -167,10 +167,10 @@ class _Rows(Dataset[tuple[Tensor, int]]):
 
 
 def _check_head(head: nn.Linear, logits: Tensor, features: Tensor) -> None:
-    """Whether the head makes the logits of features rounded to float16, up to what that rounding explains."""
+    """Raise ValueError unless the head reproduces the logits from float16 features, up to their rounding."""
     weight, bias, rounded = head.weight.float(), None if head.bias is None else head.bias.float(), features.half()
     if not rounded.isfinite().all():
-        return  # to_half will say where
+        return  # to_half raises for it
     if not logits.isfinite().all():
         raise ValueError(
             f"the teacher's logits must be finite, got {logits[~logits.isfinite()][0].item()} in {logits.dtype} from "
@@ -181,7 +181,7 @@ def _check_head(head: nn.Linear, logits: Tensor, features: Tensor) -> None:
     with without_autocast(logits):
         recomputed = linear(rounded.float(), weight, bias)
         size = linear(rounded.float().abs(), weight.abs(), None if bias is None else bias.abs())
-    # float16 is off by 2**-11 of each feature at most; the teacher itself may have computed in half precision
+    # float16's relative error is at most 2**-11; the teacher itself may have computed in half precision
     allowed = (2**-10 + 2 * torch.finfo(own).eps) * size + 1e-6
     if recomputed.shape != logits.shape or not ((recomputed - logits).abs() <= allowed).all():
         raise ValueError(

@@ -1,7 +1,7 @@
-"""How the files of a cache are written, so that an interruption costs one batch at most.
+"""Writes a cache's files so that an interruption costs one batch at most.
 
-Rows and their checksums are on the disk before they are counted, and the count is replaced as a whole: whenever the
-writer dies, what is counted is there. Caches of format 1, which had no checksums, are gone on with as they are.
+Rows and their checksums are fsynced before they are counted, and the count is replaced atomically: whenever the writer
+dies, all counted rows are on the disk. Caches of format 1, without checksums, are resumed as they are.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from .fingerprint import as_bytes, differences
 
 
 class Writer:
-    """Appends batches of rows behind those that are already there."""
+    """Appends batches of rows."""
 
     def __init__(self, folder: Path, file: IO[bytes], meta: Meta) -> None:
         self._folder, self._file, self.meta = folder, file, meta
 
     def append(self, rows: Tensor) -> None:
-        """Put rows (N, width), float16, on the disk, then count them."""
+        """Write and fsync rows (N, width), float16, then count them."""
         content, meta = as_bytes(rows), self.meta
         self._file.write(content)
         flush(self._file)
@@ -36,7 +36,7 @@ class Writer:
         write_meta(self._folder, self.meta)
 
     def _add_checksums(self, content: bytes) -> int:
-        """Put those of the blocks that are full now on the disk; return that of the rows after them."""
+        """Write the checksums of the blocks completed now; return that of the rows after them."""
         meta = self.meta
         filled = meta.written % meta.block_rows * meta.row_bytes
         finished, tail = checksums.extend(meta.tail, filled, content, meta.block_rows * meta.row_bytes)
@@ -49,18 +49,18 @@ class Writer:
 
 @contextmanager
 def open_writer(folder: Path, meta: Meta, head: bytes) -> Iterator[Writer]:
-    """Start a cache, or go on with what an interrupted writer left, as the only writer.
+    """Start a cache, or resume an interrupted one, as the only writer.
 
     Raises:
-        RuntimeError: another process is writing; what is there is of something else, or shorter than counted.
-        FileExistsError: there are files that no cache knows of.
+        RuntimeError: another process is writing; the existing cache has another source, or fewer rows than counted.
+        FileExistsError: there are files that are not a cache's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / DATA).open("a+b") as file:
         _lock(file, folder)
         if (folder / META).exists():
             meta = _resumed(folder, meta)
-            file.truncate(meta.written * meta.row_bytes)  # what follows was not counted: the batch that was cut off
+            file.truncate(meta.written * meta.row_bytes)  # drop the uncounted rest: an interrupted batch
             if size_of(folder / CHECKSUMS) > meta.checksum_bytes:
                 os.truncate(folder / CHECKSUMS, meta.checksum_bytes)
         else:
@@ -73,7 +73,7 @@ def open_writer(folder: Path, meta: Meta, head: bytes) -> Iterator[Writer]:
 
 
 def check_complete(folder: Path, meta: Meta) -> None:
-    """Refuse a cache that is not whole.
+    """Raise RuntimeError if the cache is incomplete.
 
     Raises:
         RuntimeError: rows are missing, or a file has another size.
@@ -89,7 +89,7 @@ def check_complete(folder: Path, meta: Meta) -> None:
 
 
 def _resumed(folder: Path, meta: Meta) -> Meta:
-    """Return what is there if it is of the same thing and whole."""
+    """Return the existing description if it has the same source and its files are intact."""
     found = read_meta(folder)
     different = differences(found.identity(), meta.identity())
     if different:
@@ -99,19 +99,19 @@ def _resumed(folder: Path, meta: Meta) -> Meta:
         if complete or size_of(folder / name) < expected:
             check_size(folder / name, expected)
     check_size(folder / HEAD, found.head_bytes)
-    # what was begun without checksums has none for its first rows: it goes on so
+    # a cache begun without checksums has none for its first rows, and continues without
     return dataclasses.replace(found, format=FORMATS[-1])
 
 
 def _lock(file: IO[bytes], folder: Path) -> None:
-    """Become the only writer; the lock goes with the process, however that ends."""
+    """Become the only writer; the lock is released with the process, however that ends."""
     try:
         import fcntl
-    except ImportError:  # Windows: nothing keeps two writers apart there
+    except ImportError:  # Windows: two writers are not detected there
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise RuntimeError(f"{folder} must have one writer at a time, got a second while another is writing") from error
-    # forked loader workers would hold the lock for seconds after the writer is killed
+    # forked loader workers would keep the lock for seconds after the writer is killed
     util.register_after_fork(file, lambda inherited: inherited.close())

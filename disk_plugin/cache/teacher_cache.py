@@ -1,4 +1,4 @@
-"""TeacherCache: writes, reads and verifies a store of the teacher's outputs."""
+"""TeacherCache: writes, reads and verifies a cache of the teacher's outputs."""
 
 import math
 import os
@@ -27,15 +27,15 @@ Mode = Literal["features", "logits", "logits+features"]
 class TeacherCache:
     """A teacher's outputs for every (sample, view), written once and read from a memory-mapped file in float16.
 
-    Written by :meth:`write`. Opening checks that it is whole and, given the teacher or the data set, that it is of
-    these: their weights, targets, transform, views, seed and, bit for bit, a few images. Rows are compared with their
-    checksum (CRC-32 of about 64 KiB) when a process first reads them: accidents are found, not intent. Any number of
-    processes may read; in a loader's workers a cache opens the files again.
+    Written by :meth:`write`. Opening checks that it is complete and, given the teacher or the dataset, that it was made
+    from these: weights, targets, transform, views, seed and, bit for bit, a few images. Rows are compared with their
+    checksum (CRC-32 of about 64 KiB) when a process first reads them, which detects corruption, not tampering. Any
+    number of processes may read; a loader's workers open the files again.
 
     Args:
-        folder: where it was written.
-        teacher: to check its weights; None to leave that out.
-        dataset: to check the data set: the ``SeededViews`` it was written from, or the plain data set.
+        folder: the cache's folder.
+        teacher: to check its weights; None to skip that.
+        dataset: to check the dataset: the ``SeededViews`` it was written from, or the plain dataset; None to skip that.
 
     Attributes:
         mode: what is stored.
@@ -48,7 +48,7 @@ class TeacherCache:
 
     Raises:
         FileNotFoundError: there is no cache.
-        RuntimeError: it is incomplete, damaged (rows: when they are read), or of something else; the message says what
+        RuntimeError: it is incomplete, damaged (rows: when they are read), or has another source; the message says what
             differs.
         ValueError: ``dataset`` is random and not in ``SeededViews``; in a call an index or view out of range, or shapes
             that differ.
@@ -71,7 +71,7 @@ class TeacherCache:
         teacher: nn.Module | None = None,
         dataset: Dataset[Any] | None = None,
     ) -> None:
-        self.folder = Path(folder).absolute()  # a loader's worker opens it again, maybe from elsewhere
+        self.folder = Path(folder).absolute()  # a loader's worker opens it again, maybe from another directory
         meta = self._meta = read_meta(self.folder)
         storage.check_complete(self.folder, meta)
         found = {} if teacher is None else fingerprint.of_teacher(teacher)
@@ -83,7 +83,7 @@ class TeacherCache:
         self.samples, self.views = meta.samples, meta.views
         self.num_classes, self.feature_dim = meta.num_classes, meta.feature_dim
         path = str(self.folder / DATA)
-        # a private mapping: read-only files will do, and nothing done to the tensor reaches the file
+        # a private mapping: read-only files suffice, and in-place changes do not reach the file
         data = torch.from_file(path, shared=False, size=meta.rows * meta.width, dtype=torch.float16)
         self._data = data.view(meta.rows, meta.width)
         self._checks = BlockChecks(self.folder, meta, self._data)
@@ -121,35 +121,36 @@ class TeacherCache:
         device: torch.device | str | None = None,
         progress: bool = True,
     ) -> "TeacherCache":
-        """Run the teacher over every view of every sample, or go on where an interrupted run stopped.
+        """Run the teacher over every view of every sample, or resume an interrupted run.
 
-        Each batch is on the disk before the next begins. The same arguments resume; what is whole is only opened. In
-        evaluation mode without gradients; precision (autocast) is the caller's, and whatever it is, float16 is stored:
-        float16 and bfloat16 outputs as they are, from 6e-5 on. One process writes at a time.
+        Each batch is fsynced before the next begins. The same arguments resume; a complete cache is only opened. The
+        teacher runs in evaluation mode without gradients, under the caller's autocast. Outputs are stored in float16,
+        which represents float16 and bfloat16 outputs of at least 6e-5 exactly. One process writes at a time.
 
         Args:
-            folder: made if need be.
+            folder: created if missing.
             teacher: any classifier (:func:`disk_plugin.taps.with_features`), or what ``with_features`` returned.
-            views: ``SeededViews``, or a data set without random augmentation: its one view is 0.
+            views: ``SeededViews``, or a dataset without random augmentation: its only view is 0.
             mode: ``"features"``: the pooled features in float16, of which the teacher's last Linear, stored beside
                 them, recomputes the logits in float32; ``"logits"``: the logits in float16; ``"logits+features"``:
-                both. All of them equal the teacher up to float16's rounding. ``"sparse"`` is refused.
+                both. All of them equal the teacher up to float16's rounding. ``"sparse"`` raises.
             layer: dotted name of the layer whose input is the features; None for the last ``nn.Linear``.
-            batch_size: sample-views per batch; a resumed cache equals an uninterrupted one bit for bit if it stays.
+            batch_size: sample-views per batch; keep it on resuming for a cache that is bit-identical to an
+                uninterrupted one.
             num_workers: of the loader.
             device: moves the teacher; None leaves it where it is.
             progress: show a bar if tqdm is installed.
 
         Raises:
-            ValueError: an unknown mode; a random data set without ``SeededViews``, or one that is random all the same;
-                outputs that do not fit float16; with ``"features"``, logits that the last Linear does not make.
-            RuntimeError: the folder's cache is of something else, damaged, or another process is writing it.
+            ValueError: an unknown mode; a random dataset without ``SeededViews``, or one that is random all the same;
+                outputs out of float16's range; with ``"features"``, logits that the last Linear does not reproduce.
+            RuntimeError: the folder's cache has another source or is damaged, or another process is writing it.
             FileExistsError: the folder holds a ``data.bin`` that is not ours.
-            TypeError: a data set or items of another kind.
+            TypeError: a dataset or items of another kind.
         """
         check_mode(mode)
         _checks.integer("batch_size", batch_size, at_least=1)
-        folder = Path(folder).absolute()  # the data set may change the working directory
+        folder = Path(folder).absolute()  # the dataset may change the working directory
         source, outputs = as_views(views), TeacherOutputs(teacher, mode, layer, device)
         with in_mode(teacher, training=False):
             meta = _describe(teacher, source, outputs)
@@ -172,17 +173,17 @@ class TeacherCache:
         num_workers: int = 0,
         device: torch.device | str | None = None,
     ) -> float:
-        """Compare every row with its checksum, then a random share with what the teacher gives now.
+        """Compare every row with its checksum, then a random share with the teacher's current outputs.
 
-        The first is one pass over the file. The second compares numbers only: another machine's rounding passes, other
-        weights do not. A cache written by a version without checksums has the second alone, and a warning says so.
+        The first is one pass over the file. The second compares values: rounding on another machine passes, other
+        weights do not. A cache written by a version without checksums has only the second, with a warning.
 
         Args:
             teacher: as for :meth:`write`.
             views: as for :meth:`write`.
-            share: of the sample-views, in (0, 1]; at least one is recomputed.
+            share: of the sample-views to recompute, in (0, 1]; at least one.
             tolerance: largest difference allowed, as a share of the sample's largest absolute value.
-            seed: another seed draws another share.
+            seed: of the random share.
             batch_size: sample-views per batch.
             num_workers: of the loader.
             device: moves the teacher; None leaves it where it is.
@@ -204,7 +205,7 @@ class TeacherCache:
             expected = f"{self.samples} samples in {self.views} views"
             raise RuntimeError(f"{self.folder} must be verified with {expected}, got {len(source)} in {source.views}")
         outputs = TeacherOutputs(teacher, self.mode, self.layer, device)
-        # numpy's float16 would round the product, or overflow
+        # a numpy float16 would round the product, or overflow
         rows = random.Random(int(seed)).sample(range(self._meta.rows), math.ceil(float(share) * self._meta.rows))
         loader = batches(source, sorted(rows), batch_size, num_workers)
         self._checks.compare_all()
@@ -219,7 +220,7 @@ class TeacherCache:
 
 
 def _describe(teacher: nn.Module, views: SeededViews | PlainView, outputs: TeacherOutputs) -> Meta:
-    """Find out what a cache would hold, before any file is touched."""
+    """Describe the cache to write, before any file is touched."""
     found = fingerprint.of_views(views)
     fingerprint.refuse_random(views, found)
     images, _ = next(iter(batches(views, range(1), 1, 0)))

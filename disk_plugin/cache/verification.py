@@ -1,4 +1,4 @@
-"""How far a cache is from what the teacher computes now."""
+"""The difference between a cache and the teacher's current outputs."""
 
 from collections.abc import Callable, Iterable
 
@@ -19,7 +19,7 @@ def largest_difference(
     ``read`` takes (index, view), ``recompute`` images; row = view * samples + index.
 
     Returns:
-        That difference, inf where a value is NaN, and the words for its place.
+        That difference, inf for a NaN, and a description of its place.
     """
     largest, where = 0.0, ""
     for images, rows in loader:

@@ -1,4 +1,4 @@
-"""A data set whose random augmentation is a pure function of (sample, view)."""
+"""A dataset whose random augmentation is a pure function of (sample, view)."""
 
 import hashlib
 import importlib
@@ -18,12 +18,12 @@ from .. import _checks
 
 
 class SeededViews(Dataset[tuple[Any, ...]]):
-    """A data set seen as ``views`` fixed augmentations of each sample, so that a teacher's outputs can be stored.
+    """A dataset with ``views`` fixed augmentations of each sample, so that a teacher's outputs can be cached.
 
-    While an item is read, the global generators of torch (CPU), numpy and ``random`` start from a hash of
-    (seed, index, view); afterwards they are as before. So an item depends on nothing else: not on the order of reading,
-    the worker, the epoch or the run. Generators that the data set or its transforms own are beyond reach
-    (``TeacherCache.write`` looks for them), and so is what mixes samples after the data set, such as mixup.
+    While an item is read, the global generators of torch (CPU), numpy and ``random`` are seeded with a hash of (seed,
+    index, view); afterwards they are restored. So an item depends on nothing else: not on the order of reading, the
+    worker, the epoch or the run. Not covered: generators owned by the dataset or its transforms (``TeacherCache.write``
+    detects them), and mixing of samples after the dataset, such as mixup.
 
     Training cycles through the views: ``views.set_epoch(epoch)`` before each epoch, also with persistent workers.
 
@@ -33,10 +33,10 @@ class SeededViews(Dataset[tuple[Any, ...]]):
         seed: another seed gives other views.
 
     Returns:
-        ``views[index]``: the data set's item in the epoch's view, its place appended: (image, target, index, view).
+        ``views[index]``: the dataset's item in the epoch's view with its place appended: (image, target, index, view).
 
     Raises:
-        ValueError: ``views`` < 1, an empty data set; in ``set_epoch`` an epoch < 0.
+        ValueError: ``views`` < 1, an empty dataset; in ``set_epoch`` an epoch < 0.
         TypeError: ``dataset`` is not map-style, values or items of another type.
         IndexError: an index or view out of range.
 
@@ -54,12 +54,12 @@ class SeededViews(Dataset[tuple[Any, ...]]):
         check_map_style(dataset)
         _checks.integer("views", views, at_least=1)
         _checks.integer("seed", seed)
-        self.dataset, self.views, self.seed = dataset, int(views), int(seed)  # they go into a cache's JSON
-        # in shared memory, so that workers that live on see the next epoch
+        self.dataset, self.views, self.seed = dataset, int(views), int(seed)  # Python ints for a cache's JSON
+        # in shared memory, so that persistent workers see the next epoch
         self._view = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int) -> None:
-        """Show view ``epoch % views`` from now on, in every worker: call it before the epoch's first batch."""
+        """Select view ``epoch % views`` in every worker: call it before the epoch's first batch."""
         _checks.integer("epoch", epoch, at_least=0)
         self._view.fill_(epoch % self.views)
 
@@ -70,7 +70,7 @@ class SeededViews(Dataset[tuple[Any, ...]]):
         return self.item(index, int(self._view))
 
     def item(self, index: int, view: int) -> tuple[Any, ...]:
-        """Return sample ``index`` in a view of choice, with both appended."""
+        """Return sample ``index`` in the given view, with both appended."""
         index, view = place("index", index, len(self)), place("view", view, self.views)
         with seeded(self.seed, index, view):
             item = self.dataset[index]
@@ -78,7 +78,7 @@ class SeededViews(Dataset[tuple[Any, ...]]):
 
 
 class PlainView(Dataset[tuple[Any, ...]]):
-    """A data set without random augmentation as its own single view; refuses one that draws random numbers."""
+    """A dataset without random augmentation as its own single view; raises if it draws random numbers."""
 
     views, seed = 1, None
 
@@ -103,13 +103,13 @@ class PlainView(Dataset[tuple[Any, ...]]):
 
 
 def as_views(dataset: Any) -> SeededViews | PlainView:
-    """Take a data set for what it is: seeded views, or one view that must not be random."""
+    """Return ``SeededViews`` as they are, any other dataset as one view that must not be random."""
     return dataset if isinstance(dataset, SeededViews) else PlainView(dataset)
 
 
 @contextmanager
 def seeded(seed: int, index: int, view: int) -> Iterator[None]:
-    """Start the three global generators from a hash of their key, and put them back afterwards."""
+    """Seed the three global generators with a hash of (seed, index, view) and restore them afterwards."""
     # a hash, not a sum: neighbours must not share a stream
     digest = hashlib.sha256(f"{seed} {index} {view}".encode()).digest()
     words = [int.from_bytes(digest[start : start + 4], "little") for start in range(0, 32, 4)]
@@ -117,7 +117,7 @@ def seeded(seed: int, index: int, view: int) -> Iterator[None]:
     torch_state, python_state = torch.get_rng_state(), random.getstate()
     numpy_state = None if numpy is None else numpy.get_state()
     try:
-        torch.default_generator.manual_seed(words[0])  # torch.manual_seed would reach for the GPUs' too
+        torch.default_generator.manual_seed(words[0])  # torch.manual_seed would also seed the GPUs' generators
         random.seed(digest)
         if numpy is not None:
             numpy.seed(words)
@@ -130,7 +130,7 @@ def seeded(seed: int, index: int, view: int) -> Iterator[None]:
 
 
 def check_map_style(dataset: Any) -> None:
-    """Refuse what has no length or no items by position."""
+    """Validate a map-style dataset with a length."""
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(f"dataset must be map-style, with a length, got {type(dataset).__name__}")
     if not len(dataset):
@@ -138,7 +138,7 @@ def check_map_style(dataset: Any) -> None:
 
 
 def place(name: str, value: Any, size: int) -> int:
-    """Return an index as an int in [0, size); IndexError ends a loop over the data set."""
+    """Return an index as an int in [0, size); IndexError ends a loop over the dataset."""
     position = operator.index(value)
     if not 0 <= position < size:
         raise IndexError(f"{name} must be in [0, {size}), got {position}")
@@ -146,7 +146,7 @@ def place(name: str, value: Any, size: int) -> int:
 
 
 def places(name: str, value: Any, size: int) -> Tensor:
-    """Return an int, numpy's too, or int64 positions as a CPU tensor; refuse what is not in [0, size)."""
+    """Return an int (Python's or numpy's) or int64 positions as a CPU tensor; validate that they are in [0, size)."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         smallest = largest = int(value)
     elif isinstance(value, Tensor) and value.dtype == torch.int64:
@@ -161,28 +161,28 @@ def places(name: str, value: Any, size: int) -> Tensor:
 
 
 def parts_of(item: Any) -> tuple[Any, ...]:
-    """Refuse an item to which nothing can be appended."""
+    """Return an item as a tuple; raise TypeError if nothing can be appended to it."""
     if not isinstance(item, tuple | list) or not item:
         raise TypeError(f"the data set's items must be tuples such as (image, target), got {type(item).__name__}")
     return tuple(item)
 
 
 def image_of(item: tuple[Any, ...]) -> Tensor:
-    """Return what the teacher reads: the item's first part."""
+    """Return the teacher's input: the item's first part."""
     if not isinstance(item[0], Tensor):
         raise TypeError(f"the data set's items must begin with the image as a Tensor, got {type(item[0]).__name__}")
     return item[0]
 
 
 def _states() -> tuple[Any, ...]:
-    """Where the three global generators stand, in a form that compares with ==."""
+    """Return the states of the three global generators, in a form that compares with ==."""
     numpy = _numpy_random()
     numpy_state = None if numpy is None else pickle.dumps(numpy.get_state())  # arrays inside
     return torch.get_rng_state().tolist(), random.getstate(), numpy_state
 
 
 def _numpy_random() -> Any:
-    """Return ``numpy.random`` if there is a numpy: torch alone does without."""
+    """Return ``numpy.random``, or None without numpy, which is optional."""
     try:
         return importlib.import_module("numpy.random")
     except ImportError:

@@ -1,6 +1,6 @@
-"""See what limits the student, and what the guide does: record each sample while training, look at the record.
+"""Diagnose what limits the student, and what the guide does, from a record of each sample in training.
 
-:func:`capacity_gap` and recording need torch alone; tables and figures need ``pip install 'disk-plugin[plots]'``.
+:func:`capacity_gap` and recording need only torch; tables and figures need ``pip install 'disk-plugin[plots]'``.
 """
 
 from .capacity import CapacityGap, capacity_gap

@@ -1,4 +1,4 @@
-"""Two classifiers on the same batches: how often each is right, and how often they agree."""
+"""Accuracy and agreement of two classifiers on the same batches."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -14,7 +14,7 @@ from ..taps import logits_of
 
 
 class Counts(NamedTuple):
-    """Samples (positions, with dense logits) that count, and on how many of them what holds."""
+    """Number of valid samples (positions, with dense logits), of correct ones and of those that agree."""
 
     samples: int
     student_right: int
@@ -34,7 +34,7 @@ def compare(
     max_batches: int | None,
     ignore_index: int,
 ) -> Counts:
-    """Count over a loader, both models in evaluation mode for this time; ``name`` is the loader's in messages."""
+    """Count over a loader, with both models in evaluation mode; ``name`` is the loader's in messages."""
     sums = torch.zeros(4, dtype=torch.int64)
     classes = 0
     with ExitStack() as stack:
@@ -55,7 +55,7 @@ def compare(
 
 
 def _count(logits: dict[str, Tensor], target: Tensor, name: str, ignore_index: int) -> Tensor:
-    """Return samples, right ones of student and teacher, and agreeing ones of one batch."""
+    """Return one batch's counts: valid samples, those correct by student and by teacher, and those that agree."""
     valid = target != ignore_index
     classes = logits["student"].shape[1]
     outside = valid & ((target < 0) | (target >= classes))
@@ -98,7 +98,7 @@ def _check(student_logits: Tensor, teacher_logits: Tensor, target: Any, name: st
 
 
 def _pairs(loader: Iterable[Any], name: str) -> Iterator[tuple[Any, Any]]:
-    """Take x and target, the first two of each batch; what a host adds (an index) is left out."""
+    """Yield x and target, the first two entries of each batch; others (an index) are dropped."""
     for batch in loader:
         if not isinstance(batch, tuple | list) or len(batch) < 2:
             raise TypeError(f"{name} must yield (x, target, ...), got {type(batch).__name__}")

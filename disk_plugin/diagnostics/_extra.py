@@ -1,4 +1,4 @@
-"""What the extra ``plots`` installs, imported when it is needed."""
+"""Lazy imports of the extra ``plots``."""
 
 import importlib
 from types import ModuleType

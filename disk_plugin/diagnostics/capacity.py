@@ -1,4 +1,4 @@
-"""Should I use it here? What limits the student, its capacity or its data, and what a map of both recommends."""
+"""Should I use it here? What limits the student, capacity or data, and the recommendation that follows."""
 
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
@@ -13,7 +13,7 @@ Verdict = Literal["DiSK", "KD"]
 
 # the rule of examples/results/regime_map.json, which examples/regime/rule.py derives; percent points
 SMALLEST_CAPACITY_GAP, LARGEST_DATA_GAP = 35.0, 30.0
-NEAR_CHANCE = 1.5  # times 1 / C: a student that knows so little was hardly trained
+NEAR_CHANCE = 1.5  # times 1 / C: below it the student was hardly trained
 _GROUNDS = (
     "This rests on a map of small MLPs (examples/results/regime_map.png): the gain is largest with few features for "
     "many classes; convolutional networks have shown none so far. One look cannot tell a student without capacity "
@@ -23,23 +23,23 @@ _GROUNDS = (
 # what each verdict means for the loss: the arguments of DiSKLoss beside its guide
 SETTINGS: dict[str, dict[str, Any]] = {
     "DiSK": {"ce_weight": 0.0, "discount": "auto"},
-    "KD": {"ce_weight": 0.0, "discount": 0.0},  # nothing taken off is plain distillation
+    "KD": {"ce_weight": 0.0, "discount": 0.0},  # a discount of 0 is plain distillation
 }
 
 
 class CapacityGap(NamedTuple):
-    """What :func:`capacity_gap` measured: shares in [0, 1]. ``print`` it for the recommendation in words.
+    """Result of :func:`capacity_gap`: shares in [0, 1]. ``print`` it for the recommendation in words.
 
     Attributes:
         student_train: accuracy of the student on the training data.
-        student_held_out: and on the held-out data.
+        student_held_out: accuracy of the student on the held-out data.
         teacher_train: accuracy of the teacher on the training data.
-        teacher_held_out: and on the held-out data.
+        teacher_held_out: accuracy of the teacher on the held-out data.
         agreement: share of the training data on which the student's argmax is the teacher's.
-        train_samples: how many training samples were looked at.
-        held_out_samples: how many held-out ones.
+        train_samples: number of training samples read.
+        held_out_samples: number of held-out samples read.
         num_classes: C.
-        feature_dim: what the student's last Linear reads; None where no last Linear with C outputs was found.
+        feature_dim: input width of the student's last Linear; None if it has no last Linear with C outputs.
     """
 
     student_train: float
@@ -54,24 +54,24 @@ class CapacityGap(NamedTuple):
 
     @property
     def by_capacity(self) -> float:
-        """What the student cannot fit: the teacher's accuracy minus the student's, on training data."""
+        """Capacity gap: the teacher's accuracy minus the student's, on training data."""
         return self.teacher_train - self.student_train
 
     @property
     def by_data(self) -> float:
-        """What the student does not carry over: its accuracy on training minus that on held-out data."""
+        """Generalization gap: the student's accuracy on training minus that on held-out data."""
         return self.student_train - self.student_held_out
 
     @property
     def verdict(self) -> Verdict:
-        """``"DiSK"`` where the map shows a gain; ``"KD"`` where it shows none, or nothing can be said yet."""
+        """``"DiSK"`` where our experiments show a gain; ``"KD"`` if they show none, or if it is too early to tell."""
         return self._judge()[0]
 
     @property
     def kwargs(self) -> dict[str, Any]:
         """The recommendation as arguments: ``DiSKLoss(guide, **gap.kwargs, temperature=...)``.
 
-        Of ``"KD"`` they make plain distillation. The temperature is whichever is best for KD.
+        For ``"KD"`` they give plain distillation. The temperature is whichever is best for KD.
         """
         return dict(SETTINGS[self.verdict])
 
@@ -105,7 +105,7 @@ class CapacityGap(NamedTuple):
         )
 
     def __str__(self) -> str:
-        """Lay out the figures, the recommendation and what it rests on."""
+        """Format the figures, the recommendation and its basis."""
         parts = (self.student_train, self.train_samples), (self.student_held_out, self.held_out_samples)
         error = sum(share * (1 - share) / count for share, count in parts) ** 0.5
         capacity, data, error = (100 * value for value in (self.by_capacity, self.by_data, error))
@@ -135,16 +135,16 @@ def capacity_gap(
     max_batches: int | None = None,
     ignore_index: int = -100,
 ) -> CapacityGap:
-    """Measure what limits a trained student and say whether DiSK is likely to be ahead of plain distillation (KD).
+    """Measure what limits a trained student; recommend DiSK or plain distillation (KD).
 
-    DiSK lets go of what the student cannot fit, so that it fits the rest better. That pays where capacity is what
-    limits the student: its training accuracy is far below the teacher's and near its own held-out accuracy. Where data
-    limits it, it costs.
+    DiSK drops what the student cannot fit, so that it fits the rest better. That helps if capacity limits the student:
+    its training accuracy is far below the teacher's and close to its own held-out accuracy. If data limits it, it
+    hurts.
 
-    Give it the student after cross-entropy or KD training **to convergence**: a student that is still learning has a
-    small training accuracy too, and one look cannot tell the two apart. Look again some epochs later; as long as
+    Train the student with cross-entropy or KD **to convergence** first: a student that is still learning has a small
+    training accuracy too, and one measurement cannot tell the two apart. Measure again some epochs later; as long as
     ``by_capacity`` shrinks, it is not capacity. Use the evaluation transform for both loaders, as random augmentation
-    lowers training accuracy, and shuffle the training loader where ``max_batches`` cuts it short.
+    lowers training accuracy, and shuffle the training loader if ``max_batches`` truncates it.
 
     Both models run in evaluation mode without gradients, on the same batches; each module's mode is restored.
 
@@ -153,9 +153,9 @@ def capacity_gap(
         teacher: of the same classes.
         train_loader: batches (x, target, ...) of the data the student was trained on; target are class indices.
         held_out_loader: batches of data that neither was trained on.
-        device: where the batches are moved to; None for where each model is.
-        max_batches: how many batches to read of each loader; None for all.
-        ignore_index: target value that does not count.
+        device: where the batches are moved to; None for each model's device.
+        max_batches: number of batches to read from each loader; None for all.
+        ignore_index: target value that is ignored.
 
     Returns:
         The accuracies, both gaps, and the recommendation as words and as arguments of ``DiSKLoss``.
@@ -163,7 +163,7 @@ def capacity_gap(
     Raises:
         ValueError: a loader without samples, or the same one twice; logits of different shapes or with NaN; targets
             of another shape, or outside the classes; ``max_batches`` < 1.
-        TypeError: models that are no modules or give no logits; batches of another kind; targets that are not class
+        TypeError: models that are not modules or return no logits; batches of another kind; targets that are not class
             indices.
 
     Example:
@@ -204,6 +204,6 @@ def capacity_gap(
 
 
 def _feature_dim(student: nn.Module, num_classes: int) -> int | None:
-    """Return the input width of the last Linear, where that has one output per class."""
+    """Return the input width of the last Linear, if it has one output per class, else None."""
     layers = [module for module in student.modules() if isinstance(module, nn.Linear)]
     return layers[-1].in_features if layers and layers[-1].out_features == num_classes else None

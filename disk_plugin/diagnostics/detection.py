@@ -1,4 +1,4 @@
-"""How well what DiSK shows of a sample tells that its label is wrong."""
+"""DiSK's per-sample quantities as label-error detectors."""
 
 from typing import TYPE_CHECKING
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
 
 
 def detection_auroc(table: "DataFrame", flipped: Tensor, *, epoch: int | None = None) -> dict[str, float]:
-    """Score each recorded quantity as a finder of wrong labels, by the area under its ROC curve.
+    """Score each recorded quantity as a label-error detector, by the area under its ROC curve.
 
     That is the probability that of a flipped and a clean sample, drawn at random, the flipped one has the larger value
-    (ties count one half): 1 ranks all flipped samples on top, 0.5 is chance. ``ce`` and ``1 - correct``, the share of
-    epochs in which the student was wrong, are what a finder without a guide has: compare with them.
+    (ties count one half): 1 ranks all flipped samples on top, 0.5 is chance. The baselines, which need no guide, are
+    ``ce`` and ``1 - correct``, the share of epochs in which the student was wrong.
 
     Args:
-        table: of ``SampleRecord.table`` or :func:`read`, with any samples of the data set.
-        flipped: whether the label is wrong, for every position of the data set.
-        epoch: the epoch to judge by; None for each sample's mean over the recorded ones. For some of them pass their
-            rows alone, ``table[table["epoch"] >= 10]``.
+        table: of ``SampleRecord.table`` or :func:`read`, with any samples of the dataset.
+        flipped: whether the label is wrong, for every position of the dataset.
+        epoch: the epoch to score; None for each sample's mean over the recorded ones. For some of them pass only their
+            rows, ``table[table["epoch"] >= 10]``.
 
     Shape:
         flipped (N_dataset,), bool.
 
     Returns:
-        ``guide``, ``1 - guide``, ``discount``, ``ce``, ``1 - correct`` and the extras (as they are: larger stands for
-        wrong); NaN where a value is NaN (``table.dropna()`` leaves such rows out).
+        ``guide``, ``1 - guide``, ``discount``, ``ce``, ``1 - correct`` and the extras (larger means wrong); NaN if a
+        value is NaN (``table.dropna()`` drops such rows).
 
     Raises:
         ValueError: ``flipped`` is too short, or the recorded samples are all flipped or all clean; no row, or none of
@@ -52,7 +52,7 @@ def detection_auroc(table: "DataFrame", flipped: Tensor, *, epoch: int | None = 
         raise ValueError(
             f"flipped must be True for some recorded samples and False for others, got all {bool(flags[0])}"
         )
-    # the negative ranks as 1 - g does, without its ties among the smallest g
+    # -g ranks like 1 - g, without its ties among the smallest g
     finders = {"guide": samples["guide"], "1 - guide": -samples["guide"], "discount": samples["discount"]}
     finders |= {"ce": samples["ce"], "1 - correct": -samples["correct"]}
     finders |= {name: samples[name] for name in samples.columns if name not in tables.DTYPES}
@@ -60,7 +60,7 @@ def detection_auroc(table: "DataFrame", flipped: Tensor, *, epoch: int | None = 
 
 
 def _flags(flipped: Tensor, size: int) -> Tensor:
-    """Refuse what is not a flag for each of at least ``size`` positions."""
+    """Validate one flag for each of at least ``size`` positions."""
     if not isinstance(flipped, Tensor) or flipped.dtype != torch.bool:
         came = flipped.dtype if isinstance(flipped, Tensor) else type(flipped).__name__
         raise TypeError(f"flipped must be a bool Tensor, got {came}")
@@ -70,7 +70,7 @@ def _flags(flipped: Tensor, size: int) -> Tensor:
 
 
 def _auroc(score: Tensor, positive: Tensor) -> float:
-    """Share of the pairs in which the positive sample scores higher, ties counting one half."""
+    """Return the share of pairs in which the positive sample scores higher, ties counting one half."""
     if score.isnan().any():
         return float("nan")
     negatives = score[~positive].sort().values

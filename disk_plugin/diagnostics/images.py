@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 def gallery(
     table: "DataFrame", images: Any, *, count: int = 36, epoch: int | None = None, names: Names = None
 ) -> "Figure":
-    r"""Show the images with the largest discount, the largest first; what the student gets wrong has a red title.
+    r"""Show the images with the largest discount, the largest first; misclassified ones have a red title.
 
     Args:
         table: of ``SampleRecord.table`` or :func:`read`.
-        images: ``images[i]`` is that of sample i, or a tuple that begins with it: a tensor, or the data set itself. A
-            tensor is uint8, or floating-point in [0, 1]; one beyond that is stretched to its own range.
-        count: how many, >= 1.
-        epoch: the epoch to go by; None for each sample's mean over the recorded ones.
+        images: ``images[i]`` is that of sample i, or a tuple that begins with it: a tensor, or the dataset itself. A
+            tensor is uint8, or floating-point in [0, 1]; one outside of that is rescaled to its own range.
+        count: number of images, >= 1.
+        epoch: the epoch to show; None for each sample's mean over the recorded ones.
         names: of the classes, by their index, for the titles; None for the index itself.
 
     Shape:
-        images[i]: (H, W), (1, H, W) or (3, H, W); what is no tensor is shown as matplotlib does.
+        images[i]: (H, W), (1, H, W) or (3, H, W); other types as matplotlib shows them.
 
     Returns:
         A figure with one panel for each image: class, if the target was recorded, above the discount.
@@ -71,7 +71,7 @@ def gallery(
 
 
 def _show(axes: "Axes", image: Any) -> None:
-    """Draw an image, or the first of a tuple, with black at 0 and white at 1."""
+    """Draw an image, or the first entry of a tuple, with black at 0 and white at 1."""
     image = image[0] if isinstance(image, (tuple, list)) else image
     if not isinstance(image, Tensor):
         axes.imshow(image, cmap="gray")

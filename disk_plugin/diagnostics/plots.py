@@ -17,11 +17,11 @@ Names = Sequence[str] | Mapping[int, str] | None
 LABELS = {"guide": "guide g", "discount": "discount"}
 COLORS = {"right": "tab:blue", "wrong": "tab:red"}
 CE_GROUPS = 20
-READABLE_CLASSES = 120  # more names than that do not fit on an axis
+READABLE_CLASSES = 120  # more names do not fit on an axis
 
 
 def plot_over_epochs(table: "DataFrame") -> "Figure":
-    """Draw the means of g and discount over the epochs: all samples (and their middle 80 %), right and wrong ones.
+    """Draw the means of g and discount over epochs: all samples (and their middle 80 %), correct ones, incorrect ones.
 
     Args:
         table: of ``SampleRecord.table`` or :func:`read`.
@@ -59,14 +59,14 @@ def plot_over_epochs(table: "DataFrame") -> "Figure":
 
 
 def plot_against_ce(table: "DataFrame", *, epoch: int | None = None) -> "Figure":
-    """Draw g and discount of each sample against its cross-entropy, right and wrong samples apart.
+    """Draw g and discount of each sample against its cross-entropy, correct and incorrect samples separately.
 
     The line is the mean over 20 equally large groups of samples with neighbouring CE.
 
     Args:
         table: of ``SampleRecord.table`` or :func:`read`.
-        epoch: the epoch to show; None for each sample's mean over the recorded ones, right where it was so in half of
-            them or more.
+        epoch: the epoch to show; None for each sample's mean over the recorded ones, correct if it was so in at least
+            half of them.
 
     Returns:
         A figure with a panel for g and one for the discount.
@@ -100,7 +100,7 @@ def plot_against_ce(table: "DataFrame", *, epoch: int | None = None) -> "Figure"
 
 
 def plot_per_class(table: "DataFrame", *, epoch: int | None = None, names: Names = None) -> "Figure":
-    """Draw the means of g and discount over the samples of each class, from small to large discount.
+    """Draw the class means of g and discount, from small to large discount.
 
     Args:
         table: of ``SampleRecord.table`` or :func:`read`, recorded with the target.
@@ -140,13 +140,13 @@ def plot_per_class(table: "DataFrame", *, epoch: int | None = None, names: Names
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure, in inches, that no pyplot state knows of."""
+    """Return an empty figure, in inches, without pyplot state."""
     figure: Figure = extra("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
     return figure
 
 
 def class_name(names: Names, label: int) -> str:
-    """Return the name of a class, or its index where there are no names."""
+    """Return the name of a class, or its index if there are no names."""
     if names is None:
         return str(label)
     if label not in (names if isinstance(names, Mapping) else range(len(names))):
@@ -155,12 +155,12 @@ def class_name(names: Names, label: int) -> str:
 
 
 def period(table: "DataFrame", epoch: int | None) -> str:
-    """Say which epochs a figure shows."""
+    """Return the words for the epochs that a figure shows."""
     first, last = (table["epoch"].min(), table["epoch"].max()) if epoch is None else (epoch, epoch)
     return f"epoch {first}" if first == last else f"mean over epochs {first} to {last}"
 
 
 def _by_outcome(rows: "DataFrame") -> dict[str, "DataFrame"]:
-    """Part rows into right and wrong; a sample's mean is right from one half."""
+    """Split rows into correct and incorrect; a sample's mean is correct from one half."""
     right = rows["correct"].astype("float64") >= 0.5
     return {"right": rows[right], "wrong": rows[~right]}

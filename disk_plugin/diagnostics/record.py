@@ -1,4 +1,4 @@
-"""What DiSK did to each sample, collected while training and read when asked for."""
+"""Per-sample record of DiSK's quantities, collected in training."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,18 +20,17 @@ DTYPES = {name: getattr(torch, dtype) for name, dtype in tables.DTYPES.items()}
 
 
 class SampleRecord:
-    """A row per sample and epoch: g, discount, CE, right or wrong, collected from any training loop.
+    """One row per sample and epoch: g, discount, CE and correctness, collected from any training loop.
 
-    ``add`` copies what it is given and leaves it on its device, without waiting for it; an epoch's rows move to the CPU
-    with the first batch of another epoch, or when they are read. A row takes 25 bytes, 4 more with a target, 4 per
-    floating-point extra, whatever the precision of the training.
+    ``add`` copies its inputs on their device, without synchronizing; an epoch's rows move to the CPU with the first
+    batch of another epoch, or when they are read. A row takes 25 bytes, plus 4 for a target and 4 per floating-point
+    extra, whatever the precision of the training.
 
-    Positions that the loss ignores have g, discount, CE and correct 0. Where ``add`` is given the target they are left
-    out, otherwise they cannot be told apart and stay. In several processes each records its own samples; write one file
-    each and join the tables with ``pandas.concat``.
+    Pass ``target`` to ``add`` to leave out ignored positions: without it they stay, with g, discount, CE and correct 0.
+    Each rank records its own samples; write one file each and join the tables with ``pandas.concat``.
 
     Args:
-        ignore_index: class index of positions to leave out, as in ``DiSKLoss``.
+        ignore_index: target value of positions to leave out, as in ``DiSKLoss``.
 
     Raises:
         TypeError: ``ignore_index`` is not an int.
@@ -62,18 +61,18 @@ class SampleRecord:
         target: Tensor | None = None,
         **extras: Tensor,
     ) -> None:
-        """Add a batch's terms, evaluated with ``reduction="none"``; refused batches leave the record as it was.
+        """Add a batch's terms, evaluated with ``reduction="none"``; a batch that raises leaves the record unchanged.
 
-        Terms of dense prediction give a row per position. With ``index`` (N,) positions share their sample's index, and
-        what is shown per sample is their mean; with (N, d1, ...) each has its own.
+        Dense prediction gives one row per position. With ``index`` (N,) positions share their sample's index, and
+        figures show their mean per sample; with (N, d1, ...) each has its own.
 
         Args:
-            index: position of each sample in the data set, int64, >= 0; the loader has to yield it.
+            index: position of each sample in the dataset, int64, >= 0; the loader has to yield it.
             epoch: whole epochs, counted from 0.
             terms: of ``DiSKLoss.terms`` or ``guided_feature_terms``; ``ce`` includes a sample weight if there was one.
             target: class indices, or probabilities (recorded as their argmax).
             **extras: further columns by name, such as ``teacher_ce=...`` or ``distill=terms.distill``; floating-point
-                values are kept as float32, integers as int64. Every batch has to bring the same columns.
+                values are kept as float32, integers as int64. Every batch must have the same columns.
 
         Shape:
             terms (N,) or (N, d1, ...); index and extras (N,) or the terms'; target the terms', or with its classes
@@ -81,7 +80,7 @@ class SampleRecord:
 
         Raises:
             ValueError: terms reduced to scalars, shapes that do not fit, ``epoch`` < 0, an extra with the name of a
-                column, other columns than those of the batches before.
+                column, columns other than those of earlier batches.
             TypeError: terms, tensors or ``epoch`` of another type.
         """
         _checks.integer("epoch", epoch, at_least=0)
@@ -104,18 +103,18 @@ class SampleRecord:
         self._epoch = epoch
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all rows as one CPU tensor per column, empty if there is none; later batches do not change them."""
+        """Return all rows as one CPU tensor per column, empty if there are none; later batches do not change them."""
         self._to_cpu()
         return _joined(self._parts)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from the rows of ``state_dict()``, which are copied; rows recorded so far are dropped.
+        """Replace the recorded rows by copies of those of ``state_dict()``.
 
-        Floating-point columns may come in another precision; they are kept as float32.
+        Floating-point columns may have another precision; they are kept as float32.
 
         Raises:
-            RuntimeError: ``state`` does not hold the columns as tensors (rows,) of one length, or whole numbers as
-                floating-point ones, which may have been rounded.
+            RuntimeError: ``state`` does not hold the columns as tensors (rows,) of one length, or holds integers as
+                floating-point numbers, which may have been rounded.
         """
         if state and not _is_whole(state):
             came = {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in state.items()}
@@ -138,7 +137,7 @@ class SampleRecord:
         return extra("pandas").DataFrame({name: column.numpy() for name, column in columns.items()})
 
     def write(self, path: str | Path) -> None:
-        """Write ``table()`` to ``path``, whose suffix is .parquet or .csv; :func:`read` gets it back as it was.
+        """Write ``table()`` to ``path``, whose suffix is .parquet or .csv; :func:`read` restores it.
 
         Raises:
             ValueError: another suffix.
@@ -147,7 +146,7 @@ class SampleRecord:
         tables.write(self.table(), path)
 
     def _check_columns(self, batch: dict[str, Tensor]) -> None:
-        """Refuse a batch that has other columns, or other types of them, than those before."""
+        """Raise ValueError if a batch's columns or their dtypes differ from earlier ones."""
         first = [*self._parts[:1], *self._batches[:1], batch][0]
         expected, came = ({name: column.dtype for name, column in each.items()} for each in (first, batch))
         if came != expected:
@@ -166,7 +165,7 @@ class SampleRecord:
 
 
 def _per_position(terms: DiSKTerms | GuidedTerms) -> DiSKTerms:
-    """Refuse what is not DiSK's terms per position."""
+    """Validate DiSK's terms per position."""
     disk = terms.disk if isinstance(terms, GuidedTerms) else terms
     if not isinstance(disk, DiSKTerms):
         raise TypeError(f"terms must be DiSKTerms or GuidedTerms, got {type(terms).__name__}")
@@ -176,14 +175,14 @@ def _per_position(terms: DiSKTerms | GuidedTerms) -> DiSKTerms:
 
 
 def _is_whole(state: Mapping[str, Tensor]) -> bool:
-    """Tell whether these are columns of one length, none missing."""
+    """Return whether these are all the columns, of one length."""
     if not all(isinstance(column, Tensor) and column.ndim == 1 for column in state.values()):
         return False
     return state.keys() >= set(tables.COLUMNS) and len({len(column) for column in state.values()}) == 1
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Put rows below each other, in new tensors."""
+    """Concatenate rows, in new tensors."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
@@ -201,14 +200,14 @@ def _column(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 
 
 def _kept_as(value: Tensor) -> torch.dtype:
-    """Return the type in which an extra is kept."""
+    """Return the dtype in which an extra is kept."""
     if value.is_floating_point():
         return torch.float32
     return torch.bool if value.dtype == torch.bool else torch.int64
 
 
 def _restored(name: str, value: Tensor) -> Tensor:
-    """Return a column of a state as it was recorded, on the CPU."""
+    """Return a column of a state in its recorded dtype, on the CPU."""
     dtype = DTYPES.get(name, _kept_as(value))
     if value.is_floating_point() and not dtype.is_floating_point:
         raise RuntimeError(f"expected {name} as {dtype}, got {value.dtype}, which may have rounded it")
@@ -216,14 +215,14 @@ def _restored(name: str, value: Tensor) -> Tensor:
 
 
 def _indices(name: str, value: Tensor) -> Tensor:
-    """Refuse what is not int64: a narrower type may have wrapped around already."""
+    """Raise TypeError if not int64: a narrower dtype may have wrapped around already."""
     if isinstance(value, Tensor) and value.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {value.dtype}")
     return value
 
 
 def _label(target: Tensor) -> Tensor:
-    """Class indices as they are, probabilities as their argmax along dimension 1."""
+    """Return class indices as they are, probabilities as their argmax along dimension 1."""
     if isinstance(target, Tensor) and target.is_floating_point():
         if target.ndim < 2:
             came = f"{target.dtype} of shape {tuple(target.shape)}: call target.long() if these are class indices"

@@ -1,4 +1,4 @@
-"""Tables of recorded samples: files, checks, and the means per sample that figures and scores are made of."""
+"""Tables of recorded samples: files, validation, and the means per sample for figures and scores."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,11 @@ DTYPES = {
     "ce": "float32",
     "correct": "bool",
 }
-COLUMNS = [name for name in DTYPES if name != "target"]  # that every table has
+COLUMNS = [name for name in DTYPES if name != "target"]  # of every table
 
 
 def read(path: str | Path) -> "DataFrame":
-    """Read what ``SampleRecord.write`` wrote, with the same types: a .csv has none, so its floats become float32.
+    """Read a file of ``SampleRecord.write``, with the same dtypes: a .csv has none, so its floats become float32.
 
     Args:
         path: ends in .parquet or .csv.
@@ -58,7 +58,7 @@ def write(table: "DataFrame", path: str | Path) -> None:
 
 
 def rows_of(table: "DataFrame", epoch: int | None, *more: str) -> "DataFrame":
-    """Return the rows of an epoch, or all for None, of a table that is checked to hold rows and the columns."""
+    """Return the rows of an epoch, or all for None, after validating that the table has rows and the columns."""
     if not isinstance(table, extra("pandas").DataFrame):
         raise TypeError(f"table must be a pandas.DataFrame, got {type(table).__name__}")
     table = _with_columns(table, *more)
@@ -74,7 +74,7 @@ def rows_of(table: "DataFrame", epoch: int | None, *more: str) -> "DataFrame":
 
 
 def per_sample(rows: "DataFrame") -> "DataFrame":
-    """Return each sample's means over its rows in float64, by index, of columns of numbers; over NaN it is NaN."""
+    """Return each sample's means over its rows in float64, by index, for numeric columns; NaN propagates."""
     values = rows.drop(columns=["index", "epoch", "target"], errors="ignore")
     values = values.select_dtypes(["number", "bool"]).astype("float64")
     samples, unknown = values.groupby(rows["index"]), values.isna().groupby(rows["index"])
@@ -82,7 +82,7 @@ def per_sample(rows: "DataFrame") -> "DataFrame":
 
 
 def size_of(rows: "DataFrame") -> int:
-    """Return how large the data set is at least."""
+    """Return a lower bound of the dataset's size."""
     if rows["index"].min() < 0:
         raise ValueError(f"index must be >= 0, got {rows['index'].min()}")
     return int(rows["index"].max()) + 1
@@ -97,10 +97,10 @@ def _suffix(path: Any) -> str:
 
 
 def _with_columns(table: "DataFrame", *more: str) -> "DataFrame":
-    """Refuse a table without the columns that are always recorded, or ``more``; float16 becomes float32."""
+    """Validate the columns that are always recorded and ``more``; float16 becomes float32."""
     expected = [*COLUMNS, *more]
     if not set(expected) <= set(table.columns):
         hint = ": record.add(..., target=target) records the target" if "target" in more else ""
         raise ValueError(f"table must have the columns {expected}, got {list(table.columns)}{hint}")
-    narrow = table.select_dtypes("float16").columns  # of which pandas makes no quantiles
+    narrow = table.select_dtypes("float16").columns  # pandas has no quantiles of float16
     return table.astype(dict.fromkeys(narrow, "float32")) if len(narrow) else table

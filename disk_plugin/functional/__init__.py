@@ -2,8 +2,8 @@
 
 (1) :func:`kd_loss`; (3) :func:`usage`, :func:`violation`, :func:`budget_loss`; (4) :func:`scaffolded_kl`,
 :func:`scaffold_mask`, :func:`discount`, :func:`fit_student_temperature`, :func:`student_temperature_step`;
-(5) :func:`disk_loss`, :func:`disk_terms`; the guide that (5) would choose sample by sample: :func:`optimal_guide`,
-:func:`optimal_multiplier`. :func:`reference_terms` is (5) in plain autograd, to read, to fork, to differentiate twice.
+(5) :func:`disk_loss`, :func:`disk_terms`; the per-sample optimum of (5): :func:`optimal_guide`,
+:func:`optimal_multiplier`. :func:`reference_terms` is (5) in plain autograd: to read, to fork, for double backward.
 """
 
 from .budget import budget_loss, usage, violation

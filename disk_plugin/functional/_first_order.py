@@ -1,4 +1,4 @@
-"""Gradients in closed form, which are final."""
+"""Closed-form gradients: double backward is not supported."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class _FirstOrder(torch.autograd.Function):
-    """The identity, which refuses to be differentiated; torch's once_differentiable lets a constant pass as 0."""
+    """Identity whose backward raises; torch's ``once_differentiable`` would return 0 for a constant."""
 
     generate_vmap_rule = True
 
@@ -28,7 +28,7 @@ class _FirstOrder(torch.autograd.Function):
 
 
 def first_order(gradient: Tensor, source: Tensor) -> Tensor:
-    """Mark the gradient by ``source`` as final where the backward itself is recorded."""
+    """Make double backward raise for the gradient w.r.t. ``source``, if the backward is recorded (``create_graph``)."""
     if torch.is_grad_enabled():
         gradient = _FirstOrder.apply(gradient, source)
     return gradient

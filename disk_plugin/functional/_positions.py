@@ -1,4 +1,4 @@
-"""Which positions count, with what label and weight, and how a per-position value becomes a mean."""
+"""Valid positions, their labels and weights, and the reduction of per-position values."""
 
 from typing import Literal, NamedTuple
 
@@ -12,7 +12,7 @@ REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
 
 
 def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Bring half types to float32 and mixed types to the wider one; float64 stays float64."""
+    """Upcast half-precision tensors to float32 and mixed dtypes to the wider one; float64 stays float64."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -20,17 +20,17 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def as_dtype(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """Cast a scalar tensor: a float64 one would promote a float32 loss, which is a scalar too.
+    """Cast a scalar tensor: a float64 one would promote a float32 loss, which is also a scalar.
 
-    Always a copy: the graph must not hold a buffer that the next batch or the scheduler changes in place.
+    Always a copy: the graph must not hold a buffer that the next batch or the scheduler updates in place.
     """
     return value.detach().to(dtype, copy=True) if isinstance(value, Tensor) else value
 
 
 def valid_or_none(target: Tensor, ignore_index: int) -> Tensor | None:
-    """Return which positions are not ignored, (N, d1, ...); None where that is all of them, known without waiting.
+    """Return the mask of valid positions, (N, d1, ...); None if all are known to be valid without a synchronization.
 
-    On a CPU looking costs nothing and spares the masks; elsewhere it would synchronize with the device.
+    On CPU tensors the check is free and avoids masking; on others it would synchronize with the device.
     """
     if target.is_floating_point():
         return None
@@ -40,9 +40,9 @@ def valid_or_none(target: Tensor, ignore_index: int) -> Tensor | None:
 
 
 def without_ignored(value: Tensor, valid: Tensor | None) -> Tensor:
-    """Set what stands at ignored positions of (N, D, d1, ...) to 0, before anything is computed from it.
+    """Zero the ignored positions of (N, D, d1, ...), before anything is computed from them.
 
-    Multiplying by 0 later is too late: the gradient of a NaN or inf is 0 times NaN.
+    Multiplying by 0 afterwards is too late: the gradient of a NaN or inf would be 0 times NaN.
     """
     if valid is None:
         return value
@@ -50,7 +50,7 @@ def without_ignored(value: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def guide_input(value: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Set ignored positions to 0; of features of another layout than the target the samples ignored throughout."""
+    """Zero the ignored positions; in features of another layout than the target, the fully ignored samples."""
     valid = valid_or_none(target, ignore_index)
     if valid is None or value.shape[2:] == valid.shape[1:]:
         return without_ignored(value, valid)
@@ -59,21 +59,21 @@ def guide_input(value: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 
 def transformed() -> bool:
-    """Whether vmap or grad of torch.func is at work, which allow no look at values."""
+    """Whether a ``torch.func`` transform (vmap, grad) is active, which forbids reading values."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
 class Positions(NamedTuple):
     """Labels and weights of the positions of one batch; every field but ``total`` is (N, d1, ...)."""
 
-    label: Tensor  # int64; 0 where ignored, so that it can be gathered with
+    label: Tensor  # int64; 0 where ignored, a valid index for gather
     valid: Tensor  # bool
     weight: Tensor  # sample weight, 0 where ignored
-    total: Tensor  # number of positions not ignored, at least 1, as a float
-    masked: Tensor | None = None  # ``valid``, or None where all are and nothing has to be masked
+    total: Tensor  # number of valid positions, at least 1, as a float
+    masked: Tensor | None = None  # ``valid``, or None if all are and no masking is needed
 
     def weighted(self, value: Tensor) -> Tensor:
-        """Multiply by the weight; what stands at an ignored position becomes 0."""
+        """Multiply by the weight; ignored positions become 0."""
         return self.plain(value) * self.weight
 
     def plain(self, value: Tensor) -> Tensor:
@@ -81,13 +81,13 @@ class Positions(NamedTuple):
         return value if self.masked is None else torch.where(self.masked, value, 0.0)
 
     def reduce(self, value: Tensor, reduction: Reduction) -> Tensor:
-        """Sum over positions / their count, their sum, or the value as it is."""
+        """Return the sum over positions / their count, their sum, or the value itself."""
         if reduction == "none":
             return value
         return value.sum() / self.total if reduction == "mean" else value.sum()
 
     def reduce_each(self, values: list[Tensor], reduction: Literal["mean", "none"]) -> tuple[Tensor, ...]:
-        """Treat each like ``plain``, then like ``reduce``; for the mean at the price of one."""
+        """Apply ``plain`` and ``reduce`` to each value; the mean takes one pass for all."""
         if reduction == "none":
             return tuple(self.plain(value) for value in values)
         return (self.plain(torch.stack(values)).flatten(1).sum(1) / self.total).unbind()
@@ -114,5 +114,5 @@ def positions_of(
 
 
 def by_position(value: Tensor) -> Tensor:
-    """Turn (N, C, d1, ...) into (M, C), M = N d1 ..."""
+    """Reshape (N, C, d1, ...) to (M, C), M = N d1 ..."""
     return value if value.ndim == 2 else value.movedim(1, -1).flatten(0, -2)

@@ -1,4 +1,4 @@
-"""The hyper-parameters of eq. (5) as one record, which is validated once and passed on whole."""
+"""The hyper-parameters of eq. (5) as one record, validated once."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ _NUMBERS = (
 
 
 class Settings(NamedTuple):
-    """What ``disk_terms`` and ``DiSKLoss`` are given beside a batch; see there."""
+    """The hyper-parameters of ``disk_terms`` and ``DiSKLoss``; see there."""
 
     ce_weight: float
     distill_weight: float
@@ -39,11 +39,11 @@ class Settings(NamedTuple):
     reduce_mean: Callable[[Tensor], Tensor] | None = None
 
     def checked(self) -> "Settings":
-        """Return the record with Python's numbers in place of numpy's.
+        """Return the validated record, with Python floats in place of numpy's.
 
         Raises:
             ValueError: values out of range.
-            TypeError: values that are no numbers.
+            TypeError: values that are not numbers.
         """
         _checks.number("ce_weight", self.ce_weight, at_least=0)
         _checks.number("distill_weight", self.distill_weight, at_least=0)
@@ -62,10 +62,10 @@ class Settings(NamedTuple):
         return self._replace(**numbers, ignore_index=int(self.ignore_index))
 
     def scaffolded(self, classes: int) -> int:
-        """Return K, the number of classes of the teacher's that receive g, out of ``classes``."""
+        """Return K, the number of the teacher's classes that receive g, out of ``classes``."""
         return min(self.top_k or classes, classes)
 
 
 def _as_float(value: Any) -> Any:
-    """Return a number as Python's: numpy's narrow ones would round what they are multiplied with."""
+    """Return a number as a Python float: narrow numpy types would round what they are multiplied with."""
     return value if value is None or isinstance(value, Tensor) else float(value)

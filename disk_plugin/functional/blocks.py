@@ -1,7 +1,7 @@
-"""Cross-entropy and eq. (4) over rows of logits, a block of rows at a time, with the gradient in closed form.
+"""Cross-entropy and eq. (4), one block of rows of logits at a time, with closed-form gradients.
 
-Left to autograd they would keep a dozen (N, C) tensors and pass over them one by one, forth and back. Here a block's
-temporaries stay in the cache and its gradient is taken while they are there: one (N, C) tensor outlives the forward.
+Autograd would save a dozen (N, C) tensors and make a separate pass over each in forward and backward. Here a block's
+temporaries stay in the cache and its gradient is computed from them there: one (N, C) tensor is saved for backward.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from ._first_order import first_order
 from ._positions import transformed, without_ignored
 from .fused import BITS, fused_rows
 
-# Entries of a block: on a CPU what stays in a core's cache, elsewhere what bounds the memory.
+# Elements of a block: on a CPU it fits a core's cache, elsewhere it bounds the memory.
 _BLOCK = {"cpu": 2**17}
 _BLOCK_ELSEWHERE = 2**24
 
 
 class Rows(NamedTuple):
-    """What (5) reads of (N, C) logits, per row. Gradients flow through ``objective`` alone, to first order."""
+    """What (5) needs of (N, C) logits, per row. Only ``objective`` is differentiable; no double backward."""
 
     objective: Tensor  # ce_weight ce_0 + kl_weight kl, (N,)
     ce: Tensor  # -log softmax(student)_label for each of the L labels, nats, (N, L)
@@ -46,7 +46,7 @@ def rows(
     student_temperature: float | Tensor,
     zero_outside: bool = False,
 ) -> Rows:
-    """Evaluate them.
+    """Evaluate the fields of ``Rows``.
 
     Args:
         student_logits: (N, C).
@@ -54,12 +54,12 @@ def rows(
         log_guide: log g, (N,).
         label: int64 (N, L).
         mask: bool (N, C), the scaffolded classes; None for all.
-        valid: bool (N,), the rows that count, the others are read as zeros; None for all.
-        ce_weight: of the cross-entropy to the first label.
-        kl_weight: of the divergence.
+        valid: bool (N,), the valid rows, the others are read as zeros; None for all.
+        ce_weight: weight of the cross-entropy to the first label.
+        kl_weight: weight of the divergence.
         temperature: divides the teacher's logits.
         student_temperature: divides the student's logits.
-        zero_outside: the teacher's target is the authors', zero outside ``mask``.
+        zero_outside: whether the teacher's target is zero outside ``mask``, as the authors have it.
     """
     arguments = (
         student_logits,
@@ -84,24 +84,24 @@ def rows(
 def softened_teacher(
     teacher_logits: Tensor, mask: Tensor | None, temperature: float | Tensor, zero_outside: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return log t and the target t, (N, C), the teacher's softened; with ``zero_outside`` t is 0 off the mask."""
+    """Return log t and the softened target t, (N, C); with ``zero_outside`` t is 0 outside the mask."""
     logits = teacher_logits / temperature
     if zero_outside and mask is not None:
         logits = torch.where(mask, logits, teacher_logits.amin(1, keepdim=True))
     log_t = F.log_softmax(logits, 1)
     target = _exp(log_t)
-    # not torch.where: an infinite logit must end as NaN, not as a zero
+    # not torch.where: an infinite logit must propagate as NaN, not become 0
     return log_t, target * mask if zero_outside and mask is not None else target
 
 
 def with_guide(log_student: Tensor, log_guide: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log(s + g), g / (s + g) and s / (s + g), (N, C), with g = 0 off the mask; ``log_guide`` is (N, 1)."""
+    """Return log(s + g), g / (s + g) and s / (s + g), (N, C), with g = 0 outside the mask; ``log_guide`` is (N, 1)."""
     above = log_guide - log_student
-    if mask is not None:  # above too: there log s may be -inf as well, and -inf + inf would be NaN
+    if mask is not None:  # above too: log s may be -inf there as well, and -inf + inf would be NaN
         above, log_guide = (torch.where(mask, value, -torch.inf) for value in (above, log_guide))
     share = above.sigmoid()
-    kept = above.neg_().sigmoid_()  # not 1 - share, which cancels where g is far above s
-    # log(s + g) = max(log s, log g) - log max(share, kept), as log1p and logaddexp take many times longer
+    kept = above.neg_().sigmoid_()  # not 1 - share, which cancels if g is far above s
+    # log(s + g) = max(log s, log g) - log max(share, kept): log1p and logaddexp are many times slower
     return torch.maximum(log_student, log_guide).sub_(torch.maximum(share, kept).log_()), share, kept
 
 
@@ -124,7 +124,7 @@ class _Rows(torch.autograd.Function):
             found = _block(student[part], teacher[part], log_guide[part], label[part], held, kept, *settings)
             if len(found[0]) == len(student):
                 return found
-            # not collected and joined: what little would outlive each block lies between the big pieces of the heap
+            # written in place, not concatenated: small results kept per block would fragment the heap
             whole = whole or tuple(each.new_empty(len(student), *each.shape[1:]) for each in found)
             for joined, each in zip(whole, found, strict=True):
                 joined[part] = each
@@ -162,7 +162,7 @@ def _block(
     zero_outside: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, ...]:
-    """Evaluate the fields of ``Rows`` and, if wanted, the objective's gradient by the student's logits, (n, C)."""
+    """Evaluate the fields of ``Rows`` and, if wanted, the objective's gradient w.r.t. the student's logits, (n, C)."""
     student, teacher = without_ignored(student, valid), without_ignored(teacher, valid)
     log_t, target = softened_teacher(teacher, mask, temperature, zero_outside)
     log_s = F.log_softmax(student / student_temperature, 1)
@@ -185,12 +185,12 @@ def _block(
 
 
 def _exp(value: Tensor) -> Tensor:
-    """Return exp(value), by exp2, which torch vectorizes itself on a CPU; for exp it may call a library."""
+    """Return exp(value) via exp2, which torch vectorizes itself on a CPU; exp may call a library."""
     return (value * BITS).exp2_()
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:
-    """Cut the rows."""
+    """Yield the slices of rows, one per block."""
     count, classes = logits.shape
     size = max(_BLOCK.get(logits.device.type, _BLOCK_ELSEWHERE) // classes, 1)
     for start in range(0, max(count, 1), size):

@@ -1,4 +1,4 @@
-"""Equation (3): what the guide spends, and by how much that exceeds its budget."""
+"""Equation (3): the guide's usage, and by how much it exceeds the budget."""
 
 from collections.abc import Callable
 
@@ -21,17 +21,17 @@ def usage(
     sample_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Return what the guide spends, Kag et al. (ICLR 2023), the sum in eq. (3): g times the cross-entropy at tau = 1.
+    r"""Return the guide's usage, Kag et al. (ICLR 2023), the sum in eq. (3): g times the cross-entropy at tau = 1.
 
     .. math:: \frac1N \sum_i g(x_i)\,(-\log s_{y_i}(x_i))
 
     Args:
         student_logits: before softmax.
-        target: class indices, or probabilities of the logits' shape, of which the argmax counts.
+        target: class indices, or probabilities of the logits' shape, whose argmax is used.
         guide_logits: the guide before its sigmoid.
         ignore_index: target value that is ignored and does not contribute to the gradient.
         sample_weight: weight per sample or position; the mean still divides by the count of positions.
-        reduction: ``"mean"`` over the positions not ignored, ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` over valid positions, ``"sum"`` or ``"none"``.
 
     Shape:
         student_logits (N, C) or (N, C, d1, ...); guide_logits (N,) or (N, d1, ...); returns a scalar in nats per
@@ -62,7 +62,7 @@ def budget_loss(usage: Tensor, budget: float | Tensor) -> Tensor:
 
 
 def clamped(ce: Tensor, variant: Variant) -> Tensor:
-    """Bound the budget's cross-entropy where the variant does."""
+    """Clamp the budget's cross-entropy if the variant does."""
     return ce if variant.budget_clamp is None else ce.clamp(max=variant.budget_clamp)
 
 
@@ -75,7 +75,7 @@ def over_denominator(
 ) -> Tensor:
     """Scale the budget's cross-entropy so that its mean over positions has the variant's denominator.
 
-    With ``reduce_mean`` the errors are those of the whole of which the batch is a part, over the number of parts.
+    With ``reduce_mean`` the errors are those of the whole batch, divided by its number of parts.
     """
     if variant.budget_denominator == "samples":
         return ce
@@ -87,7 +87,7 @@ def over_denominator(
 
 
 def hinge(spent: Tensor, where: Positions, budget: float | Tensor, mean_usage: Tensor, reduction: Reduction) -> Tensor:
-    """Equation (3) from g * CE per position; with "none" a vector whose sum / count is the hinge of the whole batch."""
-    # one gate for all positions, as (3) is one hinge over a mean; a NaN mean is not within the budget
+    """Return (3) from g * CE per position; with "none" a vector whose sum / count is the whole batch's hinge."""
+    # one gate for all positions, as (3) is one hinge over a mean; a NaN mean propagates
     exceeded = torch.where(mean_usage <= budget, 0.0, violation(spent, budget))
     return where.reduce(where.plain(exceeded), reduction)

@@ -1,4 +1,4 @@
-"""The cross-entropy, per position."""
+"""Cross-entropy per position."""
 
 from torch import Tensor
 from torch.nn.functional import log_softmax
@@ -12,9 +12,9 @@ def label_cross_entropy(log_probs: Tensor, label: Tensor) -> Tensor:
 def cross_entropy(
     student_logits: Tensor, target: Tensor, label: Tensor, weight: Tensor | None, label_smoothing: float
 ) -> Tensor:
-    """Return ``F.cross_entropy(reduction="none")``, nats, of probabilities ``target``, or else of the class ``label``.
+    """Return ``F.cross_entropy(reduction="none")``, nats, for probabilities ``target``, else for the class ``label``.
 
-    That function has an ``ignore_index`` of -100 also where the caller's is another, and would hide such a label.
+    That function's ``ignore_index`` is -100 even if the caller's is another: it would silently ignore such a label.
     """
     log_probs = log_softmax(student_logits, 1)
     if weight is not None:

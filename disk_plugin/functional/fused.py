@@ -1,9 +1,9 @@
-"""What ``blocks`` evaluates, spelt for ``torch.compile``, which fuses loops over the classes.
+"""The computation of ``blocks``, written for ``torch.compile``, which fuses loops over the classes.
 
-Writing (N, C) tensors is what costs here. So the backward evaluates the classes from the logits again: the compiler may
-do so, or take the gradient in the forward, where what it needs is at hand, and keep that one tensor. Exponentials are
-powers of 2, as inductor writes down, on a CPU, what is used twice and made by ``exp`` or ``sigmoid``, but not by
-``exp2``. Scalars that are constants stay so. Second derivatives are refused by the compiler.
+The cost is in writing (N, C) tensors, so backward recomputes the classes from the logits: the compiler may do that, or
+compute the gradient in the forward and save that one tensor. Exponentials are powers of 2, because on a CPU inductor
+materializes results of ``exp`` and ``sigmoid`` that are used twice, but not those of ``exp2``. Constant scalars stay
+constant. The compiler does not support double backward.
 """
 
 import math
@@ -15,11 +15,11 @@ from torch import Tensor
 from ._positions import without_ignored
 
 BITS = math.log2(math.e)  # of a nat
-_LARGEST_POWER = 8  # three multiplications and as many bits of rounding; an exponential is not much dearer
+_LARGEST_POWER = 8  # three multiplications, three bits of rounding; an exponential costs little more
 
 
 class _Scalars(NamedTuple):
-    """Tensors without dimensions; the compiler sees through those made of a number."""
+    """0-dim tensors; the compiler folds those made from a number."""
 
     student_rate: Tensor  # bits per unit of the student's logits: 1 / (tau_s log 2)
     teacher_rate: Tensor
@@ -28,7 +28,7 @@ class _Scalars(NamedTuple):
 
 
 class _Norms(NamedTuple):
-    """What makes probabilities of logits, (N, 1): the largest logit and sum_y 2^((logit_y - largest) rate)."""
+    """The softmax's normalizers, (N, 1): the largest logit and sum_y 2^((logit_y - largest) rate)."""
 
     student_peak: Tensor
     student: Tensor
@@ -37,16 +37,16 @@ class _Norms(NamedTuple):
 
 
 class _Classes(NamedTuple):
-    """What the guide leaves and takes, (N, C)."""
+    """What the guide leaves of the target and takes off, (N, C)."""
 
     target: Tensor  # t
     log_ratio: Tensor  # log2 t / (s + g)
     taken: Tensor  # t g / (s + g)
-    left: Tensor  # w = t s / (s + g); not t - taken, which cancels where g is far above s
+    left: Tensor  # w = t s / (s + g); not t - taken, which cancels if g is far above s
     slope: Tensor  # t s g / (s + g)^2
 
 
-_VALUES = 7  # of blocks.Rows, among what the forward returns
+_VALUES = 7  # of blocks.Rows, among the outputs of forward
 
 
 def fused_rows(
@@ -72,7 +72,7 @@ def fused_rows(
     if not isinstance(student_temperature, Tensor) and student_temperature in range(1, _LARGEST_POWER + 1):
         power = int(student_temperature)
     differentiable = torch.is_grad_enabled() and (student.requires_grad or log_guide.requires_grad)
-    # where there is no gradient to take, dynamo does not understand a Function with setup_context
+    # without gradients dynamo does not support a Function with setup_context
     call = _FusedRows.apply if differentiable else _FusedRows.forward
     found = call(student, teacher, log_guide, label, mask, zero_outside, power, *scalars)
     return found[:_VALUES]
@@ -155,7 +155,7 @@ def _classes(
     if zero_outside and mask is not None:
         target = target * mask
     above = log_g - log_s
-    if mask is not None:  # above too: there log s may be -inf as well, and -inf + inf would be NaN
+    if mask is not None:  # above too: log s may be -inf there as well, and -inf + inf would be NaN
         above, log_g = (torch.where(mask, value, -torch.inf) for value in (above, log_g))
     ratio = (-above.abs()).exp2()  # of the smaller of s and g to the larger
     to_larger = target / (1 + ratio)

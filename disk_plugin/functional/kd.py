@@ -31,7 +31,7 @@ def kd_loss(
     sample_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Return plain knowledge distillation, Kag et al. (ICLR 2023), eq. (1): what DiSK becomes at g = 0.
+    r"""Return plain knowledge distillation, Kag et al. (ICLR 2023), eq. (1): DiSK with g = 0.
 
     .. math:: \alpha\, CE(s) + (1-\alpha)\, \tau\tau_s\, \frac1N \sum_i KL(t^\tau \| s^{\tau_s})
 
@@ -45,10 +45,10 @@ def kd_loss(
         student_temperature: divides the student's logits, > 0; None for ``temperature``.
         ignore_index: target value that is ignored and does not contribute to the gradient.
         weight: of each class in the cross-entropy, (C,), as in ``F.cross_entropy``; None for 1. The mean still divides
-            by the count of positions, where that function divides by the sum of their weights.
+            by the count of valid positions, that function by the sum of their weights.
         label_smoothing: of the cross-entropy, in [0, 1), as in ``F.cross_entropy``.
-        sample_weight: weight per sample or position; the mean still divides by the count of positions.
-        reduction: ``"mean"`` over the positions not ignored, ``"sum"`` or ``"none"``.
+        sample_weight: weight per sample or position; the mean still divides by the count of valid positions.
+        reduction: ``"mean"`` over valid positions, ``"sum"`` or ``"none"``.
 
     Shape:
         logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; sample_weight (N,) or (N, d1, ...);

@@ -1,4 +1,4 @@
-"""Equation (5): the whole objective, its two halves and what to watch.
+"""Equation (5): the objective, its two halves and values to monitor.
 
 ``evaluate`` is longer than a function should be because it evaluates each (N, C) quantity once for all of them.
 """
@@ -55,16 +55,16 @@ def disk_terms(
 
     .. math:: \alpha\,L_{CE}(s) + (1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+
 
-    One backward through ``loss`` gives both players their own gradient: the student that of CE and scaffold with the
-    guide detached, the guide that of scaffold and budget with the student detached (Algorithm 1: "not optimizing the
-    student model on budget loss gives more stable results"). The authors' scripts differ in the points that
-    :class:`disk_plugin.variants.Variant` names; the default is the paper's.
+    In one backward through ``loss``, student and guide each receive only their own gradient (stop-gradient on the
+    other): the student that of CE and scaffold, the guide that of scaffold and budget (Algorithm 1: "not optimizing the
+    student model on budget loss gives more stable results"). The default is the paper's;
+    :class:`disk_plugin.variants.Variant` lists where the authors' scripts differ.
 
-    Gradients are in closed form and double backward is not supported: :func:`disk_plugin.functional.reference_terms` is
-    the same in plain autograd, a page to read, to fork and to differentiate twice.
+    Gradients are in closed form and double backward is not supported: for that, or to read and fork the method, take
+    :func:`disk_plugin.functional.reference_terms`, the same in plain autograd.
 
-    The hinge is over the batch of this one call, so that micro-batches and replicas each have their own, unless
-    ``reduce_mean`` looks further.
+    The hinge is over the batch of this call: micro-batches and replicas each have their own, unless ``reduce_mean``
+    averages over them.
 
     Args:
         student_logits: before softmax.
@@ -79,20 +79,20 @@ def disk_terms(
         multiplier: weight of the budget's hinge, >= 0 (paper: lambda).
         budget: nats per sample, >= 0 (paper: delta).
         variant: ``"paper"``, ``"official_cifar"``, ``"official_imagenet"`` or a ``Variant``.
-        guide_gradient_scale: c > 0: the guide's logit receives c / (4 (tau tau_s + multiplier)) times the derivative
-            by g, and beyond g = .0009 and .953 a pull back, which keeps the guide alive under the student's optimizer;
-            no value changes, and no sample's optimum between them. None: the plain derivative by the logit (the paper).
+        guide_gradient_scale: c > 0 keeps the guide alive under the student's optimizer: its logit receives c / (4 (tau
+            tau_s + multiplier)) times the gradient w.r.t. g, and outside g in [.0009, .953] a linear restoring force.
+            Values, and each sample's optimum in that range, stay. None: the gradient w.r.t. the logit (the paper).
         hold_discount: the guide minimises L_dist at a given mean discount, which the caller holds (ours, not the
-            paper's), instead of under the budget: its logit receives the slope along which that mean does not change,
-            and ``multiplier`` and ``budget`` are not read.
+            paper's), instead of under the budget: its logit receives the gradient of the Lagrangian, whose mean over
+            the batch is 0, and ``multiplier`` and ``budget`` are not read.
         ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
         weight: of each class in the cross-entropy, (C,), as in ``F.cross_entropy``; None for 1. Means still divide by
-            the count of positions not ignored, where that function divides by the sum of their weights: per-position
-            values exist before any reduction. Neither scaffold nor budget, and so not the guide, sees it.
+            the count of valid positions, that function by the sum of their weights: per-position values exist before
+            any reduction. It does not enter scaffold or budget, and so not the guide.
         label_smoothing: of the cross-entropy alone, in [0, 1), as in ``F.cross_entropy``.
-        sample_weight: weight per sample or position; means still divide by the count of positions not ignored.
-        reduce_mean: maps a detached scalar of this batch to its mean over the batches that together are the whole: the
-            whole's usage decides whether the budget is exceeded. None where the batch is the whole.
+        sample_weight: weight per sample or position; means still divide by the count of valid positions.
+        reduce_mean: averages a detached scalar of this batch over the parts of the whole batch (ranks, micro-batches),
+            whose usage decides whether the budget is exceeded. None if this batch is the whole.
         reduction: ``"none"`` for per-position values, ``"mean"`` for their ``mean()``, ``"sum"`` for their ``sum()``.
 
     Shape:
@@ -135,7 +135,7 @@ def evaluate(
     sample_weight: Tensor | None,
     per_position: bool,
 ) -> DiSKTerms:
-    """Evaluate ``disk_terms`` under settings that are checked, for logits that are."""
+    """Evaluate ``disk_terms`` for validated settings and logits."""
     _checks.per_position("guide_logits", guide_logits, student_logits)
     _checks.class_weight(settings.weight, student_logits.shape[1])
     reduction: Literal["mean", "none"] = "none" if per_position else "mean"
@@ -145,7 +145,7 @@ def evaluate(
     where = positions_of(s, target, ignore_index=settings.ignore_index, sample_weight=sample_weight)
     guide_logits = where.plain(guide_logits)
     teacher_label = t.argmax(1)
-    # one that the blocks of rows do not evaluate
+    # a cross-entropy that ``rows`` does not evaluate
     own_ce = target.is_floating_point() or settings.weight is not None or settings.label_smoothing != 0
     budget_label = teacher_label if variant.budget_label == "teacher" else where.label
     mask, size = mask_and_size(t, settings.top_k, where.label if variant.scaffold_label else None)

@@ -1,4 +1,4 @@
-"""What (5) would choose sample by sample for a frozen student: what a trained guide can be held against."""
+"""The per-sample optimum of (5) for a frozen student: an oracle to compare a trained guide with."""
 
 import math
 
@@ -27,19 +27,19 @@ def optimal_guide(
     student_temperature: float | Tensor | None = None,
     top_k: int | None = None,
 ) -> Tensor:
-    r"""Return the g in [0, 1] that minimises (1-alpha) L_dist + multiplier * g * CE for each position by itself.
+    r"""Return the g in [0, 1] that minimises (1-alpha) L_dist + multiplier * g * CE independently per position.
 
     .. math:: \tau\tau_s (1-\alpha) \sum_{k \in K} t_k / (s_k + g) = \mu\, CE
 
-    The left side falls in g, so bisection finds the root; g is 1 where the left side is larger throughout, 0 where it
-    is smaller. The hinge of (3) acts as this multiplier while the budget binds. The paper's variant; a free g has no
-    smoothness in the teacher's features, which is part of the method: an oracle, not a replacement for the guide.
-    There is no ``ignore_index``: leave such positions out.
+    The left side decreases in g, so bisection finds the root; g is 1 if the left side is always larger, 0 if it is
+    always smaller. The hinge of (3) acts as this multiplier while the budget binds. For the paper's variant. An oracle,
+    not a replacement for the guide, which is smooth in the teacher's features. There is no ``ignore_index``: leave such
+    positions out.
 
     Args:
         student_logits: before softmax.
         teacher_logits: before softmax.
-        target: class indices, or probabilities of which the argmax counts.
+        target: class indices, or probabilities, whose argmax is used.
         multiplier: weight of g * CE, >= 0.
         distill_weight: weight of the scaffolded divergence, >= 0.
         temperature: divides the teacher's logits, > 0.
@@ -85,7 +85,7 @@ def optimal_multiplier(
 ) -> Tensor:
     """Return the multiplier under which :func:`optimal_guide` spends exactly the budget; 0 if g = 1 spends less.
 
-    The optimum's usage falls as the multiplier rises, so bisection of its logarithm finds it, between 1e-6 and 1e6.
+    The optimum's usage decreases in the multiplier, so bisection over its logarithm finds it, between 1e-6 and 1e6.
 
     Args and Shape are those of :func:`optimal_guide`, with ``budget`` in nats per sample, > 0, instead of
     ``multiplier``; returns a scalar tensor.

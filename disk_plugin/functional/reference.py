@@ -1,7 +1,7 @@
-"""Equations (3) to (5) as they are printed, left to autograd: the file to read, to fork and to differentiate twice.
+"""Equations (3) to (5) as printed, in plain autograd: the file to read and to fork, with double backward.
 
-``disk_terms`` evaluates the same in blocks, with gradients in closed form. Here no gradient is written down: every
-``detach`` is a stop-gradient of the method.
+``disk_terms`` evaluates the same in blocks, with closed-form gradients. Here every ``detach`` is a stop-gradient of the
+method.
 """
 
 import torch
@@ -43,11 +43,11 @@ def reference_terms(
     sample_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> DiSKTerms:
-    r"""Evaluate Kag et al. (ICLR 2023), eq. (5), in plain autograd: slower than ``disk_terms``, and open to changes.
+    r"""Evaluate Kag et al. (ICLR 2023), eq. (5), in plain autograd: slower than ``disk_terms``, easy to change.
 
     Values and gradients are those of ``disk_terms(..., guide_gradient_scale=None)`` up to rounding, in all variants.
     Student and guide each receive only their own gradient (stop-gradient on the other); double backward is supported.
-    A scaled gradient and ``hold_discount`` are left out: theirs is the derivative of no value.
+    A scaled gradient and ``hold_discount`` are left out: those are not gradients of a value.
 
     Args and Shape are those of :func:`disk_plugin.functional.disk_terms`.
 
@@ -85,7 +85,7 @@ def reference_terms(
     def over_budget(g: Tensor, budget_ce: Tensor) -> Tensor:
         return multiplier * hinge(where.weighted(g * budget_ce), where, budget, usage.sum() / where.total, "none")
 
-    # (5), and each player's half of it
+    # (5), and the halves of student and guide
     ce = where.weighted(cross_entropy(s, target, where.label, weight, label_smoothing))
     to_student = ce_weight * ce + distill_weight * distill(log_s, log_g.detach())
     to_guide = distill_weight * distill(log_s.detach(), log_g)
@@ -121,7 +121,7 @@ def reference_terms(
 
 
 def _softened(scaled: Tensor, teacher_logits: Tensor, mask: Tensor, rules: Variant) -> tuple[Tensor, Tensor]:
-    """Return log t and t of the teacher's logits over tau; t is 0 off the mask where the authors zero it there."""
+    """Return log t and t of the teacher's logits over tau; t is 0 outside the mask if the variant zeroes it there."""
     if rules.teacher_target == "all":
         log_t = log_softmax(scaled, 1)
         return log_t, log_t.exp()
@@ -130,7 +130,7 @@ def _softened(scaled: Tensor, teacher_logits: Tensor, mask: Tensor, rules: Varia
 
 
 def _watched(log_t: Tensor, target_t: Tensor, log_s: Tensor, log_g: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """Return KL(t || (s + 1[y in K] g) / (1 + K g)), the discount and its derivative by log g, per position."""
+    """Return KL(t || (s + 1[y in K] g) / (1 + K g)), the discount and its derivative w.r.t. log g, per position."""
     mass = target_t.sum(1).clamp(min=torch.finfo(target_t.dtype).tiny)
     normaliser = torch.log1p(mask.sum(1) * log_g.exp().squeeze(1))
     scaffolded = torch.where(mask, torch.logaddexp(log_s, log_g), log_s)

@@ -1,4 +1,4 @@
-"""Equation (4): scaffolded knowledge distillation, and the discount that the scaffold amounts to."""
+"""Equation (4): scaffolded knowledge distillation, and the discount that the scaffold implies."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ TeacherTarget = Literal["all", "scaffolded"]
 
 
 def temperatures(temperature: float, student_temperature: float | Tensor | None) -> float | Tensor:
-    """Check both temperatures and return the student's, which is the teacher's where None."""
+    """Validate both temperatures and return the student's; None is the teacher's."""
     tau_s = temperature if student_temperature is None else student_temperature
     _checks.number("temperature", temperature, above=0)
     _checks.number("student_temperature", tau_s, above=0)
@@ -24,7 +24,7 @@ def temperatures(temperature: float, student_temperature: float | Tensor | None)
 def scaffold_mask(teacher_logits: Tensor, top_k: int | None = None, label: Tensor | None = None) -> Tensor:
     """Mark the classes that receive the guide: the teacher's top-K, and the label if given.
 
-    Exactly ``top_k`` classes are taken; among equal logits the lowest class index goes first, on every device.
+    Exactly ``top_k`` classes; ties go to the lowest class index, on every device.
 
     Args:
         teacher_logits: (N, C) or (N, C, d1, ...).
@@ -54,7 +54,7 @@ def _check_mask(teacher_logits: Tensor, top_k: int | None, label: Tensor | None)
 def mask_and_size(
     teacher_logits: Tensor, top_k: int | None, label: Tensor | None
 ) -> tuple[Tensor | None, int | Tensor]:
-    """Return the mask, or None for all classes, and its size, per position where the label may be one more class."""
+    """Return the mask, None for all classes, and its size: per position if the label may add a class."""
     if top_k is None or top_k >= teacher_logits.shape[1]:
         return None, teacher_logits.shape[1]
     threshold = teacher_logits.topk(top_k, dim=1).values[:, -1:]  # the K-th largest logit
@@ -126,7 +126,7 @@ def scaffolded_kl(
         student_temperature: divides the student's logits, > 0; None for ``temperature``.
         top_k: number of the teacher's largest classes that receive g; None for all.
         label: class indices added to the top-K.
-        teacher_target: ``"all"`` classes, or zeroed outside the ``"scaffolded"`` ones.
+        teacher_target: ``"all"`` classes, or zero outside the ``"scaffolded"`` ones.
         reduction: ``"mean"`` over positions, ``"sum"`` or ``"none"``.
 
     Shape:
@@ -160,10 +160,10 @@ def discount(
 
     .. math:: d = 1 - \sum_y w_y / \sum_y t_y, \qquad w_y = t_y s_y / (s_y + 1[y \in K]\, g)
 
-    The student's gradient under (4) is that of a target w instead of t. 0: plain distillation. 1: the sample is left
-    out. Where s is far below g, a small g takes off nearly everything, so read this beside g. Not in the paper.
+    The student's gradient under (4) is that of a target w instead of t. 0: plain distillation. 1: the sample is
+    dropped. If s is far below g, a small g takes off nearly everything, so read this together with g. Not in the paper.
 
-    Args and Shape are those of :func:`scaffolded_kl`; the result (N, d1, ...) carries no gradient.
+    Args and Shape are those of :func:`scaffolded_kl`; returns (N, d1, ...), detached.
 
     Raises:
         ValueError: shapes that do not fit, temperatures <= 0, top_k < 1.
@@ -186,7 +186,7 @@ def _parts(
     label: Tensor | None,
     teacher_target: TeacherTarget,
 ) -> Rows:
-    """Check, promote, mask and evaluate: what the public functions of (4) share."""
+    """Validate, promote, mask and evaluate, for the public functions of (4)."""
     _checks.logits(student_logits, teacher_logits)
     _checks.per_position("guide_logits", guide_logits, student_logits)
     _checks.choice("teacher_target", teacher_target, ("all", "scaffolded"))
@@ -205,7 +205,7 @@ def _parts(
 
 
 def discount_of(parts: Rows) -> Tensor:
-    """Divide what is removed by the target's mass; a target that underflowed to nothing has nothing to take off."""
+    """Divide the removed mass by the target's; 0 for a target that underflowed to 0."""
     return _of_target(parts.removed, parts)
 
 
@@ -221,9 +221,9 @@ def _of_target(part: Tensor, parts: Rows) -> Tensor:
 def divergence_of(parts: Rows, guide: Tensor, size: int | Tensor) -> Tensor:
     r"""Return the Kullback-Leibler divergence of the target from the scaffolded student, nats, at least 0.
 
-    s + g on the ``size`` scaffolded classes sums to Z = 1 + size g, so that (s + 1[y in K] g) / Z is a distribution,
-    from which the divergence of t is that of (4) plus log Z, a constant for the student. Of a target of mass m < 1, the
-    authors' zeroed one, it is m KL(t / m || .), that is (4) plus m log(Z / m).
+    s + g on the ``size`` scaffolded classes sums to Z = 1 + size g, so that (s + 1[y in K] g) / Z is a distribution;
+    the divergence of t from it is (4) plus log Z, a constant for the student. For a target of mass m < 1, the authors'
+    zeroed one, it is m KL(t / m || .), that is (4) plus m log(Z / m).
     """
     mass = parts.target_mass.clamp(min=torch.finfo(guide.dtype).tiny)
-    return (parts.kl + mass * (torch.log1p(size * guide) - mass.log())).clamp(min=0)  # below it is rounding
+    return (parts.kl + mass * (torch.log1p(size * guide) - mass.log())).clamp(min=0)  # less is rounding

@@ -2,7 +2,7 @@
 
 The objective is convex in beta. Its slope is the mean of E_s[l_S] - E_t[l_S] and its curvature the mean variance of
 the student's logits l_S under s (spec: the sum over y of s_y l_y^2 minus the square of the sum of s_y l_y).
-An untrained or anti-correlated student has its minimum at beta <= 0, so beta is kept in [1 / (4 tau), 4 / tau].
+An untrained or anti-correlated student has its minimum at beta <= 0, so beta is clamped to [1 / (4 tau), 4 / tau].
 """
 
 import torch
@@ -12,12 +12,12 @@ from torch.nn.functional import softmax
 from .. import _checks
 from ._positions import promote
 
-SPAN = 4.0  # tau_s is kept within [tau / SPAN, tau * SPAN]
+SPAN = 4.0  # tau_s is clamped to [tau / SPAN, tau * SPAN]
 _MAX_STEPS = 60
 
 
 def _slopes_and_curvatures(student_logits: Tensor, teacher_mean: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second derivative of each position's divergence by beta; ``teacher_mean`` is E_t[l_S] per position."""
+    """Return d/d beta and d2/d beta2 of each position's divergence; ``teacher_mean`` is E_t[l_S] per position."""
     s = softmax(student_logits * beta.to(student_logits.dtype), 1)
     mean = (s * student_logits).sum(1, keepdim=True)
     variance = (s * (student_logits - mean).square()).sum(1)
@@ -25,13 +25,13 @@ def _slopes_and_curvatures(student_logits: Tensor, teacher_mean: Tensor, beta: T
 
 
 def _slope_and_curvature(student_logits: Tensor, teacher_mean: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second derivative of the mean divergence by beta."""
+    """Return the first and second derivative of the mean divergence w.r.t. beta."""
     slopes, curvatures = _slopes_and_curvatures(student_logits, teacher_mean, beta)
     return slopes.mean(), curvatures.mean()
 
 
 def _inputs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Student logits centred per position (moments without cancellation) and their mean under the teacher."""
+    """Return the student's logits, centred per position to avoid cancellation, and their mean under the teacher."""
     s, t = promote(student_logits.detach(), teacher_logits.detach())
     s = s - s.mean(1, keepdim=True)
     return s, (softmax(t / temperature, 1) * s).sum(1)
@@ -43,7 +43,7 @@ def fit_student_temperature(student_logits: Tensor, teacher_logits: Tensor, *, t
 
     .. math:: \tau_s = \arg\min_s \sum_i KL(t^\tau(x_i) \| s^s(x_i)), \qquad \tau/4 \le \tau_s \le 4\tau
 
-    Newton steps in 1 / tau_s inside a bracket that shrinks at every step. NaN in the logits gives NaN.
+    Newton steps in 1 / tau_s inside a bracket that shrinks at every step. NaN in the logits propagates.
 
     Args:
         student_logits: of the training set, before softmax.
@@ -85,7 +85,7 @@ def fit_student_temperature(student_logits: Tensor, teacher_logits: Tensor, *, t
 
 
 def _is_flat(student_logits: Tensor) -> bool:
-    """Whether the student says nothing at all, so that every temperature is as good."""
+    """Whether the student's logits are constant, so that every temperature is as good."""
     return bool((student_logits == 0).all())
 
 
@@ -100,11 +100,11 @@ def student_temperature_step(
     momentum: float = 0.1,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the student temperature after one Newton step on a batch, and the running moments it rests on.
+    """Return the student temperature after one Newton step on a batch, and the running moments it is based on.
 
     At beta = 1 / tau_s the batch's slope f' and curvature f'' give the line f'(x) = f' + f'' (x - beta). The running
     means of f'' and of f'' beta - f' describe the average line; the new beta is its root, within the clamp of
-    :func:`fit_student_temperature`. The mean of the batches' own roots would be biased where batches are small.
+    :func:`fit_student_temperature`. The mean of the batches' own roots would be biased for small batches.
 
     Args:
         student_logits: of one batch, before softmax.
@@ -113,11 +113,11 @@ def student_temperature_step(
         student_temperature: the current one, a scalar tensor; start at ``temperature``.
         temperature: divides the teacher's logits, dimensionless, > 0.
         momentum: weight of the new batch in the running means, in (0, 1].
-        valid: bool, (N,) or (N, d1, ...): the positions that count; None for all.
+        valid: bool, (N,) or (N, d1, ...): the valid positions; None for all.
 
     Returns:
-        The new student temperature and the new moments, as new tensors without gradient. Both are the old ones where
-        the batch has no valid position or is not finite.
+        The new student temperature and the new moments, as new detached tensors. Both are unchanged if the batch has no
+        valid position or is not finite.
 
     Raises:
         ValueError: shapes that do not fit, temperature <= 0, momentum outside (0, 1].
@@ -138,6 +138,6 @@ def student_temperature_step(
     updated = torch.lerp(moments, torch.stack([curvature, curvature * beta - slope]), momentum)
     root = torch.where(updated[0] > 0, updated[1] / updated[0], beta)  # a flat student has no preference
     new = 1 / root.clamp(1 / (SPAN * temperature), SPAN / temperature)
-    # one overflowing batch (its loss is NaN, a GradScaler skips it) must not stay in the running means for ever
+    # an overflowing batch (its loss is NaN, a GradScaler skips it) must not stay in the running means forever
     finite = updated.isfinite().all()
     return torch.where(finite, new, student_temperature), torch.where(finite, updated, moments)

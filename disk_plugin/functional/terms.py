@@ -1,4 +1,4 @@
-"""What the objective of eq. (5) gives: the loss, its halves and what to watch."""
+"""The result of eq. (5): the loss, its halves and values to monitor."""
 
 from typing import NamedTuple
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 class DiSKTerms(NamedTuple):
-    """What one evaluation of the objective gives: scalars, or (N, d1, ...) with ``reduction="none"``.
+    """Result of one evaluation of the objective: scalars, or (N, d1, ...) with ``reduction="none"``.
 
-    The first three carry gradients, the rest are detached. ``loss`` may be negative and jumps with the multiplier: log
-    ``logged_loss``. The sample weight is in all fields up to ``usage``. Of per-position terms take ``mean()``, which
-    alone knows the denominator: ``terms.mean().loss.backward()``. Of reduced terms ``mean()`` and ``sum()`` are they
-    themselves.
+    The first three are differentiable, the rest are detached. Log ``logged_loss``: ``loss`` may be negative and jumps
+    with the multiplier. The sample weight is in all fields up to ``usage``. Reduce per-position terms with ``mean()``,
+    which has the right denominator: ``terms.mean().loss.backward()``. On reduced terms ``mean()`` and ``sum()`` return
+    them unchanged.
     """
 
     loss: Tensor  # (5); its gradient is that of student_loss on the student and of guide_loss on the guide
@@ -28,11 +28,11 @@ class DiSKTerms(NamedTuple):
     correct: Tensor  # 1 where the student's argmax is the label
     agreement: Tensor  # 1 where the student's argmax is the teacher's
     teacher_correct: Tensor  # 1 where the teacher's argmax is the label
-    discount_slope: Tensor  # derivative of the discount by log g
-    counted: Tensor  # 1 where the position counts, 0 under ignore_index; of reduced terms how many count
+    discount_slope: Tensor  # derivative of the discount w.r.t. log g
+    counted: Tensor  # 1 at valid positions, 0 at ignored ones; reduced: the number of valid positions
 
     def mean(self) -> "DiSKTerms":
-        """Return what ``reduction="mean"`` gives: sums over the positions by the number of those that count."""
+        """Return the terms of ``reduction="mean"``: sums over positions / the number of valid ones."""
         if not self.loss.ndim:
             return self
         carried, watched, count = self._sums()
@@ -40,9 +40,9 @@ class DiSKTerms(NamedTuple):
         return DiSKTerms._make([*(value / total for value in carried), *(watched / total).unbind(), count])
 
     def sum(self) -> "DiSKTerms":
-        """Return what ``reduction="sum"`` gives: the mean times the number of positions that count.
+        """Return the terms of ``reduction="sum"``: the mean times the number of valid positions.
 
-        The hinge is no sum: here it is that number times multiplier (usage - budget)_+.
+        The hinge is not a sum: here it is that number times multiplier (usage - budget)_+.
         """
         if not self.loss.ndim:
             return self
@@ -50,6 +50,6 @@ class DiSKTerms(NamedTuple):
         return DiSKTerms._make([*carried, *watched.unbind(), count])
 
     def _sums(self) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Sum what carries gradients, what does not, as one tensor, and the positions that count."""
+        """Return the sums of the differentiable fields, of the detached ones as one tensor, and of valid positions."""
         carried = [value.sum() for value in self[:3]]
         return carried, torch.stack(self[3:-1]).flatten(1).sum(1), self.counted.sum()

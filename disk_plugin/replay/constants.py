@@ -1,4 +1,4 @@
-"""What the guide's half of eq. (5) reads of teacher and student, as constants, and the guide's loss from them."""
+"""The inputs of the guide's half of eq. (5) from teacher and student, as constants, and the guide's loss from them."""
 
 from typing import NamedTuple
 
@@ -16,11 +16,11 @@ from ..functional.scaffold import mask_and_size
 
 
 class GuideConstants(NamedTuple):
-    """What the guide's half of (5) reads of teacher and student, for M positions; no gradient."""
+    """Inputs of the guide's half of (5) from teacher and student, for M positions; detached."""
 
-    target: Tensor  # t_k of the K scaffolded classes, (M, K); 0 where a position has fewer
+    target: Tensor  # t_k of the K scaffolded classes, (M, K); padded with 0
     log_student: Tensor  # log s_k of these, (M, K)
-    offset: Tensor  # what g does not change: sum_y t_y log t_y - sum_(y not in K) t_y log s_y, nats, (M,)
+    offset: Tensor  # independent of g: sum_y t_y log t_y - sum_(y not in K) t_y log s_y, nats, (M,)
     budget_ce: Tensor  # the budget's cross-entropy, nats, (M,); its denominator is a batch's
     wrong: Tensor  # bool, (M,): the student's argmax is not the label
     factor: Tensor  # tau tau_s, (M,)
@@ -36,7 +36,7 @@ def guide_constants(
     settings: Settings,
     sample_weight: Tensor | None = None,
 ) -> GuideConstants:
-    """Evaluate them for M = N d1 ... positions, with the arguments of ``disk_terms``."""
+    """Evaluate the constants of M = N d1 ... positions, with the arguments of ``disk_terms``."""
     temperature, top_k, variant = settings.temperature, settings.top_k, settings.variant
     s, t = promote(student_logits, teacher_logits)
     tau_s = as_dtype(settings.student_temperature, s.dtype)

@@ -1,4 +1,4 @@
-"""Algorithm 1's guide passes on what was recorded during the student's passes."""
+"""Algorithm 1's guide passes on records of the student's passes."""
 
 import math
 from collections.abc import Mapping
@@ -20,40 +20,40 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class GuideReplay:
     r"""Algorithm 1, Kag et al. (ICLR 2023), without its extra passes over the data.
 
-    There the guide is trained with the student fixed, in passes that run teacher and student once more. Its objective,
+    Algorithm 1 trains the guide with the student fixed, in extra passes of teacher and student. The guide's objective,
 
     .. math:: (1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+
 
-    reads of them only the guide's input, t_k and log s_k on the scaffolded classes and the budget's CE. These are
-    recorded while the student trains; ``train_guide`` makes the guide's passes on the record, touching neither teacher
-    nor student nor images. On a fixed student, value and gradient are those of ``disk.terms(...).guide_loss``; a
-    student that trains has moved on a little since its samples were recorded. Temperatures are those in force when a
-    position was recorded, ``multiplier`` and ``budget`` those in force in ``train_guide``: call ``dual.step()`` before
-    it, as Algorithm 1's guide trains under the multiplier of the student's passes that follow.
+    needs only the guide's input, t_k and log s_k on the scaffolded classes and the budget's CE. These are recorded
+    while the student trains; ``train_guide`` makes the guide's passes on the record, without teacher, student or
+    images. For a fixed student, value and gradient are those of ``disk.terms(...).guide_loss``; a student in training
+    has changed slightly since recording. Temperatures are those at recording, ``multiplier`` and ``budget`` those in
+    ``train_guide``: call ``dual.step()`` before it, as Algorithm 1's guide trains under the multiplier of the student's
+    passes that follow.
 
     A position takes ``itemsize * (L + D + 2 K) + 17`` bytes (33 for float64): L = C if the guide reads
     logits, else 0; D its features; K = ``top_k`` (one more in the official variants), or C. 100 classes with 256
     features take 2,241 bytes, 112 MB for 50,000 samples, half of it in float16. With many classes use ``top_k`` and
     ``GuideHead(use_logits=False)``: 1,000 classes, 2,048 features and ``top_k=20`` take 4,193 bytes in float16.
 
-    Positions under ``ignore_index``, and those with values that are not finite, are left out, which waits for the
-    device once per batch. In several processes each records its own positions; gradients are averaged over processes,
-    which make the same number of steps: begin with the same guide on all (:func:`disk_plugin.distributed.attach`), and
-    let each record something. A fitted student temperature is shared in each ``student_loss``, which all must
-    then call equally often. A guide with BatchNorm needs two positions per step and process.
+    Ignored positions and those that are not finite are left out, which synchronizes with the device once per batch.
+    Each rank records its own positions; gradients are averaged over ranks, which make the same number of steps: start
+    from the same guide on all (:func:`disk_plugin.distributed.attach`) and record something on each. A fitted student
+    temperature is averaged in each ``student_loss``, which all ranks must then call equally often. A guide with
+    BatchNorm needs two positions per step and rank.
 
     Args:
         disk: the loss that owns the guide, unwrapped.
-        optimizer: of the guide's parameters, and no others; the student's must not hold them.
-        capacity: positions held, >= 1; of more a uniform sample, see :class:`disk_plugin.replay.Reservoir`.
+        optimizer: of the guide's parameters only; the student's optimizer must not hold them.
+        capacity: positions held, >= 1; beyond it a uniform sample, see :class:`disk_plugin.replay.Reservoir`.
         batch_size: positions in a step of the guide, >= 1, over which the hinge is. A pass is split evenly, so that
             its last batch is no smaller than the others.
-        dtype: of what is stored, float16, bfloat16, float32 or float64; computed is in float32 at least.
-        seed: of the order of the passes and the choice of positions: the global generator is left alone.
-        process_group: the processes that train one guide; None for all.
+        dtype: storage type, float16, bfloat16, float32 or float64; half precision is upcast to float32.
+        seed: of the order of the passes and the choice of positions; the global generator is not used.
+        process_group: the ranks that train one guide; None for all.
 
     Raises:
-        ValueError: values out of range, an optimizer of other parameters than the guide's.
+        ValueError: values out of range, an optimizer of parameters other than the guide's.
         TypeError: ``disk`` is not a ``DiSKLoss``, values of another type.
 
     Example:
@@ -102,7 +102,7 @@ class GuideReplay:
         *,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """Return ``disk.terms(...).student_loss``, which does not reach the guide, and record the batch.
+        """Record the batch and return ``disk.terms(...).student_loss``, which has no gradient for the guide.
 
         The guide is evaluated in its evaluation mode. With ``disk.eval()`` nothing is recorded.
         """
@@ -125,23 +125,23 @@ class GuideReplay:
         *,
         sample_weight: Tensor | None = None,
     ) -> None:
-        """Record a batch whose loss is evaluated elsewhere; arguments and shapes are those of ``disk.terms``.
+        """Record a batch whose loss is evaluated elsewhere; arguments and shapes as in ``disk.terms``.
 
-        Positions of dense logits are recorded one by one, so that the guide has to treat each by itself, as
-        ``GuideHead`` does. Beside logits (N, C), features of any shape (N, ...) will do.
+        Positions of dense logits are recorded individually, so the guide has to treat them independently, as
+        ``GuideHead`` does. With logits (N, C), features may have any shape (N, ...).
         """
         rows = rows_of(self.disk, student_logits, teacher_logits, target, teacher_features, sample_weight, self.dtype)
         self._record.add(rows)
 
     @torch.enable_grad()
     def train_guide(self, passes: int = 3, *, clear: bool = True) -> list[float]:
-        """Pass over the record with the guide's optimizer, in a new order each time; return each pass's mean loss.
+        """Train the guide on the record, reshuffled for each pass; return each pass's mean loss.
 
-        The guide is in training mode meanwhile. Its learning rate is the optimizer's: drive it by a scheduler.
+        The guide is in training mode meanwhile. Its learning rate is the optimizer's: use a scheduler.
 
         Args:
             passes: over the record, >= 1 (paper: 3).
-            clear: forget the record afterwards.
+            clear: clear the record afterwards.
 
         Raises:
             RuntimeError: nothing is recorded.
@@ -149,13 +149,13 @@ class GuideReplay:
         _checks.integer("passes", passes, at_least=1)
         steps, losses = self._steps(), []
         weight = next(self.disk.guide.parameters())
-        with in_mode(self.disk.guide, training=True), without_autocast(weight):  # it would reach the backward pass too
+        with in_mode(self.disk.guide, training=True), without_autocast(weight):  # autocast would affect backward too
             for _ in range(passes):
                 order = torch.randperm(len(self), generator=self.generator).to(weight.device)
                 losses.append(torch.stack([self._step(index) for index in order.tensor_split(steps)]).mean())
         self.optimizer.zero_grad()
         for buffer in self.disk.guide.buffers():
-            if buffer.is_floating_point():  # BatchNorm's statistics, of which each process has seen its share
+            if buffer.is_floating_point():  # BatchNorm's statistics, which differ between ranks
                 buffer.copy_(self._mean(buffer))
         if clear:
             self.clear()
@@ -167,15 +167,15 @@ class GuideReplay:
         return loss_of(self.disk, self._record.rows(index))
 
     def clear(self) -> None:
-        """Forget the record; its memory stays."""
+        """Clear the record; its memory stays allocated."""
         self._record.clear()
 
     @property
     def bytes_per_sample(self) -> int:
-        """Bytes that a recorded position takes.
+        """Bytes per recorded position.
 
         Raises:
-            RuntimeError: nothing was recorded yet, which tells the widths.
+            RuntimeError: nothing is recorded yet, so the widths are unknown.
         """
         if not self._record.bytes_per_row:
             raise RuntimeError("bytes_per_sample is known from the first recorded batch on, got none yet")
@@ -187,7 +187,7 @@ class GuideReplay:
         return {"optimizer": self.optimizer.state_dict(), "generator": generator, **self._record.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there, bit for bit.
+        """Restore the state, bit for bit.
 
         Raises:
             RuntimeError: entries missing or unknown, a record of another capacity.
@@ -202,7 +202,7 @@ class GuideReplay:
         return mean_over_processes(value, self.process_group)
 
     def _steps(self) -> int:
-        """Steps in a pass: those of the mean record, as every process has to make the same number."""
+        """Return the steps of a pass: those of the mean record length, as every rank has to make the same number."""
         device = next(self.disk.guide.parameters()).device
         mean = self._mean(torch.tensor(float(len(self)), device=device)).item()
         if not mean:
@@ -212,7 +212,7 @@ class GuideReplay:
         return math.ceil(mean / self.batch_size)
 
     def _step(self, index: Tensor) -> Tensor:
-        """Make a step of the guide; return its loss."""
+        """Make an optimizer step of the guide; return its loss."""
         loss = self.guide_loss(index)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -222,7 +222,7 @@ class GuideReplay:
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, guide: nn.Module) -> None:
-    """Refuse one that would train something else, or leave some of the guide untrained."""
+    """Raise ValueError if it holds other parameters or lacks trainable ones of the guide."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}

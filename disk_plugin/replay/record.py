@@ -1,4 +1,4 @@
-"""What a guide pass reads of a batch, as rows to keep, and the guide's loss from such rows."""
+"""The inputs of a guide pass from a batch, as rows to store, and the guide's loss from such rows."""
 
 from typing import cast
 
@@ -13,7 +13,7 @@ from ..loss import DiSKLoss
 from .constants import GuideConstants, guide_constants, guide_loss
 
 _INPUTS = ("teacher_logits", "teacher_features")
-_WIDE = (*_INPUTS, "target", "log_student")  # columns of the chosen type; one number per position is float32 at least
+_WIDE = (*_INPUTS, "target", "log_student")  # columns stored in ``dtype``; the others are float32 at least
 
 
 @torch.no_grad()
@@ -26,9 +26,9 @@ def rows_of(
     sample_weight: Tensor | None,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Return a row per position that takes part and is finite, by column; waits for the device, to count them.
+    """Return a row per valid, finite position, by column; synchronizes with the device to count them.
 
-    A batch that overflowed has a NaN loss already, and a GradScaler skips it; kept, it would end the guide for good.
+    A batch that overflowed has a NaN loss, and a GradScaler skips it; kept, it would make the guide NaN for good.
     """
     _checks.logits(student_logits, teacher_logits)
     with without_autocast(student_logits):
@@ -44,12 +44,12 @@ def rows_of(
 
 
 def loss_of(disk: DiSKLoss, rows: dict[str, Tensor]) -> Tensor:
-    """Return ``disk.terms(...).guide_loss`` of the rows' positions, with the settings now in force."""
+    """Return ``disk.terms(...).guide_loss`` of the rows' positions, with the current settings."""
     dtype = torch.promote_types(rows["offset"].dtype, torch.float32)
     values = {name: value if name == "wrong" else value.to(dtype) for name, value in rows.items()}
     features = values.pop("teacher_features", None)
     logits = values.pop("teacher_logits", None)
-    if logits is None:  # the guide looks at their shape alone
+    if logits is None:  # only their shape is used
         logits = values["offset"].new_zeros(()).expand(len(values["offset"]), cast(GuideHead, disk.guide).num_classes)
     constants = GuideConstants(valid=torch.ones_like(values["wrong"]), **values)
     with without_autocast(logits):
@@ -59,7 +59,7 @@ def loss_of(disk: DiSKLoss, rows: dict[str, Tensor]) -> Tensor:
 
 
 def _inputs(disk: DiSKLoss, teacher_logits: Tensor, teacher_features: Tensor | None) -> dict[str, Tensor]:
-    """Return what the guide reads, by position: (M, C), (M, D); beside logits (N, C) features may be (N, ...)."""
+    """Return the guide's inputs by position: (M, C), (M, D); with logits (N, C), features may be (N, ...)."""
     reads_logits = not isinstance(disk.guide, GuideHead) or disk.guide.use_logits
     inputs = {"teacher_logits": by_position(teacher_logits)} if reads_logits else {}
     if teacher_features is None:
@@ -80,10 +80,10 @@ def _inputs(disk: DiSKLoss, teacher_logits: Tensor, teacher_features: Tensor | N
 
 
 def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bring a column to its type; log s and features may lie beyond what float16 holds."""
+    """Cast a column to its dtype; log s and features may exceed the range of float16."""
     if value.dtype == torch.bool:
         return value
     dtype = dtype if name in _WIDE else torch.promote_types(dtype, torch.float32)
     largest = torch.finfo(dtype).max
-    # clamped in a type that holds both ranges: the input's may be narrower than the bound
+    # clamped in a dtype that holds both ranges: the input's may be narrower than the bound
     return value.to(torch.promote_types(value.dtype, dtype)).clamp(-largest, largest).to(dtype)

@@ -1,4 +1,4 @@
-"""A uniform sample, of bounded size, of rows that come in batches."""
+"""Reservoir sampling: a uniform sample, of bounded size, of rows that come in batches."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,13 @@ Rows = Mapping[str, Tensor]  # columns by name, (rows, ...) each, of one length
 
 
 class Reservoir:
-    """Algorithm R (Vitter, 1985): of all rows that came each is held with the same probability, at most ``capacity``.
+    """Algorithm R (Vitter, 1985): every row added so far is held with equal probability, at most ``capacity`` of them.
 
-    Up to the capacity all are held, in the order of arrival. Memory is taken with the first batch, on its device.
+    Up to the capacity all are held, in the order added. Memory is allocated with the first batch, on its device.
 
     Args:
         capacity: rows to hold, >= 1.
-        generator: on the CPU; drawn from only once more rows have come than are held.
+        generator: on the CPU; used only once more rows were added than are held.
     """
 
     def __init__(self, capacity: int, generator: torch.Generator) -> None:
@@ -27,10 +27,10 @@ class Reservoir:
         return min(self.seen, self.capacity)
 
     def add(self, rows: Rows) -> None:
-        """Let rows arrive.
+        """Add a batch of rows (reservoir sampling).
 
         Raises:
-            ValueError: other columns than those held.
+            ValueError: columns other than those held.
         """
         if _layout(rows) != _layout(self._columns):
             if self.seen:
@@ -47,28 +47,28 @@ class Reservoir:
             self._columns[name][slots.to(value.device)] = value[arrivals.to(value.device)]
 
     def rows(self, index: Tensor) -> dict[str, Tensor]:
-        """Return the held rows at some positions, < ``len``."""
+        """Return the held rows at positions ``index``, < ``len``."""
         return {name: column[index.to(column.device)] for name, column in self._columns.items()}
 
     def clear(self) -> None:
-        """Forget all rows; the memory stays."""
+        """Clear all rows; the memory stays allocated."""
         self.seen = 0
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes that one row takes; 0 before the first."""
+        """Bytes per row; 0 before the first."""
         return sum(column[:1].nbytes for column in self._columns.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of what is held, and how many rows came."""
+        """Return copies of the held rows, and how many rows were added."""
         held = {name: column[: len(self)].clone() for name, column in self._columns.items()} if self.seen else {}
         return {"seen": self.seen, "rows": held}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Hold what another one held, on a device.
+        """Restore the rows of another reservoir, on a device.
 
         Raises:
-            RuntimeError: it had another capacity.
+            RuntimeError: its capacity differs.
         """
         seen, rows = state["seen"], state["rows"]
         held = len(next(iter(rows.values()))) if rows else 0
@@ -80,14 +80,14 @@ class Reservoir:
         self.seen = seen
 
     def _places(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return which of the arrivals stay, and in which slots, each slot once."""
+        """Return which of the new rows are kept, and in which slots, each slot once."""
         number = torch.arange(first, first + count)
-        # arrival n is held with probability capacity / (n + 1), in the place of any
+        # row n is kept with probability capacity / (n + 1), in a uniformly drawn slot
         drawn = (torch.rand(count, dtype=torch.float64, generator=self.generator) * (number + 1)).long()
         slots = torch.where(number < self.capacity, number, drawn)
         arrivals = (slots < self.capacity).nonzero().squeeze(1)
         slots, which = torch.unique(slots[arrivals], return_inverse=True)
-        # of several arrivals for one slot the last stays, as if they had come one by one
+        # of several rows for one slot the last is kept, as if they had been added one by one
         return torch.zeros_like(slots).scatter_reduce(0, which, arrivals, "amax"), slots
 
 

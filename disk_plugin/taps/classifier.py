@@ -1,14 +1,14 @@
-"""A teacher's classifier as a module from its last map to its logits, and whether it is that."""
+"""A teacher's classifier as a module from its last feature map to its logits, and a check of that."""
 
 import torch
 from torch import Tensor, nn
 
-# a wrong map or classifier is off by the logits' own size; pooling in another order is off by rounding
+# a wrong map or classifier differs by the logits' own size; pooling in another order by rounding
 _RELATIVE_TOLERANCE = 1e-3
 
 
 def pooled_classifier(linear: nn.Module) -> nn.Sequential:
-    """Return the usual classifier of a map: global average pooling, then the teacher's own last layer."""
+    """Return the usual classifier of a feature map: global average pooling, then the teacher's last layer."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
 
 
@@ -17,12 +17,12 @@ def check_classifier(classifier: nn.Module, teacher_map: Tensor, teacher_logits:
     """Raise ValueError, saying why, unless ``classifier(teacher_map)`` reproduces the teacher's logits.
 
     The comparison is relative to the logits' size, as deep networks amplify rounding. Check trained weights on an input
-    that is not constant: at its initial values a BatchNorm between map and classifier goes unnoticed.
+    that is not constant: a BatchNorm between map and classifier is not detected at its initial values.
 
     Args:
-        classifier: a module from a map to logits.
-        teacher_map: (N, D, H, W), the map the classifier is to read.
-        teacher_logits: (N, C), what the teacher makes of the same input.
+        classifier: a module from a feature map to logits.
+        teacher_map: (N, D, H, W), the classifier's input.
+        teacher_logits: (N, C), the teacher's logits for the same images.
     """
     if teacher_map.ndim != 4:
         raise ValueError(f"teacher_map must have shape (N, D, H, W), got {tuple(teacher_map.shape)}")

@@ -1,4 +1,4 @@
-"""Turn any classifier into x -> (logits, features), by a forward pre-hook on the layer that makes the logits."""
+"""Turn any classifier into x -> (logits, features), by a forward pre-hook on its last Linear layer."""
 
 import numbers
 import warnings
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_RELATIVE_TOLERANCE = 1e-2  # a wrong layer is off by its whole size; half precision and post-scaling noise are not
+_RELATIVE_TOLERANCE = 1e-2  # a wrong layer differs by its whole size, more than half precision or post-scaling noise
 
 
 class FeatureTap(nn.Module):
-    """A classifier that also returns what its last Linear reads: see :func:`with_features`.
+    """A classifier that also returns the input of its last Linear: see :func:`with_features`.
 
     Attributes:
         feature_dim: D, the width of the features.
@@ -31,8 +31,9 @@ class FeatureTap(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Call the model; return its logits and the tapped layer's input."""
-        # looked up anew and kept on the layer itself: DataParallel replicas and copies of the model have their own;
-        # kept during this call only, so that nothing holds a graph and a direct call of the model keeps nothing
+        # looked up per call and stored on the layer itself: DataParallel replicas and copies of the model have their
+        # own; stored during this call only, so that no graph is kept alive and a direct call of the model stores
+        # nothing
         if self._watch_mode and self.model.training and not torch.is_grad_enabled():
             self._warn_of_mode()
         tapped = self.model.get_submodule(self.layer)
@@ -62,7 +63,7 @@ class FeatureTap(nn.Module):
         )
 
     def _check(self, logits: Tensor, features: Tensor, output: Any) -> bool:
-        """On the first batch that can tell: the features fit, and a layer we chose ourselves makes the logits."""
+        """Validate, on the first informative batch, the features' shape and that a layer chosen by us yields logits."""
         if features.ndim < 2 or features.shape[0] != logits.shape[0] or self.feature_dim not in features.shape[1:]:
             raise RuntimeError(
                 f"layer {self.layer!r} reads a tensor of shape {tuple(features.shape)}, expected "
@@ -70,7 +71,7 @@ class FeatureTap(nn.Module):
             )
         size = logits.detach().float().norm()
         if not self._check_output or not size.isfinite() or size == 0:
-            return not self._check_output  # an empty, all-zero or NaN batch tells nothing: the next one will
+            return not self._check_output  # an empty, all-zero or NaN batch is not informative: check the next one
         if not _same(output, logits):
             raise RuntimeError(
                 f"the last Linear layer {self.layer!r} does not make the model's logits of shape "
@@ -80,26 +81,26 @@ class FeatureTap(nn.Module):
 
 
 def with_features(model: nn.Module, layer: str | None = None) -> FeatureTap:
-    """Return a module x -> (logits, features), where features are what the model's last Linear layer reads.
+    """Return a module x -> (logits, features), where features are the input of the model's last Linear layer.
 
-    Nothing in the model's own code changes: the layer gets two forward hooks. Its output may be a Tensor, a tuple or
-    list whose first element is the logits, a dict with ``"logits"`` or ``"out"``, or an object with ``.logits``. On
-    the first batch the layer's output is compared with the logits, so that a wrong layer cannot pass unnoticed; a
-    layer named by hand is only checked for being called. Gradients and train/eval mode are the caller's; one warning
-    comes where a model that was wrapped in evaluation mode runs in training mode without gradients, as a teacher does
-    that its parent's ``train()`` has reached.
+    The model's code does not change: the layer gets two forward hooks. The model's output may be a Tensor, a tuple or
+    list whose first element is the logits, a dict with ``"logits"`` or ``"out"``, or an object with ``.logits``. A
+    wrong last layer raises on the first batch, as its output is compared with the logits; a named one only has to be
+    called. Gradients and train/eval mode are the caller's. It warns once if a model wrapped in evaluation mode runs in
+    training mode without gradients, as a teacher does after its parent's ``train()``.
 
     Args:
         model: any classifier.
-        layer: dotted name of the layer whose input is the features; None for the last ``nn.Linear``. A layer read
-            as (N, D, d1, ...) gives dense features.
+        layer: dotted name of the layer whose input is the features; None for the last ``nn.Linear``. An input (N, D,
+            d1, ...) gives dense features.
 
     Returns:
         A module with ``feature_dim`` (for ``GuideHead(num_classes, feature_dim)``), ``layer`` and ``model``.
 
     Raises:
         ValueError: the model has no Linear layer, or none of that name.
-        TypeError: ``model`` is no module; the named layer has no input width; in ``forward`` an output of another kind.
+        TypeError: ``model`` is not a module; the named layer has no input width; in ``forward`` an output of another
+            kind.
         RuntimeError: in ``forward``, the layer is not called or does not make the logits.
 
     Example:
@@ -124,7 +125,7 @@ def with_features(model: nn.Module, layer: str | None = None) -> FeatureTap:
     if not isinstance(width, numbers.Integral):  # numpy's too
         raise TypeError(f"layer {name!r} must have in_features or in_channels, got {type(tapped).__name__}")
     tap = FeatureTap(model, name, int(width), check_output=layer is None)
-    tap.training = model.training  # not train(): that would reach the submodules, whose modes are the caller's
+    tap.training = model.training  # not train(): that would change the submodules, whose modes are the caller's
     return tap
 
 
@@ -169,7 +170,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def _same(output: Any, logits: Tensor) -> bool:
-    """Whether a layer's output is the logits, up to half precision."""
+    """Whether a layer's output equals the logits, up to half precision."""
     if not isinstance(output, Tensor) or output.numel() != logits.numel():
         return False
     difference = (output.detach().reshape(logits.shape).float() - logits.detach().float()).norm()

@@ -1,6 +1,6 @@
-"""Models that follow timm's ``forward_features`` and ``forward_head``: their last map, and the head that reads it.
+"""Models with timm's ``forward_features`` and ``forward_head``: their last feature map, and the head that reads it.
 
-Nothing of timm is imported: what counts is that a model has the two methods.
+timm is not imported: a model only has to have the two methods.
 """
 
 import copy
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 
 class Layout(NamedTuple):
-    """How a model's ``forward_features`` lays out its last map; ``prefix`` counts class and register tokens."""
+    """The layout of ``forward_features``' output; ``prefix`` is the number of class and register tokens."""
 
     order: Literal["NCHW", "NHWC", "NLC"]
     prefix: int
 
     @classmethod
     def of(cls, model: nn.Module, features: Tensor) -> "Layout":
-        """Read it off a model and what its ``forward_features`` gave.
+        """Infer the layout from a model and the output of its ``forward_features``.
 
         Raises:
-            ValueError: no map of a known layout.
+            ValueError: not a feature map of a known layout.
         """
         if not isinstance(features, Tensor) or features.ndim not in (3, 4):
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -32,7 +32,7 @@ class Layout(NamedTuple):
         return cls("NHWC" if str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC") else "NCHW", 0)
 
     def to_map(self, features: Tensor) -> Tensor:
-        """Return (N, C, H, W); tokens that stand for no position are left out."""
+        """Return (N, C, H, W); class and register tokens are dropped."""
         if self.order == "NCHW":
             return features
         if self.order == "NHWC":
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
         return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], side, side)
 
     def from_map(self, feature_map: Tensor) -> Tensor:
-        """Return the map as the model's ``forward_head`` reads it; tokens that stand for no position are 0."""
+        """Return the input of the model's ``forward_head``; class and register tokens are 0."""
         if self.order == "NCHW":
             return feature_map
         if self.order == "NHWC":
@@ -54,10 +54,10 @@ class Layout(NamedTuple):
 
 
 class TeacherHead(nn.Module):
-    """A teacher's ``forward_head`` as a module from a map (N, C, H, W) to logits, without the rest of the teacher.
+    """A teacher's ``forward_head`` as a module from feature maps (N, C, H, W) to logits, without the teacher's body.
 
     Raises:
-        ValueError: the head does not read the map.
+        ValueError: the head does not use the feature map.
     """
 
     def __init__(self, teacher: Any, layout: Layout, teacher_map: Tensor) -> None:
@@ -73,11 +73,11 @@ class TeacherHead(nn.Module):
 
 
 def _refuse_ignored_map(teacher: Any, layout: Layout, teacher_map: Tensor) -> None:
-    """A student that is trained through the head needs one that looks at the map."""
+    """Raise ValueError if the head ignores the feature map: the student would get no gradient."""
     probe = teacher_map.detach().clone().requires_grad_()
     with torch.enable_grad():
         logits = teacher.forward_head(layout.from_map(probe))
-    # not the sum of the logits, which a symmetric head may make constant
+    # not the sum of the logits, which may be constant for a symmetric head
     gradient = torch.autograd.grad(logits.square().sum(), probe, allow_unused=True)[0] if logits.requires_grad else None
     if gradient is None or not gradient.any():
         pooling = getattr(teacher, "global_pool", None)

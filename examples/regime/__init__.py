@@ -1,1 +1,1 @@
-"""Where DiSK pays: problems, students that train stacked, cells of the map, its rule and its figures."""
+"""Where DiSK helps: problems, stacked students, cells of the map, its rule and its figures."""

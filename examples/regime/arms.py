@@ -1,4 +1,4 @@
-"""What a student of the map is trained with: plain distillation in six settings, each form of DiSK in three."""
+"""The methods of the map: plain distillation in six settings, each form of DiSK in three."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,14 +20,14 @@ KD_SETTINGS: list[dict[str, float]] = [
 
 
 class Arm(NamedTuple):
-    """A form of DiSK: its guide, of the number of classes and of features, and the loss's arguments."""
+    """A form of DiSK: its guide's constructor (number of classes, of features) and the loss's arguments."""
 
     guide: Callable[[int, int], nn.Module]
     loss: dict[str, Any]
     reads_features: bool = False
 
 
-# the map's rows beside KD; the first is the one whose gain the rule is about
+# the map's rows besides KD; the rule is about the first one's gain
 ARMS: dict[str, Arm] = {
     "DiSK": Arm(GuideHead, {}, reads_features=True),  # the default, as README's loop has it
     "uniform": Arm(lambda classes, features: UniformGuide(discount="auto"), {}),
@@ -35,7 +35,7 @@ ARMS: dict[str, Arm] = {
 
 
 class Guided:
-    """A loss, a guide and a scheduler per student, the losses called at once."""
+    """A loss, a guide and a scheduler per student, with the losses vectorized."""
 
     def __init__(self, arm: Arm, temperature: float, *, students: int, sizes: tuple[int, int], passes: int) -> None:
         self.arm = arm
@@ -45,7 +45,7 @@ class Guided:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The guides', stacked."""
+        """Return the guides' parameters, stacked."""
         return list(self.stacked.parameters.values())
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -69,5 +69,5 @@ def kd(logits: Tensor, batch: Batch, settings: dict[str, float]) -> Tensor:
 
 
 def best(validation: Sequence[float]) -> int:
-    """Position of the first largest value."""
+    """Return the index of the first largest value."""
     return max(range(len(validation)), key=lambda i: validation[i])

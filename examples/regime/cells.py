@@ -14,7 +14,7 @@ DIGITS = 2  # of what is stored
 
 
 def cells(problem: Problem, widths: Sequence[int], arms: dict[str, Arm] = ARMS) -> list[dict[str, Any]]:
-    """Warm-start a student per width and seed, train it on with every setting of every method, and measure."""
+    """Warm-start a student per width and seed, continue with every setting of every method, and measure."""
     warm = [_warm(problem, width) for width in widths]
     trained = {"KD": (KD_SETTINGS, _train_kd(problem, warm))}
     for name, arm in arms.items():
@@ -35,7 +35,7 @@ def cells(problem: Problem, widths: Sequence[int], arms: dict[str, Arm] = ARMS) 
 
 
 def gain(cell: dict[str, Any], name: str) -> list[float]:
-    """Test accuracy minus KD's, seed by seed: percent points."""
+    """Return the test accuracy minus KD's per seed, percent points."""
     methods = cell["methods"]
     return [a - b for a, b in zip(methods[name]["test"], methods["KD"]["test"], strict=True)]
 
@@ -89,7 +89,7 @@ def _fit(problem: Problem, parameters: list[Tensor], loss_of, after_pass=lambda:
 
 
 def _look(problem: Problem, warm: Stack) -> dict[str, Any]:
-    """What capacity_gap sees of the warm-started student, in percent, seed by seed."""
+    """Return ``capacity_gap``'s measurements of the warm-started student per seed, percent."""
     data = problem.train
     predicted = warm.outputs(data.x)[0][0].argmax(-1)
     return {
@@ -102,7 +102,7 @@ def _look(problem: Problem, warm: Stack) -> dict[str, Any]:
 
 
 def _chosen(problem: Problem, settings: list[dict[str, Any]], students: Stack) -> dict[str, Any]:
-    """Choose the setting by validation data, for all seeds together; report it on test data."""
+    """Select the setting on validation data, for all seeds together; report it on test data."""
     validation = students.accuracy(*problem.validation).mean(1)
     k = best(validation.tolist())
     test = students.accuracy(*problem.test)[k]
@@ -110,5 +110,5 @@ def _chosen(problem: Problem, settings: list[dict[str, Any]], students: Stack) -
 
 
 def rounded(values: Tensor) -> list[float]:
-    """As numbers for the file."""
+    """Return rounded numbers for the file."""
     return [round(value, DIGITS) for value in values.tolist()]

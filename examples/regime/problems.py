@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from .stacked import Batch, Stack, cross_entropy, fit
 
-HELD_OUT = 4000  # fresh samples for the choice of settings, and as many for the result
+HELD_OUT = 4000  # fresh samples for the selection of settings, and as many for the result
 CIFAR_SIDE, CIFAR_COMPONENTS = 16, 128
 
 
@@ -25,7 +25,7 @@ class Split(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Data, the teacher's outputs on the training part, and how students of it train."""
+    """Data, the teacher's outputs on the training part, and the students' training settings."""
 
     name: str
     train: Batch
@@ -40,12 +40,12 @@ class Problem(NamedTuple):
 
 
 def passes_of(images: int) -> int:
-    """More passes over fewer images: 16 at 10,000, 92 at 300."""
+    """Return the number of passes, more over fewer images: 16 at 10,000, 92 at 300."""
     return round(16 * (10_000 / images) ** 0.5)
 
 
 def synthetic(classes: int, clusters: int, images: int, seeds: Sequence[int], *, dry_run: bool = False) -> Problem:
-    """Gaussian clusters in 16 dimensions, dealt out to the classes; each seed draws centres and samples of its own."""
+    """Gaussian clusters in 16 dimensions, assigned to the classes; each seed has its own centres and samples."""
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "validation": [], "test": []}
     held_out = 200 if dry_run else HELD_OUT
     for seed in seeds:
@@ -60,7 +60,7 @@ def synthetic(classes: int, clusters: int, images: int, seeds: Sequence[int], *,
 
 
 def digit_images(seeds: Sequence[int], *, shifted: bool, dry_run: bool = False) -> Problem:
-    """scikit-learn's digits; shifted by up to one pixel each way they are nine times as many and harder."""
+    """scikit-learn's digits; shifts by up to one pixel make them nine times as many and harder."""
     splits = {}
     for name, split in digits.splits().items():
         x, y = digits.shifted(split) if shifted else split
@@ -71,7 +71,7 @@ def digit_images(seeds: Sequence[int], *, shifted: bool, dry_run: bool = False) 
 
 
 def cifar_pixels(path: Path | None, seeds: Sequence[int], *, dry_run: bool = False) -> Problem:
-    """CIFAR-100 at 16 x 16 pixels, on its principal components; 5,000 training images choose the settings."""
+    """CIFAR-100 at 16 x 16 pixels, as principal components; 5,000 training images are for validation."""
     whole = data.synthetic() if path is None else data.load(path)
     images = [F.adaptive_avg_pool2d(split.images.float() / 255, CIFAR_SIDE).flatten(1) for split in whole]
     mean = images[0].mean(0)

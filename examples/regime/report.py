@@ -24,7 +24,7 @@ def write(results: dict[str, Any], out: Path) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return one Markdown row per real problem, with both gaps and what the rule says."""
+    """Return one Markdown row per real problem, with both gaps and the rule's recommendation."""
     cells = rules.points(results)
     rule = rules.derive(cells)
     lines = ["| problem | gap by capacity | gap by data | the rule | minus KD, points |", "|---|---|---|---|---|"]
@@ -37,7 +37,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """Say what the rule is and how often it is right."""
+    """Return the rule and how often it is right, in words."""
     cells = rules.points(results)
     rule, synthetic = rules.derive(cells), [cell for cell in cells if cell.synthetic]
     real = [cell for cell in cells if not cell.synthetic]

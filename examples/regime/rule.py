@@ -1,4 +1,4 @@
-"""From the map to a rule: the smallest gap by capacity and the largest gap by data at which DiSK is worth taking."""
+"""The rule derived from the map: the smallest capacity gap and the largest data gap at which to use DiSK."""
 
 import itertools
 import statistics
@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 from .arms import ARMS
 from .cells import gain
 
-ARM = next(iter(ARMS))  # whose gain the rule is about
-MARGIN = 0.5  # points of accuracy: a smaller gain is not worth a recommendation, a smaller loss is no loss
+ARM = next(iter(ARMS))  # the rule is about its gain
+MARGIN = 0.5  # points of accuracy: smaller gains and losses are ignored
 CAPACITY_GRID = tuple(range(5, 65, 5))
 DATA_GRID = (*range(5, 45, 5), 100)
 
 
 class Point(NamedTuple):
-    """A cell of the map: where it lies, and what DiSK's lead over KD is there, all in percent points."""
+    """A cell of the map: its two gaps and DiSK's gain over KD, in percent points."""
 
     name: str
     problem: str
@@ -27,7 +27,7 @@ class Point(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Take DiSK where the gap by capacity is at least, and the gap by data at most this, in percent points."""
+    """Use DiSK if the capacity gap is at least, and the data gap at most this, in percent points."""
 
     capacity: float
     data: float
@@ -38,13 +38,13 @@ class Rule(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Cells with a gain or loss of more than the margin: how many there are, and what was said of them."""
+    """Counts of cells with a gain or loss above the margin, by recommendation."""
 
     clear: int
     right: int
     gains_missed: int
     losses_taken: int
-    mean_gain: float  # over the cells where DiSK was recommended
+    mean_gain: float  # over the cells with DiSK recommended
     recommended: int
 
 
@@ -70,10 +70,10 @@ def points(results: dict[str, Any], arm: str = ARM) -> list[Point]:
 
 
 def derive(cells: Iterable[Point]) -> Rule:
-    """Choose thresholds by the sum of gains beyond the margin over the synthetic cells that they recommend DiSK for.
+    """Choose the thresholds with the largest total gain beyond the margin, over synthetic cells with DiSK recommended.
 
-    Rules within one margin of the best are as good: of their gaps by capacity the middle one is taken, then the
-    smallest gap by data, the cautious side. The real problems take no part: they are there to test it.
+    Rules within one margin of the best are ties: take the middle one of their capacity gaps, then the smallest, most
+    cautious data gap. The real problems are not used: they test the rule.
     """
     cells = [cell for cell in cells if cell.synthetic]
     worth = {rule: _worth(rule, cells) for rule in map(Rule._make, itertools.product(CAPACITY_GRID, DATA_GRID))}
@@ -83,7 +83,7 @@ def derive(cells: Iterable[Point]) -> Rule:
 
 
 def score(cells: Iterable[Point], said: Iterable[bool]) -> Score:
-    """Compare what was recommended with what came."""
+    """Compare recommendations with outcomes."""
     pairs = list(zip(cells, said, strict=True))
     clear = [(cell.gain > 0, take) for cell, take in pairs if abs(cell.gain) > MARGIN]
     taken = [cell.gain for cell, take in pairs if take]
@@ -98,7 +98,7 @@ def score(cells: Iterable[Point], said: Iterable[bool]) -> Score:
 
 
 def left_out(cells: Sequence[Point]) -> Score:
-    """Score the rule on every synthetic problem by thresholds that its cells had no part in."""
+    """Cross-validate: score the rule on each synthetic problem with thresholds derived from the others."""
     cells = [cell for cell in cells if cell.synthetic]
     rules = {name: derive(cell for cell in cells if cell.problem != name) for name in {c.problem for c in cells}}
     return score(cells, [rules[cell.problem](cell) for cell in cells])

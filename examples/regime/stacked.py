@@ -1,4 +1,4 @@
-"""Networks of one shape that train as one: an MLP whose weights have leading dimensions, one entry per network."""
+"""Networks of the same shape trained as one: an MLP whose weights have leading dimensions, one entry per network."""
 
 import itertools
 import math
@@ -20,20 +20,20 @@ class Batch(NamedTuple):
     teacher_features: Tensor
 
     def at(self, index: Tensor) -> "Batch":
-        """Take samples (S, B), each seed its own."""
+        """Index samples (S, B), per seed."""
         rows = torch.arange(len(index))[:, None]
         return Batch(*(part[rows, index] for part in self))
 
 
 class Stack:
-    """MLPs with weights (settings, seeds, in, out): the same arithmetic as nn.Linear, once for all of them."""
+    """MLPs with weights (settings, seeds, in, out): the arithmetic of nn.Linear, batched over all of them."""
 
     def __init__(self, weights: list[Tensor], biases: list[Tensor], activation: Callable[[Tensor], Tensor]) -> None:
         self.weights, self.biases, self.activation = weights, biases, activation
 
     @classmethod
     def fresh(cls, sizes: Sequence[int], seeds: Sequence[int], activation: Callable[[Tensor], Tensor]) -> "Stack":
-        """Initialise one network per seed as nn.Linear does."""
+        """Initialize one network per seed like nn.Linear."""
         weights, biases = [], []
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         for width, out in itertools.pairwise(sizes):
@@ -53,7 +53,7 @@ class Stack:
         return Stack(weights, biases, self.activation)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x (S, B, in) to logits (settings, S, B, C) and what the last layer reads."""
+        """Map x (S, B, in) to logits (settings, S, B, C) and the last layer's input."""
         hidden = x[None]
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             hidden = self.activation(hidden @ weight + bias)
@@ -61,27 +61,27 @@ class Stack:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Everything an optimizer moves."""
+        """Return all parameters."""
         return [*self.weights, *self.biases]
 
     @torch.no_grad()
     def outputs(self, x: Tensor, size: int = 2000) -> tuple[Tensor, Tensor]:
-        """Call it on many samples, piece by piece."""
+        """Call the networks on many samples, in chunks."""
         logits, features = zip(*(self(piece) for piece in x.split(size, 1)), strict=True)
         return torch.cat(logits, 2), torch.cat(features, 2)
 
     def accuracy(self, x: Tensor, y: Tensor) -> Tensor:
-        """Percent of the samples that each network gets right: (settings, S)."""
+        """Return each network's accuracy, percent: (settings, S)."""
         return share(self.outputs(x)[0].argmax(-1) == y)
 
 
 def share(right: Tensor) -> Tensor:
-    """Percent of the last dimension."""
+    """Return the percentage of True along the last dimension."""
     return 100 * right.double().mean(-1)
 
 
 def batches(data: Batch, size: int, seeds: Sequence[int], passes: int) -> Iterator[list[Batch]]:
-    """Yield each pass's batches, every seed in an order of its own."""
+    """Yield each pass's batches, shuffled separately per seed."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for _ in range(passes):
         order = torch.stack([torch.randperm(data.y.shape[1], generator=each) for each in generators])
@@ -98,7 +98,7 @@ def fit(
     seeds: Sequence[int],
     after_pass: Callable[[], None] = lambda: None,
 ) -> None:
-    """SGD .1, momentum .9, cosine, on a sum of losses of which each network feels its own."""
+    """SGD .1, momentum .9, cosine, on a sum of losses; each network's gradient is that of its own loss."""
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=MOMENTUM)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, passes)
     for pieces in batches(data, batch_size, seeds, passes):
@@ -112,7 +112,7 @@ def fit(
 
 
 def cross_entropy(stack: Stack, batch: Batch) -> Tensor:
-    """Sum of the networks' mean cross-entropies."""
+    """Return the sum of the networks' mean cross-entropies."""
     logits = stack(batch.x)[0].flatten(0, 1)
     count = len(logits) // len(batch.y)
     y = batch.y.repeat(count, 1)

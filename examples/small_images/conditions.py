@@ -1,4 +1,4 @@
-"""On which CNNs does a scaffold win? Cheap runs over conditions: 16 px images, judged on the held-out images."""
+"""For which CNNs does a scaffold help? Cheap runs over conditions: 16 px images, evaluated on held-out images."""
 
 import re
 from collections.abc import Callable
@@ -15,23 +15,23 @@ from .shown import Shown
 from .training import Recipe, Run
 from .views import Views, outputs_of
 
-PIXELS, JUDGED = 16, 5000  # side of the students' images; how many training images accuracy is measured on
+PIXELS, JUDGED = 16, 5000  # side of the students' images; number of training images to measure accuracy on
 
 
 class Condition(NamedTuple):
-    """What differs from the pair as it is; the teacher sees the images at full size."""
+    """The differences from the plain pair; the teacher gets the images at full size."""
 
-    student: str | None = None  # None: the call's
+    student: str | None = None  # None: the flag's
     features: int | None = None  # width of the student's bottleneck
     superclasses: bool = False
     teacher: str | None = None
-    corrected: bool = False  # the teacher's mistakes on training images are put right
+    corrected: bool = False  # correct the teacher's errors on training images
     share: float = 1.0  # of the training images
-    times: int = 1  # as many epochs, of the warm start too
+    times: int = 1  # factor of the number of epochs, the warm start's too
     compared: str = "forms"
 
 
-# most telling first: what the problems with a gain have in common is a narrow readout and a teacher far above
+# most informative first: problems with a gain share a narrow readout and a much better teacher
 CONDITIONS = {
     "8 features": Condition(features=8),
     "as it is (16 features)": Condition(),
@@ -47,7 +47,7 @@ CONDITIONS = {
 
 
 def compared(condition: Condition) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return what trains under a condition: name -> (method, settings)."""
+    """Return the methods compared under a condition: name -> (method, settings)."""
     at = {tau: trials.rows(tau) for tau in (1.0, 2.0)}
     kd = {"kd-1": at[1.0]["kd-1"], "kd-2": ("kd", {"ce_weight": 0.1, "temperature": 2.0})}
     # the authors' zeroed target outside a fifth of the classes, with what the search of DiSK chose
@@ -69,7 +69,7 @@ def compared(condition: Condition) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 class Cell:
-    """One condition from one start: all its methods side by side."""
+    """One condition from one start: all its methods, trained jointly."""
 
     def __init__(self, experiment: Experiment, name: str, seed: int) -> None:
         self.experiment, self.args, self.seed = experiment, experiment.args, seed
@@ -83,7 +83,7 @@ class Cell:
         self.judged = self.views.split(experiment.train.part(data.part_of(self.index, JUDGED)))
 
     def run(self) -> dict[str, Any]:
-        """Train what is missing; return accuracies on held-out and on training images."""
+        """Train what is missing; return accuracies on held-out and training images."""
         warm = self._warm_run().fit()
         accuracy = warm.logs["ce"][-1]["accuracy"]
         chosen, epochs = compared(self.condition), self.args.epochs * self.condition.times
@@ -113,7 +113,7 @@ class Cell:
         return recipe._replace(num_classes=20 if condition.superclasses else 100, features=condition.features)
 
     def _key(self, epochs: int) -> str:
-        """Name what student, data and length make of a run: conditions that share them share a warm start."""
+        """Return a key of student, data and length: conditions with the same key share a warm start."""
         recipe = self._recipe(epochs)
         shape = f"{recipe.model}-{recipe.features or 'all'}-{recipe.num_classes}"
         return f"{shape}-{len(self.index)}-{epochs}-seed{self.seed}"
@@ -128,7 +128,7 @@ class Cell:
         return Run(self._recipe(epochs), {"ce": CE()}, None, views, self.index, self.held_out, folder)
 
     def _teacher(self) -> dict[str, float]:
-        """Percent that the teacher gets right, by the condition's classes, of whole images."""
+        """Return the teacher's accuracy on full-size images, percent, over the condition's classes."""
         experiment, found = self.experiment, {}
         part = data.part_of(self.index, JUDGED)
         for name, split in {"held_out": experiment.held_out, "train": experiment.train.part(part)}.items():
@@ -142,7 +142,7 @@ class Cell:
 def conditions(
     experiment: Experiment, only: list[int] | None, keep: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Train all conditions from the first start, then from the next; hand over what there is after every cell."""
+    """Train all conditions from the first start, then from the next; report the results after every cell."""
     args = experiment.args
     shared = ("student", "teacher", "epochs", "warm_epochs", "views", "lr")
     protocol = {key: getattr(args, key) for key in shared} | {"pixels": PIXELS, "machine": machine(args.device)}

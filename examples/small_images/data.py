@@ -1,4 +1,4 @@
-"""CIFAR-100 as tensors, its split for the search of settings, augmented views that are functions of their number."""
+"""CIFAR-100 as tensors, its split for the search, and augmented views that are functions of their number."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from torchvision.transforms import AutoAugmentPolicy, v2
 
 MEAN, STD = (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)  # of the training images
 HELD_OUT = 5000
-_PART_SEED = 123_456_789  # orders no epoch: positions are sorted
-_FLIP_SEED = 987_654_321  # orders no epoch: the flipped samples would come first in it
+_PART_SEED = 123_456_789  # not a seed of any epoch's order
+_FLIP_SEED = 987_654_321  # not a seed of any epoch's order: the flipped samples would come first in it
 _SAME_POLICY = 10  # images that share one draw of AutoAugment
 _PADDING, _HOLE = 4, 16  # RandomCrop's padding and Cutout's square, pixels
 
@@ -45,7 +45,7 @@ def load(path: Path) -> tuple[Split, Split]:
 
 
 class _Files(CIFAR100):
-    """torchvision's reader, whatever the files' checksum: repacked copies of the data set hold the same images."""
+    """torchvision's reader without the checksum: repacked copies of the dataset hold the same images."""
 
     def _check_integrity(self) -> bool:
         return True
@@ -69,18 +69,18 @@ def synthetic(samples: int = 1200) -> tuple[Split, Split]:
 
 
 def search_split(size: int, held_out: int = HELD_OUT) -> tuple[Tensor, Tensor]:
-    """Return the positions of the training split that the search trains on, and those that it judges by."""
+    """Return the positions of the training split that the search trains on, and those it validates on."""
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     return order[held_out:].sort().values, order[:held_out].sort().values
 
 
 def part_of(index: Tensor, count: int) -> Tensor:
-    """Return the positions of a random part, the same in each call; a longer one holds the shorter."""
+    """Return the positions of a random part, deterministic; longer parts contain shorter ones."""
     return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(_PART_SEED))[:count]]
 
 
 def flip(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Return labels of which a share became another class, and which ones did."""
+    """Return labels with a share flipped to another class, and the mask of flipped ones."""
     generator = torch.Generator().manual_seed(_FLIP_SEED)
     flipped = torch.zeros(len(labels), dtype=torch.bool)
     flipped[torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]] = True
@@ -97,9 +97,8 @@ def normalized(images: Tensor) -> Tensor:
 def augmented(images: Tensor, view: int, same_policy: int = _SAME_POLICY) -> Tensor:
     """Return one augmented copy of every image: RandomCrop, flip, AutoAugment, Cutout (appendix A.3), seeded by view.
 
-    Each image draws its own crop, flip and hole. AutoAugment is torchvision's, applied to random groups of
-    ``same_policy`` images at a time: an image's policy has the right distribution, and only within its group it is
-    shared.
+    Crop, flip and hole are drawn per image. AutoAugment is torchvision's, applied to random groups of ``same_policy``
+    images: each image's policy has the right distribution, but is shared within its group.
     """
     generator = torch.Generator().manual_seed(view)
     order = torch.randperm(len(images), generator=generator)

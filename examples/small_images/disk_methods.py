@@ -1,9 +1,9 @@
-"""DiSK in its forms: what guide and which loss are settings; how the passes of guide and student alternate is a class.
+"""The forms of DiSK: guide and loss are settings; the alternation of guide and student passes is a class.
 
-Settings have the shape of the package's presets, and are passed on as they are:
-``{"guide": ..., "loss": ..., "dual": ..., "guide_optimizer": "sgd" or "adam"}``, of which "loss" must be there.
+Settings have the shape of the package's presets, and are passed on unchanged:
+``{"guide": ..., "loss": ..., "dual": ..., "guide_optimizer": "sgd" or "adam"}``, of which "loss" is required.
 ``"guide": {"kind": "uniform", ...}`` takes a ``UniformGuide``, anything else is a ``GuideHead``'s. ``"budget":
-"error"`` in the loss stands for the error of the warm start, the paper's heuristic. Nothing but the loss's temperature
+"error"`` in the loss stands for the error of the warm start, the paper's heuristic. With only the loss's temperature it
 is the package's default form.
 """
 
@@ -24,15 +24,15 @@ NUM_CLASSES = 100
 
 
 def in_nats(settings: dict[str, Any], *, feature_dim: int, budget: float, steps: int) -> dict[str, Any]:
-    """Bring the searches' flat settings, all of the paper's form, into the shape of a preset.
+    """Convert the searches' flat settings, all with the paper's budget, to the shape of a preset.
 
     Args:
         settings: of ``DiSKLoss``; besides ``variant`` a single changed field of it (``teacher_target``), and
             ``guide_inputs`` "both", "logits" or "features", ``guide_optimizer``, ``multiplier`` a number or
             (smallest, largest), ``budget`` a number or (upper, lower), ``periods`` of the schedule.
         feature_dim: D of the teacher.
-        budget: where the settings name none.
-        steps: of the schedule.
+        budget: default, if the settings have none.
+        steps: number of steps of the schedule.
     """
     loss = {"ce_weight": 0.1, "temperature": 4.0, **settings}
     loss.setdefault("distill_weight", 1 - loss["ce_weight"])
@@ -48,7 +48,7 @@ def in_nats(settings: dict[str, Any], *, feature_dim: int, budget: float, steps:
 
 
 def make_guide(settings: dict[str, Any], num_classes: int, feature_dim: int, seed: int) -> GuideHead | UniformGuide:
-    """Build the guide, a network from a seed of its own."""
+    """Build the guide, a network from its own seed."""
     settings = dict(settings)
     if settings.pop("kind", "head") == "uniform":
         return UniformGuide(**settings)
@@ -62,7 +62,7 @@ class DiSK(Method):
 
     Args:
         feature_dim: D of the teacher.
-        epochs: passes of the student, over which the schedule runs.
+        epochs: passes of the student, the length of the schedule.
         seed: of the guide.
         num_classes: C.
         guide: of ``GuideHead``, or with ``kind`` "uniform" of ``UniformGuide``.
@@ -75,7 +75,7 @@ class DiSK(Method):
 
     @classmethod
     def made(cls, settings: dict[str, Any], *, budget: float = 0.0, **run: Any) -> "Method":
-        """Build it for a run from settings of either shape."""
+        """Build the method for a run, from settings of either shape."""
         if "loss" not in settings:
             steps = -(-run["epochs"] // cls.step_every)
             settings = in_nats(settings, feature_dim=run["feature_dim"], budget=budget, steps=steps)
@@ -111,11 +111,11 @@ class DiSK(Method):
         self.report = EpochReport()
 
     def extra_repr(self) -> str:
-        """Show the settings; a checkpoint is told by them."""
+        """Show the settings, which identify a checkpoint."""
         return str(self.settings)
 
     def terms(self, student_logits: Tensor, batch: Batch, guide_logits: Tensor | None = None):
-        """Evaluate the loss per sample and note it for the epoch's log."""
+        """Evaluate the loss per sample and add it to the epoch's log."""
         terms = self.disk.terms(
             student_logits,
             batch.teacher_logits,
@@ -128,12 +128,12 @@ class DiSK(Method):
         return terms
 
     def features(self, batch: Batch) -> Tensor | None:
-        """What the guide reads beside the teacher's logits."""
+        """Return the guide's inputs besides the teacher's logits."""
         return batch.teacher_features if self.reads_features else None
 
     def student_loss(self, student_logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy and scaffold, which train the student alone, under the guide as it is used, not trained."""
-        guide = self.disk.guide.eval()  # BatchNorm by its running statistics
+        """Cross-entropy and scaffold, which train only the student, with the guide in evaluation mode."""
+        guide = self.disk.guide.eval()  # BatchNorm uses its running statistics
         with torch.no_grad():
             guide_logits = self.disk.guide_logits(batch.teacher_logits, self.features(batch))
         guide.train()
@@ -144,7 +144,7 @@ class DiSK(Method):
         return self.terms(student_logits, batch).mean().loss
 
     def end_epoch(self) -> dict[str, float]:
-        """Step the schedule where it is due."""
+        """Step the schedule if it is due."""
         log = {"multiplier": self.disk.multiplier.item(), "budget": self.disk.budget.item(), **self.report.means()}
         statistics = self.disk.statistics()
         log |= {"guide_min": statistics.guide_min, "guide_max": statistics.guide_max}
@@ -155,19 +155,19 @@ class DiSK(Method):
         return log
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The schedule's progress travels with the module's state."""
+        """Return the schedule's progress, saved with the module's state."""
         return {"epoch": self.epoch, "dual": self.dual.state_dict()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take the schedule's progress up."""
+        """Load the schedule's progress."""
         self.epoch = state["epoch"]
         self.dual.load_state_dict(state["dual"])
 
 
 class ReplayDiSK(DiSK):
-    """Algorithm 1 on a record: after every third pass of the student three of the guide on what that pass showed.
+    """Algorithm 1 on a record: after every third pass of the student three of the guide on that pass's record.
 
-    Also after the first pass, as there is no record before it and an untrained guide would stay for three.
+    Also after the first pass, as otherwise the guide would stay untrained for three passes.
     """
 
     step_every = 3
@@ -182,24 +182,24 @@ class ReplayDiSK(DiSK):
         return self.epoch == 0 or (self.epoch + 1) % self.step_every == 0
 
     def forward(self, student_logits: Tensor, batch: Batch) -> Tensor:
-        """Record, where it is due, and train the student alone."""
+        """Record if it is due, and train only the student."""
         if self.records:
             self.replay.record(student_logits, batch.teacher_logits, batch.labels, self.features(batch))
         return self.student_loss(student_logits, batch)
 
     def end_epoch(self) -> dict[str, float]:
-        """Step the schedule, then train the guide where it is due, for the student's passes that follow."""
+        """Step the schedule, then train the guide if it is due, for the student's passes that follow."""
         due, log = self.records, super().end_epoch()
         if due:
             self.replay.train_guide(passes=3)
         return log
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The generator travels with the schedule's progress; the record is empty after an epoch."""
+        """Return the generator's state with the schedule's progress; the record is empty after an epoch."""
         return {**super().get_extra_state(), "replay": self.replay.state_dict()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take them up."""
+        """Load them."""
         super().set_extra_state(state)
         self.replay.load_state_dict(state["replay"])
 
@@ -211,22 +211,22 @@ class AlternatingDiSK(DiSK):
     extra_passes = 1.0
 
     def guide_loss(self, student_logits: Tensor, batch: Batch) -> Tensor:
-        """Scaffold and budget, which train the guide alone; the log is of the student's passes."""
+        """Scaffold and budget, which train only the guide; not logged, as the log is of the student's passes."""
         return self.disk.terms(student_logits, batch.teacher_logits, batch.labels, self.features(batch)).guide_loss
 
     def end_guide_passes(self) -> None:
-        """Forget what the guide's own passes showed."""
+        """Reset the statistics of the guide's own passes."""
         self.disk.reset_statistics()
 
     def forward(self, student_logits: Tensor, batch: Batch) -> Tensor:
-        """Train the student alone."""
+        """Train only the student."""
         return self.student_loss(student_logits, batch)
 
 
 class DiscountBudgetDiSK(DiSK):
     """The budget on the mean discount, a share in [0, 1], instead of on g * CE: an idea to compare, not the paper's.
 
-    Full target, all classes scaffolded. The guide's gradient is autograd's, by its logit, hence Adam.
+    Full target, all classes scaffolded. The guide's gradient is autograd's, w.r.t. its logit, hence Adam.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The stages of the CIFAR-100 example: teacher, warm starts, search, each kept in its folder."""
+"""The stages of the CIFAR-100 example: teacher, warm starts, search, each stored in its folder."""
 
 import argparse
 import time
@@ -14,13 +14,13 @@ from .resnet import SHAPES, ResNet, State
 from .training import Recipe, Run
 from .views import Views, digest, outputs_of
 
-SEARCH_SEED = 100  # never one of the report's
+SEARCH_SEED = 100  # not one of the report's
 TEACHER_SEED = 0
-TOGETHER = 8  # trials of the search that train as one network
+TOGETHER = 8  # trials of the search trained as one network
 
 
 class Experiment:
-    """Data, teacher, warm starts and runs of one call, each kept in its folder under ``out``."""
+    """Data, teacher, warm starts and runs of one call, each stored in its folder under ``out``."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.out = args, args.out
@@ -34,21 +34,21 @@ class Experiment:
         self.views = self.views_of(self.train)
 
     def views_of(self, train: data.Split, teacher: ResNet | None = None) -> Views:
-        """Augmented views of some images with the outputs of a teacher, by default the call's."""
+        """Return augmented views of some images with a teacher's outputs, by default the call's teacher."""
         views = Views(train, self.args.views, teacher or self.teacher, None)
-        if self.args.device != "cuda":  # there the teacher's forward is cheaper than a disk
+        if self.args.device != "cuda":  # where the teacher's forward is cheaper than reading a file
             views.folder = self.out / f"outputs-{digest(views.teacher.state_dict())}-{views.content}"
         return views
 
     def recipe(self, model: str, epochs: int, seed: int) -> Recipe:
-        """Return what all runs share."""
+        """Return the recipe shared by all runs."""
         args = self.args
         return Recipe(
             model, epochs, seed, lr=args.lr, batch_size=args.batch_size, device=args.device, compiled=args.compile
         )
 
     def teacher_of(self, name: str) -> tuple[ResNet, dict[str, float]]:
-        """Train a teacher on what the search trains on, so that the held-out images are new to it as well.
+        """Train a teacher on the search's training images, so that it has not seen the held-out ones either.
 
         Raises:
             RuntimeError: under ``--collect``, if it is not trained yet.
@@ -66,7 +66,7 @@ class Experiment:
         return model, {"held_out": run.accuracies(self.held_out)[0], "test": run.accuracies(self.test)[0]}
 
     def warm_run(self, seed: int, index: Tensor, judge: data.Split) -> Run:
-        """Return the training of a seed's CE student, as far as it has come."""
+        """Return the run of a seed's CE student, finished or not."""
         args = self.args
         folder = self.out / f"warm-{args.student}-{args.warm_epochs}-{len(index)}-seed{seed}"
         views = Views(self.train, args.views, None, None)
@@ -93,9 +93,9 @@ class Experiment:
         only: list[int] | None = None,
         seed: int = SEARCH_SEED,
     ) -> dict[str, Any]:
-        """Train every trial from one warm start, some side by side; return what each logged, by its name.
+        """Train every trial from one warm start, several jointly; return each one's log, by name.
 
-        ``only`` some groups, so that several processes can share the work; the call without it collects.
+        ``only`` selects groups, so that several processes can share the work; the call without it collects.
         """
         args = self.args
         start, accuracy = self.warm_start(seed, self.searched, self.held_out)
@@ -122,7 +122,7 @@ class Experiment:
         }
 
     def search(self, only: list[int] | None) -> dict[str, Any] | None:
-        """Search the settings of KD and of DiSK with as many trials; return the best of each beside all of them."""
+        """Search the settings of KD and of DiSK with equally many trials; return the best of each and all of them."""
         chosen = {f"kd {i}": ("kd", settings) for i, settings in enumerate(trials.KD_TRIALS)}
         chosen |= {f"disk {i}": ("disk", settings) for i, settings in enumerate(trials.DISK_TRIALS)}
         found = self.tried(chosen, "search", only)
@@ -146,7 +146,7 @@ class Experiment:
         return {name: rows[name] for name in self.args.methods}
 
     def seconds(self, search: dict[str, Any]) -> dict[str, Any]:
-        """Time an epoch of each method alone, the teacher's outputs at hand, and the teacher's forward apart."""
+        """Time an epoch of each method alone, with stored teacher outputs, and the teacher's forward separately."""
         start, _ = self.warm_start(SEARCH_SEED, self.searched, self.held_out)
         taken: dict[str, float] = {}
         for epoch in range(4):
@@ -160,11 +160,11 @@ class Experiment:
             for _ in range(epochs):
                 run.fit_epoch()
                 ends.append(time.perf_counter())
-            # the first epoch compiles; an alternating method's others hold its guide's passes once
+            # the first epoch compiles; an alternating method's remaining ones contain its guide passes once
             taken[name] = (ends[-1] - ends[1]) / (epochs - 1)
         images = self.views(SEARCH_SEED, 0)[0]
         for _ in range(2):  # the first call warms up
             begin = time.perf_counter()
-            outputs_of(self.teacher, images)[0].cpu()  # waits for the device
+            outputs_of(self.teacher, images)[0].cpu()  # synchronizes with the device
             taken["teacher's forward"] = (time.perf_counter() - begin) * len(self.searched) / len(images)
         return {"seconds_per_epoch": taken, "images": len(self.searched), "machine": machine(self.args.device)}

@@ -1,4 +1,4 @@
-"""The report: each row and seed trains in its own folder, so that others can be added; a table of what is there."""
+"""The report: each row and seed trains in its own folder, so that more can be added; a table of the finished ones."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ THIRD = "kd, 1/3 of the passes"
 
 
 class Row(NamedTuple):
-    """A row of the table: what trains, by which name in its folder, and how long."""
+    """A row of the table: its method, name in its folder, and number of epochs."""
 
     method: str
     settings: dict[str, Any]
@@ -46,7 +46,7 @@ class Final:
                     self._fit(names[i : i + together], seed, start)
 
     def log(self, label: str, seed: int, start: State) -> list[dict[str, float]] | None:
-        """Return the log of a row that has finished, alone or beside others, else None."""
+        """Return the log of a finished row, trained alone or jointly, else None."""
         row, recipe = self.rows[label], self._recipe(label, seed)
         methods = self._methods([label], seed, start).values()
         expected = recipe.identity(methods, self.experiment.views, self.experiment.all, digest(start))
@@ -55,7 +55,7 @@ class Final:
         return next((log for log in found if log), None)
 
     def collect(self) -> dict[str, Any]:
-        """Return what all finished rows and seeds reached on the test split; trains nothing."""
+        """Return the test results of all finished rows and seeds, without training."""
         experiment, args = self.experiment, self.args
         logs: dict[str, dict[int, Any]] = {label: {} for label in self.rows}
         warm = {}
@@ -103,6 +103,6 @@ class Final:
         Run(recipe, methods, start, experiment.views, every, test, folder).fit()
 
     def _passes(self, label: str) -> dict[str, float]:
-        """Passes over the data: of the student, and forwards of it beside those."""
+        """Return passes over the data: the student's training passes, and further forwards."""
         row = self.rows[label]
         return {"student": row.epochs, "extra_forwards": METHODS[row.method].extra_passes * row.epochs}

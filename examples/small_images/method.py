@@ -1,4 +1,4 @@
-"""What a distillation method is in these examples, and the two that need no guide."""
+"""The interface of a distillation method in these examples, and the two that need no guide."""
 
 from typing import Any, NamedTuple
 
@@ -20,25 +20,25 @@ class Batch(NamedTuple):
 
 
 class Method(nn.Module):
-    """What turns a student's logits into a loss; it owns what it trains beside the student, with its optimizer."""
+    """A loss on the student's logits, with any further trainable modules and their optimizer."""
 
-    searched_as: str | None = None  # whose settings the search froze for it: "kd", "disk" or none
+    searched_as: str | None = None  # the search that froze its settings: "kd", "disk" or none
     optimizer: torch.optim.Optimizer | None = None
-    guide_passes = 0  # before every as many passes of the student
-    step_every = 1  # epochs after which all comes anew: steps of the schedule, passes of the guide
+    guide_passes = 0  # before equally many passes of the student
+    step_every = 1  # epochs between steps of the schedule or passes of the guide
     extra_passes = 0.0  # student forwards per pass over the data beyond the student's own
 
     @classmethod
     def made(cls, settings: dict[str, Any], **run: Any) -> "Method":
-        """Build it from its settings; ``run`` tells num_classes, feature_dim, epochs, budget and seed, where needed."""
+        """Build it from its settings; ``run``: num_classes, feature_dim, epochs, budget and seed, as needed."""
         return cls(**settings)
 
     def forward(self, student_logits: Tensor, batch: Batch) -> Tensor:
-        """Return the loss whose backward trains the student, and what trains with it."""
+        """Return the loss to backpropagate."""
         raise NotImplementedError
 
     def end_epoch(self) -> dict[str, float]:
-        """Close an epoch; return what to log of it."""
+        """End an epoch; return its values to log."""
         return {}
 
 
@@ -60,9 +60,9 @@ class KD(Method):
         self.settings = {"ce_weight": ce_weight, "distill_weight": 1 - ce_weight, "temperature": temperature}
 
     def extra_repr(self) -> str:
-        """Show the settings; a checkpoint is told by them."""
+        """Show the settings, which identify a checkpoint."""
         return str(self.settings)
 
     def forward(self, student_logits: Tensor, batch: Batch) -> Tensor:
-        """Weigh cross-entropy and divergence."""
+        """Return the weighted cross-entropy and divergence."""
         return functional.kd_loss(student_logits, batch.teacher_logits, batch.labels, **self.settings)

@@ -1,4 +1,4 @@
-"""Differences of paired runs, in the mean and with the interval that so few runs allow."""
+"""Differences of paired runs: mean and t-interval."""
 
 import statistics
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from scipy import stats
 
 
 def paired(gap: Sequence[float]) -> dict[str, Any]:
-    """Return the mean of differences and its 95 % t-interval, which is None for one of them."""
+    """Return the mean of differences and its 95 % t-interval, None for a single one."""
     mean, interval = statistics.fmean(gap), None
     if len(gap) > 1:
         half = stats.t.ppf(0.975, len(gap) - 1) * statistics.stdev(gap) / len(gap) ** 0.5

@@ -1,4 +1,4 @@
-"""What a run of the CIFAR-100 example leaves behind: statistics over the seeds, tables, curves."""
+"""Results of the CIFAR-100 example: statistics over the seeds, tables, curves."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ Runs = dict[int, list[dict[str, float]]]  # seed -> log of the epochs
 
 
 def summary(runs: Runs, passes: dict[str, float]) -> dict[str, Any]:
-    """Last-epoch accuracies over the seeds; the best epoch on test apart, as it selects on test data."""
+    """Return last-epoch accuracies over the seeds; separately the best epoch, as it selects on test data."""
     last = torch.tensor([run[-1]["accuracy"] for run in runs.values()], dtype=torch.float64)
     best = torch.tensor([max(epoch["accuracy"] for epoch in run) for run in runs.values()], dtype=torch.float64)
     return {
@@ -33,7 +33,7 @@ def summary(runs: Runs, passes: dict[str, float]) -> dict[str, Any]:
 
 
 def better_kd(logs: dict[str, Runs]) -> str | None:
-    """Return which of KD's rows is the best in the mean over the seeds that all of them have."""
+    """Return the KD row with the best mean over the seeds that all of them have."""
     common = set.intersection(*map(set, logs.values())) if logs else set()
     if not common:
         return max(logs, key=lambda name: len(logs[name]), default=None)
@@ -41,7 +41,7 @@ def better_kd(logs: dict[str, Runs]) -> str | None:
 
 
 def differences(logs: dict[str, Runs], reference: str | None) -> dict[str, Any]:
-    """Paired differences to a row, over the seeds that both have, with a 95 % t-interval from two seeds on."""
+    """Return paired differences to a row, over the seeds that both have, with a 95 % t-interval from two seeds on."""
     found: dict[str, Any] = {}
     for name, runs in logs.items():
         common = [seed for seed in runs if seed in logs.get(reference, {})]
@@ -81,7 +81,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def search_table(search: dict[str, Any]) -> str:
-    """Return every trial of the search as Markdown, with what its guide did in the last epoch."""
+    """Return every trial of the search as Markdown, with its guide's statistics of the last epoch."""
     lines = [
         "| trial | settings | held-out accuracy | g right / wrong | discount right / wrong | usage / budget |",
         "|---|---|---|---|---|---|",
@@ -128,7 +128,7 @@ def write_curves(results: dict[str, Any], out: Path, name: str) -> None:
 
 
 def compared_table(results: dict[str, Any]) -> str:
-    """Return held-out accuracies over fresh starts, beside that of the start they were chosen on, as Markdown."""
+    """Return held-out accuracies over fresh starts, and of the start they were selected on, as Markdown."""
     lines = ["| trial | when chosen | two fresh starts | mean | minus KD, each |", "|---|---|---|---|---|"]
     for name, row in results["methods"].items():
         values = " / ".join(f"{value:.2f}" for value in row["last_epoch"])
@@ -139,7 +139,7 @@ def compared_table(results: dict[str, Any]) -> str:
 
 
 def regimes_table(results: dict[str, Any]) -> str:
-    """Return the regimes as Markdown, with what DiSK's guide did in the last epoch."""
+    """Return the regimes as Markdown, with DiSK's guide statistics of the last epoch."""
     lines = [
         "| regime | method | held-out accuracy, per seed | minus KD (95 % interval) | g right / wrong "
         "| discount right / wrong |",
@@ -171,13 +171,13 @@ def seconds_table(results: dict[str, Any]) -> str:
 
 
 def write(results: dict[str, Any], shown: str, path: Path) -> None:
-    """Print results as a table and keep them."""
+    """Print results as a table and store them."""
     print(shown)
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def machine(device: str) -> str:
-    """Name what the numbers were computed on."""
+    """Return the hardware and torch's version."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"{torch.get_num_threads()} CPU threads ({platform.machine()}), torch {torch.__version__}"

@@ -1,9 +1,9 @@
-"""The ResNet10 family of Kag et al. (ICLR 2023), appendix A.4, of which several copies can run as one network.
+"""The ResNet10 family of Kag et al. (ICLR 2023), appendix A.4, several copies of which can run as one network.
 
-``copies`` networks side by side share every kernel call through grouped convolutions, which on a CPU is about twice as
-fast as one after the other for networks this small. Each parameter of the joint network is the concatenation of the
-copies' along dimension 0, so that :func:`joined` and :func:`parted` turn one into the other, and elementwise optimizers
-such as SGD treat the copies exactly as they would apart.
+``copies`` networks share every kernel call through grouped convolutions, which on a CPU is about twice as fast as
+running them sequentially, for networks this small. Each parameter of the joint network is the concatenation of the
+copies' along dimension 0: :func:`joined` and :func:`parted` convert between the two, and elementwise optimizers such as
+SGD treat the copies as if trained separately.
 """
 
 from itertools import pairwise
@@ -57,7 +57,7 @@ class JoinedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(copies * classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply copy by copy."""
+        """Apply each copy's layer to its features."""
         features, weight = x.unflatten(1, (self.copies, -1)), self.weight.unflatten(0, (self.copies, -1))
         return torch.einsum("nmf,mcf->nmc", features, weight).flatten(1) + self.bias
 
@@ -68,8 +68,8 @@ class ResNet(nn.Module):
     Args:
         name: a key of ``SHAPES``.
         num_classes: C.
-        copies: M networks side by side; for M > 1 the weights are to be loaded, see :func:`joined`.
-        features: width of a linear layer before the last, which bounds the rank of the logits; None for none.
+        copies: M networks in one; for M > 1 load the weights, see :func:`joined`.
+        features: width of a linear layer before the last, which bounds the rank of the logits; None for no such layer.
 
     Shape:
         images (N, 3, H, W), the same for every copy; returns logits (N, M * C).

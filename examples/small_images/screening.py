@@ -1,4 +1,4 @@
-"""What makes the guide help: the best trials from further starts, and regimes in which a scaffold might matter."""
+"""When the guide helps: the best trials from further starts, and regimes in which a scaffold might matter."""
 
 from collections import Counter
 from typing import Any
@@ -13,8 +13,8 @@ from .report import differences, machine, summary
 from .training import Run
 from .views import Views
 
-SEEDS = (SEARCH_SEED, SEARCH_SEED + 1, SEARCH_SEED + 2)  # none of them one of the report's
-FRESH = SEEDS[1:]  # nothing was chosen on them
+SEEDS = (SEARCH_SEED, SEARCH_SEED + 1, SEARCH_SEED + 2)  # none is one of the report's
+FRESH = SEEDS[1:]  # nothing was selected on them
 WITHIN = 1.0  # percentage points of the best
 
 
@@ -31,9 +31,9 @@ def close_to_best(rows: dict[str, dict[str, Any]]) -> dict[str, tuple[str, dict[
 
 
 def repeated(experiment: Experiment, rows: dict[str, dict[str, Any]], only: list[int] | None) -> dict[str, Any] | None:
-    """Train what came close to the best from two more starts; return their means and paired differences to KD.
+    """Train the trials close to the best from two more starts; return their means and paired differences to KD.
 
-    The start that it was chosen on stands beside them, not in them: the best of many is too good there.
+    The start used for selection is reported separately: the best of many is biased upward there.
     """
     chosen = close_to_best(rows)
     found = {
@@ -72,7 +72,7 @@ def regimes(experiment: Experiment, search: dict[str, Any], only: list[int] | No
 
 
 def _in_regime(experiment: Experiment, search: dict[str, Any], regime: trials.Regime, seed: int) -> dict[str, Any]:
-    """Train all methods of a seed side by side; return their logs."""
+    """Train all methods of a seed jointly; return their logs."""
     args = experiment.args
     index = part_of(experiment.searched, regime.images or len(experiment.searched))
     images, labels = experiment.train.part(index)

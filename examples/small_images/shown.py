@@ -1,4 +1,4 @@
-"""Views as a condition shows them: smaller images, superclasses, a teacher that is put right."""
+"""Views transformed for a condition: smaller images, superclasses, a corrected teacher."""
 
 from pathlib import Path
 
@@ -33,11 +33,11 @@ class Shown:
     """Wrap :class:`Views`; a run takes either.
 
     Args:
-        views: of the whole images.
-        pixels: side of the images that students see, by average pooling; the teacher sees them whole.
-        superclasses: 20 classes instead of 100. The teacher's probability of one is the sum of its classes'.
-        corrected: where the teacher is wrong, the logits of its choice and of the label change places.
-        folder: keeps the smaller images of each view, or None.
+        views: of the full-size images.
+        pixels: side of the students' images, by average pooling; the teacher gets them at full size.
+        superclasses: 20 classes instead of 100. The teacher's probability of one is the sum over its classes.
+        corrected: where the teacher is wrong, swap the logits of its prediction and of the label.
+        folder: stores the smaller images of each view, or None.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Shown:
         self.content = f"{views.content}, pixels {pixels}, superclasses {superclasses}, corrected {corrected}"
 
     def split(self, split: data.Split) -> data.Split:
-        """Return other images as students see them."""
+        """Return another split with the students' images and classes."""
         labels = split.labels if self.superclass is None else self.superclass.to(split.labels.device)[split.labels]
         return data.Split(pooled(split.images, self.pixels), labels)
 
@@ -75,7 +75,7 @@ class Shown:
         return images, (self.logits(outputs[0], self.views.train.labels), outputs[1])
 
     def logits(self, logits: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the teacher's logits as students see them; ``labels`` of the 100 classes, on training images."""
+        """Return the teacher's logits over the students' classes; ``labels`` of the 100 classes, on training images."""
         if self.corrected and labels is not None:
             logits = put_right(logits, labels)
         if self.superclass is None:
@@ -85,7 +85,7 @@ class Shown:
 
 
 def pooled(images: Tensor, pixels: int) -> Tensor:
-    """Average uint8 images down to a side of some pixels."""
+    """Average-pool uint8 images to a side of ``pixels``."""
     factor = images.shape[-1] // pixels
     if factor == 1:
         return images
@@ -93,7 +93,7 @@ def pooled(images: Tensor, pixels: int) -> Tensor:
 
 
 def put_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Exchange, where another class is the largest, its logit with the label's."""
+    """Swap the label's logit with the largest."""
     rows, chosen = torch.arange(len(labels), device=logits.device), logits.argmax(1)
     out = logits.clone()
     out[rows, chosen], out[rows, labels] = logits[rows, labels], logits[rows, chosen]

@@ -1,7 +1,7 @@
-"""Students trained side by side on the very same batches, each with its own method; resumable after every epoch.
+"""Students trained jointly on the same batches, each with its own method; resumable after every epoch.
 
-Start, order of samples, augmentation, learning rate and number of passes are thus equal by construction, and a batch is
-augmented once for all. The students are one joint network (see resnet.py), stepped by one SGD.
+Initial weights, order of samples, augmentation, learning rate and number of passes are thus equal by construction, and
+a batch is augmented once for all. The students are one joint network (see resnet.py), stepped by one SGD.
 """
 
 import json
@@ -25,7 +25,7 @@ MOMENTUM, WEIGHT_DECAY, BATCH_SIZE = 0.9, 5e-4, 200
 
 
 class Recipe(NamedTuple):
-    """What is equal for all students of a run."""
+    """Settings shared by all students of a run."""
 
     model: str
     epochs: int
@@ -43,7 +43,7 @@ class Recipe(NamedTuple):
         return ResNet(self.model, self.num_classes, copies, self.features)
 
     def identity(self, methods: Iterable[Method], views: Views, index: Tensor, start: str) -> list[Any]:
-        """Return all that a checkpoint is told by; ``start`` is the digest of the state that was begun with."""
+        """Return what identifies a checkpoint; ``start`` is the digest of the initial state."""
         same = self._asdict() | {"device": None, "compiled": None, "progress": None}
         teacher = digest(views.teacher.state_dict()) if views.teacher else None
         data_seen = [len(index), views.count, views.content, teacher]
@@ -51,16 +51,16 @@ class Recipe(NamedTuple):
 
 
 class Run:
-    """Students of one seed, one per method, trained side by side.
+    """Students of one seed, one per method, trained jointly.
 
     Args:
-        recipe: what they share.
+        recipe: the shared settings.
         methods: name -> method.
-        start: the state that all begin with, or None for a fresh one of ``recipe.seed``.
+        start: the initial state of all, or None for a fresh one of ``recipe.seed``.
         views: the training data.
         index: positions of the training split to train on.
-        held_out: what accuracy is measured on after each epoch.
-        folder: takes ``checkpoint.pt`` after every epoch, from which a second call goes on; or None.
+        held_out: split to measure accuracy on after each epoch.
+        folder: for ``checkpoint.pt`` after every epoch, from which a second call resumes; or None.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Run:
         self._resume()
 
     def fit(self) -> "Run":
-        """Train what is left of the epochs."""
+        """Train the remaining epochs."""
         bar = tqdm(
             total=self.recipe.epochs,
             initial=self.epoch,
@@ -108,14 +108,14 @@ class Run:
         return self
 
     def fit_epoch(self) -> None:
-        """Train one epoch, log it and keep it."""
+        """Train one epoch, log it and save it."""
         self._guide_passes()
         self._log(self._student_pass())
         self.epoch += 1
         self._save()
 
     def accuracies(self, split: data.Split) -> list[float]:
-        """Percent of a split that each student gets right."""
+        """Return each student's accuracy on a split, percent."""
         return accuracies(self.model, split, len(self.methods))
 
     def states(self) -> dict[str, State]:
@@ -142,7 +142,7 @@ class Run:
             )
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
-            each.sum().backward()  # every loss reaches its own student alone
+            each.sum().backward()  # each student's gradient is that of its own loss
             for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
                 optimizer.step()
                 scheduler.step()
@@ -216,15 +216,15 @@ class Run:
 
 
 def identity_in(checkpoint: dict[str, Any]) -> list[Any]:
-    """Return what a checkpoint was saved with; a field that its recipe does not know yet has the default."""
+    """Return a checkpoint's identity; a field missing in its recipe has the default."""
     recipe, *others = json.loads(checkpoint["settings"])
     return [Recipe._field_defaults | recipe, *others]
 
 
 def finished_log(checkpoint: dict[str, Any], name: str, expected: list[Any]) -> list[dict[str, float]] | None:
-    """Return the log of a method, or None where it is absent, has other settings or epochs to come.
+    """Return the log of a method, or None if it is absent, has other settings or is unfinished.
 
-    ``expected`` is the identity that it has alone; in the checkpoint others may have trained beside it.
+    ``expected`` is its identity when trained alone; the checkpoint may hold further methods.
     """
     recipe, methods, *others = identity_in(checkpoint)
     if name not in checkpoint["logs"] or checkpoint["epoch"] < recipe["epochs"]:

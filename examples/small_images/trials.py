@@ -1,4 +1,4 @@
-"""What is compared and tried: the report's rows, as many settings of KD as of DiSK, further ones, regimes."""
+"""Rows of the report, trials of the search (equally many for KD and DiSK), further ones, regimes."""
 
 from typing import Any, NamedTuple
 
@@ -10,9 +10,9 @@ CONVERGED = ("ce", "kd", "kd-1", "disk", "uniform", "uniform-constant", "paper-r
 
 
 def rows(temperature: float) -> dict[str, tuple[str, Settings]]:
-    """Return the report's rows, besides those that are a method of their own under the search's settings.
+    """Return the report's rows, except methods that use the search's settings.
 
-    ``temperature`` is the one that is best for KD: all that the package's default form is told.
+    ``temperature`` is the best for KD: the only setting of the package's default form.
     """
     default: Settings = {"loss": {"temperature": temperature}}
     searched = {key: presets.CIFAR100_SEARCHED[key] for key in ("guide", "loss", "dual")}
@@ -91,11 +91,11 @@ SCREEN: dict[str, tuple[str, Settings]] = {
     ),
     "alternating on a record": ("disk-replay", BEST),
 }
-REPEATED = ("alternating", "alternating on a record")  # whatever came out: does the record change anything?
+REPEATED = ("alternating", "alternating on a record")  # regardless of their results: does the record change anything?
 
 
 class Regime(NamedTuple):
-    """Where a scaffold might matter: how many images, what share of their labels wrong, how long, from what start."""
+    """A regime in which a scaffold might matter: number of images, share of flipped labels, epochs, start."""
 
     images: int | None = None  # None: all that the search trains on
     wrong_labels: float = 0.0

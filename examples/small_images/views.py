@@ -1,4 +1,4 @@
-"""Augmented views of the training images, the teacher's outputs on them, and the batches that students see."""
+"""Augmented views of the training images, the teacher's outputs on them, and the students' batches."""
 
 import hashlib
 import os
@@ -15,13 +15,13 @@ from .resnet import ResNet, State
 
 
 class Views:
-    """Augmented views of the training images, with the teacher's outputs on them, computed when first asked for.
+    """Augmented views of the training images, with the teacher's outputs on them, computed lazily.
 
     Args:
-        train: the whole training split; runs choose samples of it by position.
-        count: number of distinct views; epoch e of seed s sees view (7 s + e) mod count.
-        teacher: the network whose outputs are wanted, or None.
-        folder: keeps the teacher's outputs in half precision (712 bytes per image and view at 256 features), or None.
+        train: the whole training split; runs select samples of it by position.
+        count: number of distinct views; epoch e of seed s uses view (7 s + e) mod count.
+        teacher: the network to compute outputs of, or None.
+        folder: stores the teacher's outputs in half precision (712 bytes per image and view at 256 features), or None.
     """
 
     def __init__(self, train: data.Split, count: int, teacher: ResNet | None, folder: Path | None) -> None:
@@ -35,15 +35,15 @@ class Views:
         return images, self.outputs(images, number) if self.teacher else None
 
     def number(self, seed: int, epoch: int) -> int:
-        """Return which view an epoch sees."""
+        """Return the view of an epoch."""
         return (7 * seed + epoch) % self.count
 
     def outputs(self, images: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Return the teacher's outputs on the images of a view, and keep them."""
+        """Return the teacher's outputs on the images of a view, and store them."""
         return kept(self._path(number), lambda: outputs_of(self.teacher, images))
 
     def kept_outputs(self, number: int) -> tuple[Tensor, Tensor] | None:
-        """Return what was kept of a view, or None."""
+        """Return a view's stored outputs, or None."""
         path = self._path(number)
         return tuple(torch.load(path, weights_only=True)) if path and path.exists() else None
 
@@ -52,7 +52,7 @@ class Views:
 
 
 def kept(path: Path | None, compute: Callable[[], Any]) -> Any:
-    """Return the content of a file, which is computed and written the first time."""
+    """Return the content of a file, computed and written on the first call."""
     if path and path.exists():
         return torch.load(path, weights_only=True)
     content = compute()
@@ -63,7 +63,7 @@ def kept(path: Path | None, compute: Callable[[], Any]) -> Any:
 
 
 def save(state: Any, path: Path) -> None:
-    """Write a file that is whole or absent, whenever the process ends."""
+    """Write a file atomically."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
     torch.save(state, partial)
     partial.replace(path)
@@ -95,26 +95,26 @@ def outputs_of(model: ResNet, images: Tensor, batch_size: int = 500) -> tuple[Te
 
 
 def normalized(images: Tensor) -> Tensor:
-    """Network input, in the memory format that convolutions are fastest in."""
+    """Return the network's input, in the fastest memory format for convolutions."""
     return data.normalized(images).contiguous(memory_format=torch.channels_last)
 
 
 def accuracies(model: ResNet, split: data.Split, copies: int) -> list[float]:
-    """Percent of the split that each copy gets right."""
+    """Return each copy's accuracy on the split, percent."""
     logits, _ = outputs_of(model, split.images)
     right = logits.unflatten(1, (copies, -1)).argmax(2) == split.labels.unsqueeze(1)
     return (100 * right.float().mean(0)).tolist()
 
 
 def error(student: str, start: State, images: data.Split) -> float:
-    """Return the error of a warm start, in [0, 1]: the paper's budget; on images that are no test's."""
+    """Return the error of a warm start, in [0, 1]: the paper's budget; not on test images."""
     model = ResNet(student).to(images.images.device)
     model.load_state_dict(start)
     return 1 - accuracies(model, images, 1)[0] / 100
 
 
 def batches(views: Views, index: Tensor, seed: int, epoch: int, batch_size: int) -> Iterator[Batch]:
-    """Yield an epoch's batches, in an order that depends on seed and epoch alone."""
+    """Yield an epoch's batches, in an order that depends only on seed and epoch."""
     images, outputs = views(seed, epoch)
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = index[torch.randperm(len(index), generator=generator)].to(images.device)

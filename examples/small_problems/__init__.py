@@ -1,1 +1,1 @@
-"""Problems small enough to train hundreds of students on a CPU: data, teachers, training, and what is compared."""
+"""Problems small enough to train hundreds of students on a CPU: data, teachers, training, candidates."""

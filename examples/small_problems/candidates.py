@@ -1,11 +1,11 @@
-"""What the default was chosen from, by which rule, on which problems: fixed before the choice was run.
+"""The candidates for the default, the selection rule and the problems: fixed before the selection was run.
 
 The rule. KD gets 36 settings in each cell (a problem, a start, a number of passes), every form below one, at the
-temperature that is best for KD there; all are judged on validation data, on seeds that are never reported. A form's
-gain is its accuracy minus that of KD's best setting. The default is the form with the largest mean gain, every problem
-weighing the same, among those that are behind KD in no cell by more than its noise (two standard errors of the paired
+temperature that is best for KD there; all are evaluated on validation data, on seeds that are not reported. A form's
+gain is its accuracy minus that of KD's best setting. The default is the form with the largest mean gain, with equal
+weight per problem, among those that are behind KD in no cell by more than its noise (two standard errors of the paired
 difference, and at least half a point). If there is no such form, the one with the largest mean gain over the problems
-where the student is limited by its capacity, and ``capacity_gap`` says where to use KD instead.
+where the student is limited by its capacity, and ``capacity_gap`` recommends where to use KD instead.
 """
 
 import itertools
@@ -51,11 +51,11 @@ FORMS: dict[str, Settings] = {
         "dual": {"multiplier": (1.0, 1000.0), "rule": "ascent", "ascent_rate": 100.0},
     },
 }
-for _form in FORMS.values():  # of the first round; what the package's is now came out of the second
+for _form in FORMS.values():  # of the first round; the package's default came out of the second
     if _form.get("discount") == "auto" or _form.get("uniform", {}).get("discount") == "auto":
         _form["patience"] = 4.0
-# added after the first round, under the same rule: there "share 1 over 0.3" gained most, and was behind by hardly more
-# than its noise in two cells, where a longer patience (a target that waits while the student still learns) may help
+# added after the first round, under the same rule: there "share 1 over 0.3" gained most, but was behind by slightly
+# more than its noise in two cells, where a longer patience (a target held back while the student still learns) may help
 FORMS |= {
     f"guide, discount auto, share {share:g} over {over:g}, patience {patience:g}": {
         "discount": "auto",
@@ -65,7 +65,7 @@ FORMS |= {
     }
     for share, over, patience in ((1.0, 0.3, 6.0), (1.0, 0.2, 6.0), (1.0, 0.2, 8.0), (1.0, 0.4, 4.0), (0.8, 0.2, 6.0))
 }
-# of the report: README's loop as it stands, and its controls
+# of the report: README's loop, and its controls
 REPORTED: dict[str, Settings] = {
     "DiSK, default": {},
     "UniformGuide, discount auto": {"uniform": {"discount": "auto"}},
@@ -83,7 +83,7 @@ class Cell(NamedTuple):
 
 
 def cells(folder: Path) -> dict[str, Cell]:
-    """Return the cells by name; ``folder`` is where the pixels are."""
+    """Return the cells by name; ``folder`` holds the pixels."""
     made: dict[str, Cell] = {}
     for width in (12, 24):
         for warm in (24, 0):
@@ -100,7 +100,7 @@ def cells(folder: Path) -> dict[str, Cell]:
 
 
 def new_cells() -> dict[str, Cell]:
-    """Return those of problems on which nothing was chosen."""
+    """Return the cells of problems on which nothing was selected."""
     made: dict[str, Cell] = {}
     for warm in (10, 0):
         made[_name("clusters (new)", warm, 10)] = Cell(problems.clusters, warm, 10)
@@ -110,7 +110,7 @@ def new_cells() -> dict[str, Cell]:
 
 
 def problem_of(cell: str) -> str:
-    """Name of a cell's problem."""
+    """Return the name of a cell's problem."""
     return cell.split(",")[0]
 
 

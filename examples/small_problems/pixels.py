@@ -14,7 +14,7 @@ COMPONENTS, SAMPLED = 128, 20_000
 def write(cifar: Path, teacher: Path, folder: Path) -> None:
     """Write ``pixels.pt``: inputs of unit variance and labels of three splits, the teacher's outputs on the first.
 
-    The validation split is what the teacher has not been trained on (``data.search_split``).
+    The validation split is the part that the teacher was not trained on (``data.search_split``).
 
     Raises:
         FileNotFoundError: no such data or checkpoint.

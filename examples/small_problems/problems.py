@@ -1,7 +1,6 @@
 """The problems: data in three splits, a teacher's outputs on the training split, the shape of the student.
 
-Each knows whether the student is limited by its capacity or by its data only through its numbers; which of them is
-which, the reports say.
+Whether the student is limited by its capacity or by its data follows from their sizes alone; the reports name which.
 """
 
 import itertools
@@ -32,7 +31,7 @@ class Problem(NamedTuple):
     widths: tuple[int, ...]
     activation: str = "relu"
     batch_size: int = 200
-    teacher: nn.Sequential | None = None  # where it is at hand, and not its outputs alone
+    teacher: nn.Sequential | None = None  # if available, not only its outputs
 
 
 def scaffold_target(width: int = 12) -> Problem:
@@ -44,20 +43,20 @@ def scaffold_target(width: int = 12) -> Problem:
 
 
 def digits(width: int = 4) -> Problem:
-    """scikit-learn's digits, 898 images to train on: four units overfit them."""
+    """scikit-learn's digits, 898 training images, which four units overfit."""
     return _with_teacher(
         "digits", [*digit_splits().values()], (256, 128), (width,), passes=40, activation="gelu", batch_size=100
     )
 
 
 def shifted_digits(width: int = 4) -> Problem:
-    """The digits under the nine shifts of at most one pixel, in every split: more than four units can hold."""
+    """The digits under all nine shifts of at most one pixel, in every split: too much for four units."""
     splits = [shifted(split) for split in digit_splits().values()]
     return _with_teacher("digits, shifted", splits, (256, 128), (width,), passes=40, activation="gelu", batch_size=100)
 
 
 def clusters(width: int = 5) -> Problem:
-    """20 classes of four clusters each in 20 dimensions, 20,000 samples: a problem on which nothing was chosen."""
+    """20 classes of four clusters each in 20 dimensions, 20,000 samples: a problem on which nothing was selected."""
     x, y = make_classification(
         40_000, 20, n_informative=12, n_redundant=4, n_classes=20, n_clusters_per_class=4, class_sep=2.0, random_state=5
     )
@@ -65,7 +64,7 @@ def clusters(width: int = 5) -> Problem:
 
 
 def few_samples(width: int = 24) -> Problem:
-    """10 classes in 30 dimensions, 400 samples to train on: a problem on which nothing was chosen."""
+    """10 classes in 30 dimensions, 400 training samples: a problem on which nothing was selected."""
     x, y = make_classification(
         6_000, 30, n_informative=15, n_redundant=5, n_classes=10, class_sep=1.5, flip_y=0.05, random_state=6
     )
@@ -76,10 +75,10 @@ def few_samples(width: int = 24) -> Problem:
 def pixels(folder: Path, width: int = 8) -> Problem:
     """CIFAR-100 at 16 x 16, its first 128 principal components, into ``width`` units; the teacher is a ResNet10-l.
 
-    ``folder`` holds what ``pixels.write`` keeps.
+    ``folder`` holds the file of ``pixels.write``.
 
     Raises:
-        FileNotFoundError: it does not.
+        FileNotFoundError: it is missing.
     """
     path = folder / "pixels.pt"
     if not path.exists():
@@ -105,7 +104,7 @@ def mlp(widths: tuple[int, ...], activation: str) -> nn.Sequential:
 
 
 def accuracy(logits: Tensor, y: Tensor) -> float:
-    """Percent right."""
+    """Return the accuracy, percent."""
     return 100 * (logits.argmax(-1) == y).float().mean().item()
 
 
@@ -143,7 +142,7 @@ def _with_teacher(
 
 
 def _cut(x, y, counts: tuple[int, int]) -> list[Split]:
-    """Cut arrays into training, validation and, the rest, test."""
+    """Split arrays into training, validation and, the rest, test."""
     x = torch.from_numpy(x).float()
     x, y = (x - x.mean(0)) / x.std(0), torch.from_numpy(y).long()
     sizes = [*counts, len(y) - sum(counts)]

@@ -1,4 +1,4 @@
-"""Tables of what was found: gains over KD's best with intervals, and which form the rule picks."""
+"""Tables of the results: gains over KD's best with intervals, and the form that the rule selects."""
 
 import re
 from typing import Any
@@ -8,12 +8,12 @@ from scipy import stats
 
 from .candidates import problem_of
 
-LEAST_NOISE = 0.5  # points: less behind KD counts as nothing
+LEAST_NOISE = 0.5  # points: smaller losses against KD are ignored
 DATA_LIMITED = ("digits",)  # the problem, not its shifted twin: the students overfit it
 
 
 def slug(name: str) -> str:
-    """Name of a cell's file."""
+    """Return the name of a cell's file."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
@@ -27,7 +27,7 @@ def difference(row: dict[str, list[float]], kd: dict[str, list[float]], split: s
 
 
 def choice(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Judge every form on validation data; name the one that the rule picks."""
+    """Evaluate every form on validation data; name the one that the rule selects."""
     rows: dict[str, Any] = {}
     for form in _forms(cells[0]["rows"]):
         each = {cell["cell"]: difference(cell["rows"][form], cell["rows"]["KD"], "validation") for cell in cells}
@@ -49,7 +49,7 @@ def picked(rows: dict[str, Any]) -> str:
 
 
 def choice_table(found: dict[str, Any]) -> str:
-    """Return the forms, the largest mean gain first."""
+    """Return the forms, sorted by mean gain."""
     rows = found["rows"]
     lines = [
         "| form | mean gain over KD's best | cells behind KD by more than noise | worst cell |",

@@ -1,4 +1,4 @@
-"""The quickstart's figure: accuracies and differences, what the guide did over the epochs, what it let go of."""
+"""The quickstart's figure: accuracies and differences, the guide over the epochs, the most discounted images."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ WATCHED, SAMPLED, SHOWN = 5, 900, 8  # seeds and training samples of the curves,
 
 
 class Image(NamedTuple):
-    """A training image, its label, what student and teacher say, and its discount."""
+    """A training image, its label, the student's and the teacher's predictions, and its discount."""
 
     pixels: Tensor
     label: int
@@ -25,14 +25,14 @@ class Image(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a guide did: per epoch the mean of each quantity over the watched seeds; the images it let go of."""
+    """A guide's history: the mean of each quantity per epoch over the watched seeds; the most discounted images."""
 
     curves: dict[str, list[float]]
     images: list[Image]
 
 
 class Watch:
-    """Looks at some seeds' guides after each epoch, on a fixed sample of the training data."""
+    """Evaluates some seeds' guides after each epoch, on a fixed sample of the training data."""
 
     def __init__(self, problem: Problem, losses: list[DiSKLoss]) -> None:
         self.problem, self.losses = problem, losses
@@ -41,14 +41,14 @@ class Watch:
         self.epochs: list[list[dict[str, float]]] = []
 
     def __call__(self, students: list[nn.Module]) -> None:
-        """Look after an epoch, before the schedulers step."""
+        """Evaluate after an epoch, before the schedulers step."""
         pairs = zip(students, self.losses, strict=False)
         self.epochs.append([self._means(student, disk) for student, disk in pairs])
 
     def end(self, student: nn.Module, views: int) -> Seen:
-        """Return the curves, and the first seed's images with the largest discount, each digit once.
+        """Return the curves, and the first seed's images with the largest discount, one per digit.
 
-        The training data hold all images ``views`` times over.
+        The training data hold ``views`` copies of all images.
         """
         curves = {
             name: torch.tensor([[seed[name] for seed in epoch] for epoch in self.epochs]).nanmean(1).tolist()
@@ -132,7 +132,7 @@ def _guide(part: Any, curves: dict[str, list[float]]) -> None:
             axes.plot(epochs, curves[f"{name}, {which}"], color=colour, linestyle=style, label=which)
     lower.plot(epochs, curves["target"], color="0.4", linestyle=":", label="target of the mean")
     largest = max(max(curves["g, right"]), max(curves["g, wrong"]))
-    upper.set(yscale="log", ylabel="mean g", ylim=(largest / 1000, 2 * largest))  # it starts from nearly nothing
+    upper.set(yscale="log", ylabel="mean g", ylim=(largest / 1000, 2 * largest))  # it starts near 0
     lower.set(xlabel="epoch", ylabel="mean discount", ylim=(0, None))
     for axes in (upper, lower):
         axes.legend(

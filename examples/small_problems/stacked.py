@@ -1,7 +1,7 @@
-"""README's loop for many seeds at once: every seed has a student, a loss and a scheduler of its own, called together.
+"""README's loop for many seeds at once: every seed has its own student, loss and scheduler, vectorized.
 
 The seeds' parameters and buffers are rows of stacked tensors (``torch.func``), so that a step of 20 seeds takes about
-four times as long as one seed's. The objects stay whole: each may be looked at, called or saved by itself.
+four times as long as one seed's. The modules stay usable: each may be inspected, called or saved separately.
 """
 
 import copy
@@ -19,7 +19,7 @@ from .training import LEARNING_RATE, MOMENTUM, batches
 
 
 class CrossEntropy(nn.Module):
-    """Plain cross-entropy, called as the other losses are."""
+    """Plain cross-entropy, with the other losses' signature."""
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, features: Tensor) -> Tensor:
         """Return the mean."""
@@ -27,7 +27,7 @@ class CrossEntropy(nn.Module):
 
 
 class KD(nn.Module):
-    """Plain distillation, called as the other losses are."""
+    """Plain distillation, with the other losses' signature."""
 
     def __init__(self, *, ce_weight: float, temperature: float) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class KD(nn.Module):
 
 
 class Seeds:
-    """Modules of one class, one per seed, that are called at once; their tensors become rows of stacked ones."""
+    """Modules of one class, one per seed, called by vmap; their tensors become rows of stacked ones."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
@@ -69,9 +69,9 @@ def train_seeds(
     passes: int,
     after_epoch: Callable[[list[nn.Module]], None] = lambda students: None,
 ) -> list[nn.Module]:
-    """Train one student per seed from ``starts``, which stay as they are; return the students.
+    """Train one student per seed from ``starts``, which are not modified; return the students.
 
-    ``after_epoch`` is shown them at the end of each, before the schedulers step.
+    ``after_epoch`` is called with them at the end of each epoch, before the schedulers step.
     """
     students, together = Seeds([copy.deepcopy(start) for start in starts]), Seeds(losses)
     duals = [DualScheduler(loss, epochs=passes) for loss in losses if isinstance(loss, DiSKLoss)]
@@ -84,7 +84,7 @@ def train_seeds(
             index = torch.stack(each)
             outputs = students(x[index]), problem.teacher_logits[index], y[index], problem.teacher_features[index]
             optimizer.zero_grad()
-            together(*outputs).sum().backward()  # each seed feels its own
+            together(*outputs).sum().backward()  # each seed's gradient is that of its own loss
             optimizer.step()
         schedule.step()
         after_epoch(students.modules)

@@ -1,4 +1,4 @@
-"""How students are trained here: from one start, on the same batches, by one optimizer; methods differ in the loss."""
+"""Training of the students: same start, batches and optimizer; methods differ only in the loss."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ LEARNING_RATE, MOMENTUM = 0.1, 0.9  # with a cosine: the paper's recipe
 
 
 class Scores(NamedTuple):
-    """Percent right on each split at the end of training."""
+    """Accuracies on each split at the end of training, percent."""
 
     train: float
     validation: float
@@ -25,13 +25,13 @@ class Scores(NamedTuple):
 
 
 def new_student(problem: Problem, seed: int) -> nn.Sequential:
-    """Return a student as it is before training."""
+    """Return an untrained student."""
     torch.manual_seed(seed)
     return mlp(problem.widths, problem.activation)
 
 
 def batches(problem: Problem, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Yield positions, in an order that depends on seed and epoch alone."""
+    """Yield positions, in an order that depends only on seed and epoch."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     yield from torch.randperm(len(problem.train.y), generator=generator).split(problem.batch_size)
 
@@ -47,8 +47,8 @@ def warm_student(problem: Problem, seed: int, passes: int) -> nn.Sequential:
 def make_disk(problem: Problem, settings: dict[str, Any]) -> DiSKLoss:
     """Return README's loss.
 
-    ``settings`` are those of ``DiSKLoss``, but for ``uniform``: the arguments of a ``UniformGuide`` instead of a guide;
-    and ``share``, ``over`` and ``patience`` of an automatic target.
+    ``settings`` are those of ``DiSKLoss``, plus ``uniform``: the arguments of a ``UniformGuide`` instead of a guide;
+    and ``share``, ``over`` and ``patience`` of the ``"auto"`` target.
     """
     settings = dict(settings)
     uniform = settings.pop("uniform", None)
@@ -81,7 +81,7 @@ def train_disk(problem: Problem, start: nn.Sequential, settings: dict[str, Any],
 def train_kd(
     problem: Problem, start: nn.Sequential, trials: list[dict[str, float]], seed: int, passes: int
 ) -> list[Scores]:
-    """Train a student per trial (``ce_weight``, ``temperature``), all of them as one stack of matrices."""
+    """Train a student per trial (``ce_weight``, ``temperature``), all stacked."""
     students = _Stack(start, len(trials))
     weight, tau = (torch.tensor([trial[name] for trial in trials]) for name in ("ce_weight", "temperature"))
     tau = tau.view(-1, 1, 1)
@@ -102,7 +102,7 @@ def train_kd(
 
 
 class _Stack(nn.Module):
-    """Copies of a student that train side by side: (N, D) -> (T, N, C)."""
+    """Copies of a student, trained jointly: (N, D) -> (T, N, C)."""
 
     def __init__(self, start: nn.Sequential, copies: int) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""The two toy problems of the paper's Table 1: many random starts trained as one batch, searched, counted, drawn."""
+"""The two toy problems of the paper's Table 1: many random starts trained as one batch; search, counts, figures."""

@@ -1,4 +1,4 @@
-"""The guide's half of Algorithm 1 for many starts at once: one :class:`DiSKLoss` with a guide of its own per start."""
+"""The guide's half of Algorithm 1 for many starts at once: one :class:`DiSKLoss` with its own guide per start."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -20,7 +20,7 @@ class Guides:
     Args:
         problem: the training data.
         settings: of the loss: ce_weight, temperature, student_temperature, top_k, budget; of the schedule: multiplier
-            (smallest, largest) and period; ``guide``: what :class:`GuideHead` takes, with ``inputs`` ("both",
+            (smallest, largest) and period; ``guide``: arguments of :class:`GuideHead`, with ``inputs`` ("both",
             "logits", "features") and the optimizer's ``lr``, ``weight_decay`` and ``gradient_scale``.
         starts: S.
         iterations: R.
@@ -43,14 +43,14 @@ class Guides:
             )
             for _ in range(starts)
         ]
-        self.leader = losses[0]  # its multiplier is everyone's
+        self.leader = losses[0]  # its multiplier is used by all
         self.losses = Starts(losses)
         self.optimizer = self.losses.sgd(**optimizer)
         period = min(settings["period"], iterations)
         self.dual = DualScheduler(self.leader, epochs=iterations, multiplier=(smallest, largest), period=period)
 
     def train(self, students: Starts, batches: Iterator[Problem], steps: int) -> None:
-        """Train the guides with the students held, then let the multiplier move on."""
+        """Train the guides with the students fixed, then step the multiplier."""
         self.losses.buffers["multiplier"].fill_(self.leader.multiplier)
 
         def guide_loss(batch: Problem) -> Tensor:
@@ -62,7 +62,7 @@ class Guides:
         self.dual.step()
 
     def student_loss(self, logits: Tensor, batch: Problem) -> Tensor:
-        """Sum the students' losses (S,) with the guides held."""
+        """Sum the students' losses (S,) with the guides fixed."""
         return self._terms(logits, batch).student_loss.sum()
 
     def values(self, problem: Problem) -> Tensor:

@@ -1,4 +1,4 @@
-"""The rows of Table 1 as we have it, and what the paper scans for them."""
+"""The rows of our Table 1, and the paper's search ranges for them."""
 
 import itertools
 from typing import Any
@@ -12,7 +12,7 @@ CE, KD_PLAIN, KD, DISK, UNIFORM = ROWS = (
 )
 MAIN_ROWS = (CE, KD, DISK, UNIFORM)  # of README
 
-KD_RANGES: dict[str, list[Any]] = {  # A.1's, but for ce_weight 1, which is CE
+KD_RANGES: dict[str, list[Any]] = {  # A.1's, except ce_weight 1, which is CE
     "ce_weight": [0.0, 0.1, 0.5, 0.9],
     "temperature": [1.0, 2.0, 4.0],
     "student_temperature": [1.0, 2.0, 4.0],

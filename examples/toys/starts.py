@@ -11,7 +11,7 @@ LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 0.01  # appendices A.1 and A.2
 
 
 class Problem(NamedTuple):
-    """Inputs (N, D), labels (N,), the teacher's logits (N, C) and features (N, F); a batch of it, too."""
+    """Inputs (N, D), labels (N,), the teacher's logits (N, C) and features (N, F); also a batch of it."""
 
     x: Tensor
     y: Tensor
@@ -27,7 +27,7 @@ class Starts:
         self.parameters, self.buffers = stack_module_state(modules)
 
     def __call__(self, *inputs: Any, in_dims: int | tuple[int | None, ...], method: str = "forward") -> Any:
-        """Call every start's module on its slice of the inputs with in_dims 0, and on the whole of those with None."""
+        """Call every start's module on its slice of the inputs with in_dims 0, and on all of those with None."""
         caller = _Method(self.module, method)
 
         def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], *own: Any) -> Any:
@@ -58,7 +58,7 @@ class Starts:
 
 
 class _Method(nn.Module):
-    """Make another method of a module callable as its forward, which is what functional_call calls."""
+    """Wrap a module so that its forward, which functional_call calls, is another of its methods."""
 
     def __init__(self, module: nn.Module, method: str) -> None:
         super().__init__()

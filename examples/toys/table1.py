@@ -1,4 +1,4 @@
-"""Search, count, ablate: what both problems of Table 1 share."""
+"""Search, counts and ablations, shared by both problems of Table 1."""
 
 import argparse
 import copy
@@ -20,8 +20,8 @@ from .training import PASSES, Trained, train
 
 Settings = dict[str, Any]  # of a row: see starts.train
 RESULTS = Path(__file__).parents[1] / "results"
-REPORT_SEEDS, SEARCH_SEEDS = (0, 1, 2, 3, 4), (100, 101)  # each of its own data, teacher and starts
-SEARCHED_STARTS = 25  # of each seed of search and ablation
+REPORT_SEEDS, SEARCH_SEEDS = (0, 1, 2, 3, 4), (100, 101)  # each with its own data, teacher and starts
+SEARCHED_STARTS = 25  # per seed of search and ablation
 
 
 class Toy(NamedTuple):
@@ -35,11 +35,11 @@ class Toy(NamedTuple):
         make_student: builds a random start.
         make_problem: seed -> training data with the teacher's outputs.
         classify: students, their training data, its seed -> index into ``minima`` for each start (S,).
-        rows: row -> its settings, None where they are searched.
+        rows: row -> its settings, None if they are searched.
         trials: searched row -> settings to choose from.
-        iterations: R of Algorithm 1, times three passes over the data; a row's own ``iterations`` go first.
+        iterations: R of Algorithm 1, times three passes over the data; a row's own ``iterations`` take precedence.
         batch_size: of a gradient step; None for all samples.
-        bounds: between which the students' parameters are clamped.
+        bounds: to which the students' parameters are clamped.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Toy(NamedTuple):
 
 
 class Ablation(NamedTuple):
-    """A problem, changes of settings ("guide." leads into the guide's), and the rows that are tried with them."""
+    """A problem, changes of settings (with the prefix "guide.": the guide's), and the rows to try them on."""
 
     toy: Toy
     changes: Settings
@@ -65,13 +65,13 @@ class Ablation(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What a script adds to its problem.
+    """A script's additions to its problem.
 
     Attributes:
         ablations: by name.
-        describe: rows of the results, what was trained on the first seed -> further results.
+        describe: rows of the results, first seed's training results -> further results.
         remarks: results -> a table of them.
-        figures: problem, results, what was trained on the first seed, folder.
+        figures: problem, results, first seed's training results, folder.
     """
 
     ablations: dict[str, Ablation]
@@ -89,13 +89,13 @@ def run(toy: Toy, settings: Settings, *, starts: int, seed: int, dry_run: bool =
 
 
 def counts(toy: Toy, trained: Trained, seed: int) -> list[int]:
-    """Return how many starts ended in each minimum."""
+    """Return the number of starts in each minimum."""
     found = toy.classify(trained.students, toy.make_problem(seed), seed)
     return torch.bincount(found, minlength=len(toy.minima)).tolist()
 
 
 def total(toy: Toy, settings: Settings, starts: int, dry_run: bool = False) -> dict[str, int]:
-    """Return the counts over the seeds of the search."""
+    """Return the counts, summed over the seeds of the search."""
     ends = [counts(toy, run(toy, settings, starts=starts, seed=s, dry_run=dry_run), s) for s in SEARCH_SEEDS]
     return dict(zip(toy.minima, map(sum, zip(*ends, strict=True)), strict=True))
 
@@ -115,7 +115,7 @@ def draw(ranges: dict[str, list[Any]], number: int) -> list[Settings]:
 
 
 def changed(settings: Settings, changes: Settings) -> Settings:
-    """Return settings with changes, in which "guide.lr" is the guide's lr."""
+    """Return settings with changes applied; "guide.lr" is the guide's lr."""
     own = copy.deepcopy(settings)
     for key, value in changes.items():
         place = own["guide"] if key.startswith("guide.") else own
@@ -124,32 +124,32 @@ def changed(settings: Settings, changes: Settings) -> Settings:
 
 
 def search(toy: Toy, dry_run: bool = False) -> dict[str, Any]:
-    """Try every setting of the searched rows on data and starts that are never reported; keep the best."""
+    """Try every setting of the searched rows on data and starts that are not reported; keep the best."""
     found: dict[str, Any] = {}
     for row, trials in toy.trials.items():
         rows = []
         for settings in tqdm(trials[:2] if dry_run else trials, desc=f"{toy.name}: {row}"):
             ends = total(toy, settings, 2 if dry_run else SEARCHED_STARTS, dry_run)
             rows.append({"settings": settings, "counts": ends})
-        # most in the global minimum; among equals, most in the next best
+        # most in the global minimum; ties: most in the next best
         best = max(rows, key=lambda each: [each["counts"][name] for name in reversed(toy.minima)])
         found[row] = {**best, "trials": len(rows), "rows": rows}
     return found
 
 
 def settings_of(toy: Toy, searched: dict[str, Any]) -> dict[str, Settings]:
-    """Return every row's settings, the frozen ones of the search where it was searched."""
+    """Return every row's settings, for searched rows the frozen ones."""
     return {row: searched[row]["settings"] if own is None else own for row, own in toy.rows.items()}
 
 
 def interval(count: int, number: int) -> list[float]:
-    """Wilson's 95 % interval of a share, in percent."""
+    """Return Wilson's 95 % interval of a share, in percent."""
     low, high = stats.binomtest(count, number).proportion_ci(method="wilson")
     return [100 * low, 100 * high]
 
 
 def report(toy: Toy, searched: dict[str, Any], starts: int, dry_run: bool = False):
-    """Train every row from the same starts of every seed; return the results and what the first seed trained."""
+    """Train every row from the same starts of every seed; return the results and the first seed's training results."""
     rows, first = {}, {}
     for row, settings in settings_of(toy, searched).items():
         sets = []
@@ -170,7 +170,7 @@ def report(toy: Toy, searched: dict[str, Any], starts: int, dry_run: bool = Fals
 
 
 def ablate(study: Study, searched: dict[str, Any], dry_run: bool = False) -> dict[str, Any]:
-    """Count ends under one change at a time, on the search's data and starts."""
+    """Count minima under one change at a time, on the search's data and starts."""
     starts, rows = 2 if dry_run else SEARCHED_STARTS, {}
     for name, (toy, changes, tried) in tqdm(list(study.ablations.items())[: 1 if dry_run else None]):
         own = settings_of(toy, searched)
@@ -187,7 +187,7 @@ def main(toy: Toy, study: Study, doc: str) -> None:
     parser.add_argument("--starts", type=int, default=100, help="of each of the five sets")
     parser.add_argument("--out", type=Path, default=Path(f"runs/{toy.name}"))
     args = parser.parse_args()
-    torch.set_num_threads(1)  # the order of sums, and with it a start on the edge, would depend on the number
+    torch.set_num_threads(1)  # else the order of sums, and so borderline starts, depends on the number of threads
     args.out.mkdir(parents=True, exist_ok=True)
 
     def write(name: str, results: dict[str, Any]) -> None:

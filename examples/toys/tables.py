@@ -1,4 +1,4 @@
-"""The tables of both problems, as their documents show them."""
+"""The tables of both problems, for their documents."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def ablation(results: dict[str, Any]) -> str:
 
 
 def counts(toy: Any, results: dict[str, Any]) -> str:
-    """Return percent of all starts with 95 % intervals, the paper's beside them, and the global minimum of each set."""
+    """Return percent of all starts with 95 % intervals, the paper's percent, and each set's global minimum."""
     lines = [f"| method | {' | '.join(toy.minima)} | the last, per set |", f"|---|{'---|' * len(toy.minima)}---|"]
     for method, row in results["rows"].items():
         cells = []
@@ -36,7 +36,7 @@ def counts(toy: Any, results: dict[str, Any]) -> str:
 
 
 def summary(toy: Any, results: dict[str, Any]) -> str:
-    """Return a line of README's table: percent in the global minimum with its interval, then the paper's counts."""
+    """Return a row of README's table: percent in the global minimum with its interval, then the paper's counts."""
     last, cells = toy.minima[-1], []
     for row in (results["rows"][name] for name in MAIN_ROWS):
         low, high = row["interval_95"][last]

@@ -1,7 +1,7 @@
 """Train many random starts of a tiny student as one batch: cross-entropy, distillation, one g for all, or DiSK.
 
-What a row of a table trains is said by its settings alone: with ``guide`` it is Algorithm 1, with ``ramp`` the scaffold
-under one g without a network, otherwise KD, which at ``ce_weight`` 1 is cross-entropy.
+A row's settings select the method: with ``guide`` it is Algorithm 1, with ``ramp`` the scaffold under one g without a
+network, otherwise KD, which at ``ce_weight`` 1 is cross-entropy.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,14 +44,14 @@ def train(
         make_student: builds a student from torch's global random state.
         problem: the training data.
         settings: ce_weight, temperature, student_temperature; top_k with a scaffold; ``ramp`` = [period, over]: g falls
-            from 1 to 0, straight, over this share of each period; ``guide`` and what else :class:`Guides` takes;
+            linearly from 1 to 0 over this share of each period; ``guide`` and further settings of :class:`Guides`;
             ``loss_scale`` multiplies the student's loss, ``steps`` are the shares of training after which its learning
             rate is divided by ten.
         starts: S.
         iterations: R of Algorithm 1.
         seed: of the starts and of the order of samples: the same for every method.
         batch_size: samples of a gradient step, None for all.
-        bounds: between which every student's parameters are clamped after each step.
+        bounds: to which every student's parameters are clamped after each step.
     """
     torch.manual_seed(seed)
     students = Starts([make_student() for _ in range(starts)])
@@ -79,13 +79,13 @@ def train(
 
 
 def ramped(ramp: tuple[int, float], iteration: int) -> float:
-    """Return the g of an iteration: from 1 to 0 over a share of each period, 0 after it."""
+    """Return the g of an iteration: linear from 1 to 0 over a share of each period, then 0."""
     period, over = ramp
     return max(0.0, 1 - (iteration % period) / (over * period))
 
 
 def student_loss(logits: Tensor, problem: Problem, settings: dict[str, Any], guide: Tensor | None) -> Tensor:
-    """Return what one student minimises at these logits: KD's loss, or DiSK's with the guide's values (N,) held."""
+    """Return one student's loss at these logits: KD's, or DiSK's with the guide's values (N,) fixed."""
     weight = settings["ce_weight"]
     temperatures = {key: settings[key] for key in ("temperature", "student_temperature") if key in settings}
     if guide is None:
@@ -98,7 +98,7 @@ def student_loss(logits: Tensor, problem: Problem, settings: dict[str, Any], gui
 
 
 def _loss(logits: Tensor, batch: Problem, settings: dict[str, Any], g: float) -> Tensor:
-    """Sum the losses (S,) of students that share one g; logits (S, N, C) are (S, C, N) to the losses: dense."""
+    """Sum the losses (S,) of students that share one g; logits (S, N, C) are passed on as dense (S, C, N)."""
     starts = len(logits)
     dense = batch._replace(y=batch.y.expand(starts, -1), teacher_logits=batch.teacher_logits.T.expand(starts, -1, -1))
     guide = torch.full((starts, len(batch.y)), g) if g else None
@@ -106,7 +106,7 @@ def _loss(logits: Tensor, batch: Problem, settings: dict[str, Any], g: float) ->
 
 
 def batches_of(problem: Problem, batch_size: int | None, seed: int) -> Iterator[Problem]:
-    """Endless batches, each epoch in a new order; all samples at once where batch_size is None."""
+    """Yield batches forever, reshuffled each epoch; all samples at once if batch_size is None."""
     generator = torch.Generator().manual_seed(seed)
     while batch_size is None:
         yield problem

@@ -1,4 +1,4 @@
-"""A checkout of the host and the device it runs on, before anything of it is imported."""
+"""A checkout of the host and its device, set up before the host is imported."""
 
 import getpass
 import os
@@ -31,17 +31,17 @@ def open_checkout(folder: str | None) -> Path:
             f"--host must name a checkout of mdistiller, which contains {', '.join(_NEEDED)}; {root} lacks "
             f"{', '.join(missing)}; to get one: {GET_HOST}"
         )
-    sys.dont_write_bytecode = True  # nothing is left behind in the checkout
+    sys.dont_write_bytecode = True  # leave no files in the checkout
     sys.path.insert(0, str(root))
     try:
-        getpass.getuser()  # the host asks for a name that it does not use
+        getpass.getuser()  # the host needs a user name, which it does not use
     except (KeyError, OSError):
         os.environ["USER"] = "user"
     return root
 
 
 def use_device(device: str) -> None:
-    """Let the host, which calls ``.cuda()`` everywhere, run on the CPU; or see that there is a CUDA device.
+    """Make the host, which calls ``.cuda()`` everywhere, run on the CPU; or check that there is a CUDA device.
 
     Raises:
         ValueError: ``device`` is ``"cuda"`` and there is none.
@@ -50,5 +50,5 @@ def use_device(device: str) -> None:
         if not torch.cuda.is_available():
             raise ValueError("--device cuda needs a CUDA device, found none; to run on the CPU: --device cpu")
         return
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or DataParallel would find the devices by itself
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else DataParallel finds the devices by itself
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]

@@ -1,4 +1,4 @@
-"""Checkpoints: read what others wrote, check it against the model, write so that nothing is ever half-written."""
+"""Checkpoints: read foreign files, validate them against the model, write atomically."""
 
 import hashlib
 import os
@@ -16,11 +16,11 @@ from .feature_maps import shown
 
 Weights = dict[str, Tensor]
 
-_UNTRAINED_HEAD = "untrained_head"  # in files of a student whose own classifier its method leaves as it was
+_UNTRAINED_HEAD = "untrained_head"  # marks files of a student whose own classifier its method does not train
 
 
 def write(content: Any, path: str) -> None:
-    """Write a checkpoint and wait until it is on the disk."""
+    """Write a checkpoint and fsync it."""
     with open(path, "wb") as file:
         torch.save(content, file)
         file.flush()
@@ -28,7 +28,7 @@ def write(content: Any, path: str) -> None:
 
 
 def save_atomically(content: Any, path: str) -> None:
-    """Replace ``path`` by the new checkpoint once that is on the disk; an interrupted write leaves the old one."""
+    """Replace ``path`` atomically by the new checkpoint; an interrupted write leaves the old one."""
     partial = f"{path}.partial"
     write(content, partial)
     os.replace(partial, path)
@@ -39,13 +39,13 @@ def load_file(path: str, *, key: str, trust: bool = False) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint, or one that holds more than tensors and numbers and is not trusted.
+        ValueError: not a checkpoint, or one that ``weights_only`` loading rejects and is not trusted.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{key} must name a checkpoint file, found none at {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust)
-    except Exception as error:  # a file that is no checkpoint makes torch raise nearly anything
+    except Exception as error:  # a file that is not a checkpoint may raise nearly anything
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
             raise ValueError(
@@ -58,11 +58,11 @@ def load_file(path: str, *, key: str, trust: bool = False) -> Any:
 def read_checkpoint(path: str, *, key: str, trust: bool = False) -> Weights:
     """Return a network's weights: the host's ``{"model": ...}``, ``{"state_dict": ...}`` or a bare state dict.
 
-    Of a whole run without a teacher these are its student's.
+    For a whole run without a teacher, its student's.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no checkpoint, or none with the weights of one network that can classify.
+        ValueError: not a checkpoint, or not one of a single network that can classify.
     """
     weights = _read(path, key=key, trust=trust, head=True)
     if all(any(name.startswith(role) for name in weights) for role in ("teacher.", "student.")):
@@ -74,17 +74,17 @@ def read_checkpoint(path: str, *, key: str, trust: bool = False) -> Weights:
 
 
 def read_student(path: str, *, key: str, head: bool = True) -> Weights:
-    """Return a student's weights, also out of a whole run; ``head`` tells whether its classifier will be used.
+    """Return a student's weights, also from a whole run; ``head``: whether its classifier will be used.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no checkpoint, none with weights, or one of a student that cannot predict alone if ``head``.
+        ValueError: not a checkpoint, one without weights, or, with ``head``, of a student that cannot predict alone.
     """
     return _student_of(_read(path, key=key, trust=False, head=head))
 
 
 def warm_start_weights(cfg: CfgNode) -> Weights:
-    """Return the weights that ``DISTILLER.WARM_START`` names; a method that reads no classifier may go on from its own.
+    """Return the weights of ``DISTILLER.WARM_START``; a method that uses no classifier may start from its own student.
 
     Raises:
         FileNotFoundError: no such file.
@@ -100,7 +100,7 @@ def _read(path: str, *, key: str, trust: bool, head: bool) -> Weights:
     for name in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
-    if isinstance(content, dict):  # a whole run of DiSK holds its schedule's state among the weights
+    if isinstance(content, dict):  # a whole run of DiSK has its schedule's state among the weights
         content = {name: value for name, value in content.items() if not str(name).endswith("_extra_state")}
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         kind = f"a dict with {sorted(map(str, content))[:5]}" if isinstance(content, dict) else type(content).__name__
@@ -122,24 +122,24 @@ def _read(path: str, *, key: str, trust: bool, head: bool) -> Weights:
 
 
 def _predicting() -> dict[str, type[Method]]:
-    """Return the methods without which their students cannot predict."""
+    """Return the methods that their students need for prediction."""
     return {name: kind for name, kind in METHODS.items() if kind.own_prediction}
 
 
 def _is_of(name: str, weights: Weights, path: Path) -> bool:
-    """Tell a method's whole runs, its own files and, in their folder, student files without the mark."""
+    """Whether the weights are from a method's whole run, its own files or, in their folder, unmarked student files."""
     older = path.name.startswith("student_") and path.with_name(f"{name}_latest").exists()
     return older or any(key.startswith(f"{name}.") for key in weights)
 
 
 def _student_of(weights: Weights) -> Weights:
-    """Take the student out of a whole distiller's weights; a network's own pass as they are."""
+    """Return the student's part of a distiller's weights; a single network's are returned unchanged."""
     inner = {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
     return inner or weights
 
 
 def fingerprint(weights: Weights) -> str:
-    """Return a short hash of names, shapes and values, whatever file they came in."""
+    """Return a short hash of names, shapes and values, independent of the file."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(f"{name}{weights[name].dtype}{tuple(weights[name].shape)}".encode())
@@ -148,10 +148,10 @@ def fingerprint(weights: Weights) -> str:
 
 
 def load_weights(model: nn.Module, weights: Weights, what: str, role: str) -> None:
-    """Load strictly.
+    """Load with ``strict=True``.
 
     Raises:
-        ValueError: the weights are another architecture's; the message says where they differ.
+        ValueError: the weights are of another architecture; the message says where they differ.
     """
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -173,7 +173,7 @@ def load_weights(model: nn.Module, weights: Weights, what: str, role: str) -> No
 
 
 class DeployedStudent(nn.Module):
-    """What inference needs of a method with a prediction of its own: the student and the method."""
+    """A student with its method, for methods with a prediction of their own: all that inference needs."""
 
     def __init__(self, student: nn.Module, name: str, method: Method) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class DeployedStudent(nn.Module):
 
 
 def marked_untrained(student_state: dict[str, Any]) -> dict[str, Any]:
-    """Return the host's checkpoint of a student with the mark that its classifier is untrained."""
+    """Return the host's checkpoint of a student, marked as having an untrained classifier."""
     return {**student_state, _UNTRAINED_HEAD: True}
 
 
@@ -199,14 +199,14 @@ def deployed_state(distiller: Any) -> dict[str, Any]:
 
 
 def deployed_method(content: Any) -> str | None:
-    """Return whose :func:`deployed_state` a checkpoint is, or None."""
+    """Return the method whose :func:`deployed_state` a checkpoint is, or None."""
     weights = content.get("model") if isinstance(content, dict) else None
     parts = {str(key).split(".")[0] for key in weights} if isinstance(weights, dict) else set()
     return next((name for name in _predicting() if parts == {"student", name}), None)
 
 
 def deployed_student(student: nn.Module, name: str, content: dict[str, Any]) -> DeployedStudent:
-    """Rebuild from the checkpoint of :func:`deployed_state` what it holds, around a fresh student."""
+    """Rebuild the module of a :func:`deployed_state` checkpoint around a fresh student."""
     weights, prefix = content["model"], f"{name}."
     own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     about = {key: value for key, value in content.items() if key != "model"}

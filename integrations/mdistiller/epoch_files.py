@@ -1,4 +1,4 @@
-"""The files of an epoch: they change together, wherever a run is killed."""
+"""The files of an epoch, committed atomically even if a run is killed."""
 
 import os
 import re
@@ -18,7 +18,7 @@ _COMMITTED, _WORKLOG, _LOGGED = "latest", "worklog.txt", "worklog_bytes"
 
 @contextmanager
 def collected() -> Iterator[Saves]:
-    """Collect what the host's trainers save instead of writing it."""
+    """Collect what the host's trainers save, instead of writing it."""
     saves: Saves = []
     save, host.save_checkpoint = host.save_checkpoint, lambda content, path: saves.append((content, path))
     try:
@@ -28,10 +28,10 @@ def collected() -> Iterator[Saves]:
 
 
 def commit(saves: Saves, folder: str, epoch: int) -> None:
-    """Write an epoch's files beside those in force, then put them in their places, ``latest`` first.
+    """Commit an epoch's files: write them beside the current ones, then rename them, ``latest`` first.
 
-    Until ``latest`` is in its place the epoch has not been, and a resumed run makes it again; from then on
-    :func:`settle` has all that is missing. ``latest`` also tells how much of the log belongs to it.
+    Before ``latest`` is renamed, a resumed run repeats the epoch; after that, :func:`settle` completes the commit.
+    ``latest`` also holds the length of its part of the log.
     """
     saves = sorted(saves, key=lambda save: Path(save[1]).name != _COMMITTED)
     worklog = Path(folder, _WORKLOG)
@@ -44,7 +44,7 @@ def commit(saves: Saves, folder: str, epoch: int) -> None:
 
 
 def settle(folder: str) -> None:
-    """Bring the files of a run that may have been killed to the state that ``latest`` tells, before it goes on."""
+    """Finalize the files of a run that may have been killed: commit or roll back to the epoch of ``latest``."""
     state = load_file(str(Path(folder, _COMMITTED)), key="--resume")
     for path in Path(folder).iterdir():
         staged = re.fullmatch(r"(.+)\.(\d+)\.partial", path.name)
@@ -54,11 +54,11 @@ def settle(folder: str) -> None:
             path.unlink()
     worklog = Path(folder, _WORKLOG)
     if worklog.is_file() and worklog.stat().st_size > state.get(_LOGGED, float("inf")):
-        os.truncate(worklog, state[_LOGGED])  # an epoch that is made again, or the end of a run that goes on
+        os.truncate(worklog, state[_LOGGED])  # an epoch that is repeated, or the end of a run that is extended
 
 
 def in_force(path: Path) -> Path:
-    """Return where the content of a file is: of a run that was killed while it committed an epoch, beside its place."""
+    """Return the path with a file's current content: the staged one if the run was killed during a commit."""
     committed = path.with_name(_COMMITTED)
     staged = list(path.parent.glob(f"{path.name}.*.partial")) if committed.is_file() else []
     if not staged:

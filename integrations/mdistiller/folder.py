@@ -1,4 +1,4 @@
-"""An experiment's folder: found, kept from being overwritten, and resumed only under the settings it was made with."""
+"""An experiment's folder: found, protected from overwriting, and resumed only with the same settings."""
 
 import hashlib
 import os
@@ -14,21 +14,21 @@ from disk_plugin.features import METHODS
 from .runs import CHECKPOINT, SETTINGS, Run, defining, describe, lasts, nearest, read_runs, write_settings
 from .settings import Settings, is_guided
 
-_GIVEN = ("data", "teacher weights", "DISTILLER.WARM_START")  # files, told apart by what is in them
+_GIVEN = ("data", "teacher weights", "DISTILLER.WARM_START")  # files, compared by content
 _CHANGES = "changed_settings.txt"
 
 
 def _not_copied() -> Callable[..., set[str]]:
-    """Of a run that goes on elsewhere: its snapshots of past epochs stay its own."""
+    """Return the ``ignore`` of ``copytree``: snapshots of past epochs are not copied."""
     snapshots = [f"{name}_[0-9]*" for name in ("epoch", "student", *METHODS)]
     return shutil.ignore_patterns(*snapshots, f"{SETTINGS}*")
 
 
 class Folder:
-    """Where an experiment's checkpoints and logs lie: LOG.PREFIX/EXPERIMENT.PROJECT/NAME-HASH.
+    """The folder of an experiment's checkpoints and logs: LOG.PREFIX/EXPERIMENT.PROJECT/NAME-HASH.
 
-    The host puts every option into the folder's name, so that a changed one loses ``--resume``. Here the name is that
-    of the experiment and a short hash of the settings that define it; the settings themselves lie inside.
+    The host puts every option into the folder's name, so that ``--resume`` does not find a changed one. Here the name
+    is the experiment's with a short hash of the settings that define it; the settings themselves are stored inside.
     """
 
     def __init__(self, cfg: CfgNode, settings: Settings) -> None:
@@ -39,10 +39,10 @@ class Folder:
         canonical = yaml.safe_dump(defining(settings), sort_keys=True)
         self.path = self._parent / f"{self._name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
         self._aside = self.path.with_name(f"{self.path.name}.overwritten")
-        self._copied: tuple[Path, tuple[int, int]] | None = None  # from where, and the checkpoint that came from there
+        self._copied: tuple[Path, tuple[int, int]] | None = None  # source folder, stamp of the copied checkpoint
 
     def start(self, *, overwrite: bool) -> None:
-        """Begin a run; what ``overwrite`` is to delete is kept aside until :meth:`settle`.
+        """Start a run; with ``overwrite``, the old one is set aside until :meth:`settle`.
 
         Raises:
             FileExistsError: the folder, or one beside it, holds an earlier run, and ``overwrite`` is not set.
@@ -62,10 +62,10 @@ class Folder:
         write_settings(self.path, self.settings)
 
     def settle(self) -> list[str]:
-        """Finish what was begun: delete the run that was overwritten, undo what has come to no checkpoint.
+        """Finalize (commit or roll back): delete the overwritten run, or undo a start without a checkpoint.
 
         Returns:
-            What the user should know of it.
+            Notes for the user.
         """
         if self._copied is not None:
             original, checkpoint = self._copied
@@ -83,17 +83,17 @@ class Folder:
         return [f"the new run came to no checkpoint: {self.path} holds the earlier one again"]
 
     def resume(self, *, chosen: str | None, allow_changed_settings: bool) -> list[str]:
-        """Turn to the run with these settings or, if changes are allowed, to a copy of the nearest.
+        """Select the run with these settings or, if changes are allowed, a copy of the nearest one.
 
-        ``chosen`` names the one that is meant, by its folder.
+        ``chosen`` selects one by its folder.
 
         Returns:
-            What the user should know of the changes.
+            Notes for the user on the changes.
 
         Raises:
             FileNotFoundError: there is none.
             FileExistsError: an ``--overwrite`` was interrupted here.
-            ValueError: it had other settings, or several are equally near; the message lists them.
+            ValueError: its settings differ, or several are equally near; the message lists them.
         """
         self._finish_overwrite()
         runs = self._runs("--resume", chosen=chosen)
@@ -115,7 +115,7 @@ class Folder:
         return notes + self._new_length(run.settings)
 
     def find(self) -> None:
-        """Turn to the run with these settings, whatever weights and data it was given: for evaluation.
+        """Select the run with these settings, regardless of its weights and data: for evaluation.
 
         Raises:
             FileNotFoundError: there is none.
@@ -129,7 +129,7 @@ class Folder:
         self.path = found[0].path
 
     def _earlier(self) -> Path | None:
-        """Return the folder that a run with these settings has already, if one has."""
+        """Return the folder of an existing run with these settings, or None."""
         if self.path.is_dir() and any(entry.name != SETTINGS for entry in self.path.iterdir()):
             return self.path
         return next((run.path for run in read_runs(self._folders(), self.settings) if run.distance == (0, 0)), None)
@@ -140,11 +140,11 @@ class Folder:
         if not self._aside.exists():
             if earlier is not None:
                 earlier.rename(self._aside)
-        elif self.path.exists():  # of a run that was killed before its first checkpoint
+        elif self.path.exists():  # from a run that was killed before its first checkpoint
             shutil.rmtree(self.path)
 
     def _finish_overwrite(self) -> None:
-        """Delete what an interrupted ``--overwrite`` has replaced; refuse if it was interrupted before it had."""
+        """Finish an interrupted ``--overwrite``: delete the replaced run; raise if nothing has replaced it yet."""
         if not self._aside.exists():
             return
         if not (self.path / CHECKPOINT).is_file():
@@ -155,7 +155,7 @@ class Folder:
         shutil.rmtree(self._aside)
 
     def _changed(self, runs: list[Run], allowed: bool) -> Run:
-        """Return the run to go on with under changed settings."""
+        """Return the run to resume with changed settings."""
         able = [run for run in runs if not any(map(lasts, run.differences))]
         if able and allowed:
             return self._nearest(able)
@@ -171,17 +171,17 @@ class Folder:
 
     def _nearest(self, runs: list[Run]) -> Run:
         found = nearest(runs)
-        if len(found) > 1 and not found[0].differences:  # of two that are the same, that whose name says so
+        if len(found) > 1 and not found[0].differences:  # of two equal ones, the one with the matching name
             found = [run for run in found if run.path == self.path] or found
         if len(found) > 1:
             raise ValueError(f"{describe('--resume', found)}\nName the one that is meant: --from FOLDER")
         return found[0]
 
     def _copy(self, run: Run, notes: list[str]) -> None:
-        """Make this folder a copy of a run's, whole or not at all; the checkpoints are no links, as all may change."""
+        """Copy a run's folder here, atomically; checkpoints are copied, not linked, as both may change."""
         self._make_way()
         partial = self.path.with_name(f"{self.path.name}.copying")
-        shutil.rmtree(partial, ignore_errors=True)  # of a copy that was interrupted
+        shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted copy
         try:
             shutil.copytree(run.path, partial, ignore=_not_copied())
             with (partial / _CHANGES).open("a") as file:
@@ -194,7 +194,7 @@ class Folder:
         self._copied = run.path, _stamp(self.path)
 
     def _make_way(self) -> None:
-        """Delete what a start left here that came to no checkpoint."""
+        """Delete what a start without a checkpoint left here."""
         if (self.path / CHECKPOINT).exists():
             raise FileExistsError(f"{self.path} holds a checkpoint without {SETTINGS}: move it elsewhere first")
         if self.path.exists():
@@ -210,7 +210,7 @@ class Folder:
         ]
 
     def _folders(self, ending: str = "") -> list[Path]:
-        """Return the folders of this name, whatever their hash."""
+        """Return the folders of this name, with any hash."""
         pattern = "".join(f"[{letter}]" if letter in "*?[" else letter for letter in self._name)
         return sorted(self._parent.glob(f"{pattern}-{'[0-9a-f]' * 8}{ending}"))
 
@@ -239,6 +239,6 @@ def _listed(run: Run) -> str:
 
 
 def _stamp(folder: Path) -> tuple[int, int]:
-    """Tell a checkpoint from the one that replaces it."""
+    """Return what distinguishes a checkpoint from the one that replaces it."""
     status = (folder / CHECKPOINT).stat()
     return status.st_ino, status.st_mtime_ns

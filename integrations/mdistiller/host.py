@@ -1,4 +1,4 @@
-"""The host's data, models and weights: pointed elsewhere and checked without changing one of its files."""
+"""The host's data, models and weights: redirected and validated without changing its files."""
 
 import hashlib
 import importlib
@@ -25,10 +25,10 @@ _CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet": 1000}
 
 
 def use_data(cfg: CfgNode, folder: str | None) -> None:
-    """Read the data set from ``folder``; of CIFAR-100 whatever files lie there, official or not.
+    """Read the dataset from ``folder``; CIFAR-100 without the check for the official files.
 
     Raises:
-        FileNotFoundError: the folder does not hold the data set.
+        FileNotFoundError: the folder does not hold the dataset.
     """
     if folder is None:
         return
@@ -49,21 +49,21 @@ def use_data(cfg: CfgNode, folder: str | None) -> None:
 
 
 def fingerprint_data(cfg: CfgNode, folder: str | None) -> str:
-    """Return what tells these data from others, labels included: part of an experiment's settings.
+    """Return a fingerprint of the data, labels included: part of an experiment's settings.
 
-    CIFAR-100's two files are read whole, in less than a second. Of folders of images count the names, which hold the
+    CIFAR-100's two files are hashed whole, in less than a second. For folders of images: the names, which hold the
     labels, and the sizes of two images in each.
     """
     whose = "the host's" if folder is None else ""
     if cfg.DATASET.TYPE == "cifar100":
         if folder is None:
-            return whose  # the host lets no other data pass than the official
+            return whose  # the host accepts only the official data
         files = [Path(folder).expanduser().resolve() / _CIFAR / name for name in ("train", "test")]
         sizes = " and ".join(str(file.stat().st_size) for file in files)
         return f"files of {sizes} bytes, {_digest(file.read_bytes() for file in files)}"
     roots = [Path(_data_module(cfg).data_folder, split) for split in ("train", "val")]
     if not all(root.is_dir() for root in roots):
-        return whose  # which fails in the host
+        return whose  # the host raises for it
     counts = " and ".join(str(len([path for path in root.iterdir() if path.name[0] != "."])) for root in roots)
     return ", ".join([*([whose] if whose else []), f"{counts} folders", _digest(map(_listing, roots))])
 
@@ -80,7 +80,7 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 def _listing(root: Path) -> bytes:
-    """Name every image under ``root``, as the host's ImageFolder finds it, with the sizes of two in each folder."""
+    """Return the name of every image under ``root``, as the host's ImageFolder finds it, and two sizes per folder."""
     lines = []
     for folder, children, files in os.walk(root, followlinks=True):
         children.sort()
@@ -97,10 +97,10 @@ def _need(kind: str, paths: list[Path]) -> None:
 
 
 def models(cfg: CfgNode) -> dict[str, Any]:
-    """Return the host's dictionary of models for the data set.
+    """Return the host's dictionary of models for the dataset.
 
     Raises:
-        ValueError: an unknown data set.
+        ValueError: an unknown dataset.
     """
     known = {
         "cifar100": host_models.cifar_model_dict,
@@ -113,7 +113,7 @@ def models(cfg: CfgNode) -> dict[str, Any]:
 
 
 def build_model(cfg: CfgNode, name: str) -> nn.Module:
-    """Build one of the host's models for the data set, untrained."""
+    """Build one of the host's models for the dataset, untrained."""
     entry = models(cfg)[name]
     if cfg.DATASET.TYPE == "imagenet":
         return entry(pretrained=False)
@@ -121,13 +121,13 @@ def build_model(cfg: CfgNode, name: str) -> nn.Module:
 
 
 def use_teacher(cfg: CfgNode, checkpoint: str | None, scratch: Path, *, trust: bool) -> str:
-    """Check the teacher's weights and give them to the host in the form it reads, in a file under ``scratch``.
+    """Validate the teacher's weights and write them in the host's format, to a file under ``scratch``.
 
     Returns:
-        What tells these weights from others: part of an experiment's settings.
+        A fingerprint of the weights: part of an experiment's settings.
 
     Raises:
-        FileNotFoundError: no checkpoint where the host or the user says.
+        FileNotFoundError: no checkpoint at the host's or the user's path.
         ValueError: it cannot be read, or is another architecture's.
     """
     if cfg.DISTILLER.TYPE == "NONE":
@@ -135,7 +135,7 @@ def use_teacher(cfg: CfgNode, checkpoint: str | None, scratch: Path, *, trust: b
     name, known = cfg.DISTILLER.TEACHER, models(cfg)
     if cfg.DATASET.TYPE == "imagenet":
         if checkpoint is None:
-            return "the host's"  # downloaded by it
+            return "the host's"  # downloaded by the host
         weights = read_checkpoint(checkpoint, key="--teacher-checkpoint", trust=trust)
         teacher = build_model(cfg, name)
         load_weights(teacher, weights, f"--teacher-checkpoint {checkpoint}", f"teacher {name}")
@@ -166,7 +166,7 @@ def use_teacher(cfg: CfgNode, checkpoint: str | None, scratch: Path, *, trust: b
 
 
 def check_warm_start(cfg: CfgNode) -> str:
-    """Check the weights that ``DISTILLER.WARM_START`` names, and return what tells them from others.
+    """Validate the weights of ``DISTILLER.WARM_START`` and return their fingerprint.
 
     Raises:
         FileNotFoundError: no such file.
@@ -182,10 +182,10 @@ def check_warm_start(cfg: CfgNode) -> str:
 
 
 def rehearse(cfg: CfgNode) -> list[str]:
-    """Construct the distiller as the host's script will, so that what it refuses is said before anything is written.
+    """Validate by constructing the distiller as the host's script will, so that errors come before anything is written.
 
     Returns:
-        What the user should know before the run.
+        Notes for the user.
 
     Raises:
         ValueError: a setting out of range, or a pair of models that the method cannot use.

@@ -1,4 +1,4 @@
-"""Earlier runs of an experiment: what each was made with, and how that differs from the settings of now."""
+"""Earlier runs of an experiment: their settings, and how these differ from the current ones."""
 
 import re
 from collections.abc import Iterable
@@ -15,12 +15,12 @@ from .settings import FORM, Settings, default_settings
 SETTINGS = "settings.yaml"
 CHECKPOINT = "latest"
 _MAY_GROW = ("SOLVER.EPOCHS",)
-_MARK = {"recorded": "the whole configuration"}  # earlier versions recorded DISTILLER, SOLVER and the distiller's own
-# what those versions did where there was no such key yet
+_MARK = {"recorded": "the whole configuration"}  # earlier versions: only DISTILLER, SOLVER and the distiller's own
+# what those versions did before these keys existed
 _BEFORE = {"DISK.ALTERNATING.REPLAY": False, FORM: "budget"}
 
 
-# what a checkpoint holds, its shapes depend on or its whole course does: no flag makes a resumed run change it
+# what a checkpoint's content or shapes, or the whole run, depend on: no flag lets a resumed run change it
 _LASTING = re.compile(
     r"DISTILLER\.|DATASET\.|teacher weights|what bounds g$|SOLVER\.(TRAINER|TYPE|SEED)"
     r"|DISK\.(GUIDE\.|STUDENT_TEMPERATURE)|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY(_CAPACITY)?$|STUDENT_PASSES)"
@@ -29,14 +29,14 @@ _LASTING = re.compile(
 
 @dataclass(frozen=True)
 class Run:
-    """An earlier run beside the settings of now.
+    """An earlier run compared with the current settings.
 
     Attributes:
         path: its folder.
-        settings: what it was made with, by dotted key; what it did not record as it is now.
-        differences: a line for each key that defines a run and whose value differs.
+        settings: its settings by dotted key; keys that it did not record have the current value.
+        differences: a line for each defining key whose value differs.
         whole: whether it recorded its whole configuration and the contents of its data.
-        unknown: the keys that it did not record and that are not at their defaults now.
+        unknown: the keys that it did not record and that are not at their defaults.
     """
 
     path: Path
@@ -47,23 +47,23 @@ class Run:
 
     @property
     def distance(self) -> tuple[int, int]:
-        """How many settings differ, and how many may."""
+        """Number of settings that differ, and of those that may."""
         return len(self.differences), len(self.unknown)
 
 
 def defining(settings: Settings) -> Settings:
-    """Return the settings that tell one run from another: all but those that may change from start to start."""
+    """Return the settings that define a run: all but those that may change on resume."""
     return {key: value for key, value in settings.items() if key not in _MAY_GROW}
 
 
 def lasts(key: str) -> bool:
-    """Whether no resumed run may change a setting."""
+    """Return whether a setting can never change on resume."""
     shapes = {f"{name}.{each}".upper() for name, kind in METHODS.items() for each in kind.shape_settings}
     return bool(_LASTING.match(key)) or key.removeprefix("DISK_") in shapes
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
-    """Record the settings of a run, at once or not at all."""
+    """Write the settings of a run, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{SETTINGS}.partial"
     partial.write_text(yaml.safe_dump(settings | _MARK, sort_keys=True))
@@ -71,7 +71,7 @@ def write_settings(folder: Path, settings: Settings) -> None:
 
 
 def read_runs(folders: Iterable[Path], now: Settings, *, ignore: tuple[str, ...] = ()) -> list[Run]:
-    """Read the runs among these folders that have a checkpoint and compare them, but for the keys in ``ignore``.
+    """Read the runs among these folders that have a checkpoint and compare them, except for the keys in ``ignore``.
 
     Raises:
         ValueError: a folder's settings cannot be read.
@@ -97,7 +97,7 @@ def nearest(runs: list[Run]) -> list[Run]:
 
 
 def describe(flag: str, runs: list[Run]) -> str:
-    """Say which runs ``flag`` found, how each differs from the settings of now, and several from each other."""
+    """Describe the runs that ``flag`` found: how each differs from the current settings, and from each other."""
     if len(runs) == 1:
         return "\n".join([f"{flag} found {runs[0].path}, whose settings differ:", *runs[0].differences.values()])
     lines = [f"{flag} found {len(runs)} runs that are equally near:"]
@@ -110,19 +110,19 @@ def describe(flag: str, runs: list[Run]) -> str:
 
 
 def _compare(folder: Path, recorded: Settings, now: Settings, ignore: tuple[str, ...]) -> Run:
-    """Compare what a run recorded; what it did not is no difference, but may be unknown."""
+    """Compare a run's recorded settings; others are not a difference, but may be unknown."""
     defaults = default_settings()
     whole = all(recorded.get(key) == value for key, value in _MARK.items())
     then = {key: value for key, value in recorded.items() if key not in _MARK}
     absent = now.keys() - then.keys()
-    if whole:  # there was no such key: a default leaves the training as it was
+    if whole:  # the key did not exist: its default does not change the training
         then.update({key: defaults[key] for key in absent & defaults.keys()})
         then.setdefault(FORM, _BEFORE[FORM])
         unknown: list[str] = []
     else:
         then.update({key: _BEFORE.get(key, now[key]) for key in absent})
         unknown = [key for key in sorted(absent) if key not in _BEFORE and now[key] != defaults.get(key)]
-        if now["data"].startswith(f"{then['data']},"):  # it recorded sizes alone
+        if now["data"].startswith(f"{then['data']},"):  # only sizes were recorded
             then["data"] = now["data"]
     return Run(folder, then, _differences(then, now, ignore), whole, tuple(unknown))
 

@@ -1,4 +1,4 @@
-"""Random numbers of a seeded run: what it draws depends on the seed and the epoch, not on what came before."""
+"""Seeding: the random numbers of an epoch depend on the seed and the epoch, not on earlier epochs."""
 
 import random
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ import torch
 
 
 def seed_everything(seed: int, epoch: int = 0) -> None:
-    """Seed the process for an epoch counted from 1; 0 is what precedes them all, the initial weights."""
+    """Seed the process for an epoch counted from 1; 0 is for the initial weights."""
     seed_generators(seed, epoch)
-    torch.backends.cudnn.benchmark = False  # it would choose kernels by their time, and so rounding by chance
+    torch.backends.cudnn.benchmark = False  # else kernels, and so rounding, depend on timings
     torch.backends.cudnn.deterministic = True
 
 
 def seed_generators(seed: int, *key: int) -> None:
-    """Seed Python, NumPy and torch; the loader takes its order, and its workers their seeds, from torch's generator.
+    """Seed Python, NumPy and torch; the loader's order and its workers' seeds come from torch's generator.
 
-    Seed and key are mixed: with their sum, an epoch of one seed would be the epoch before it of the next seed.
+    Seed and key are mixed: with a sum, epoch e + 1 of one seed would equal epoch e of the next seed.
     """
     words = np.random.SeedSequence(seed % 2**64, spawn_key=key).generate_state(3, np.uint64)
     random.seed(int(words[0]))
@@ -29,7 +29,7 @@ def seed_generators(seed: int, *key: int) -> None:
 
 @contextmanager
 def apart(number: int) -> Iterator[None]:
-    """Draw other random numbers inside, by a number; outside, go on as if none had been drawn."""
+    """Seed from the current state and ``number`` inside; restore the generators on exit."""
     python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
@@ -40,6 +40,6 @@ def apart(number: int) -> Iterator[None]:
 
 
 def restart_workers(loader: Any) -> None:
-    """Let workers that outlive an epoch be started anew: their generators would go on from the pass before."""
+    """Restart persistent workers, whose generators would continue from the previous pass."""
     if getattr(loader, "persistent_workers", False):
         loader._iterator = None

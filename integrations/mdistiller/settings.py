@@ -1,4 +1,4 @@
-"""The settings of an experiment: the merged configuration, and what of it defines a run."""
+"""The settings of an experiment: the merged configuration, and the part of it that defines a run."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from .distillers import GuidedDistiller
 
 Settings = dict[str, Any]
 FORM = "what bounds g"
-# where a run logs, what it is called, how its data is loaded and tested: nothing of it changes what is trained
+# where a run logs, its name, how its data is loaded and tested: none of it changes the training
 _NOT_DEFINING = {
     "EXPERIMENT.NAME",
     "EXPERIMENT.TAG",
@@ -26,7 +26,7 @@ _NOT_DEFINING = {
 
 
 def merge(path: Path, options: list[str], *, distiller: str | None, seed: int | None) -> CfgNode:
-    """Merge the host's and DiSK's defaults, a YAML file, ``KEY VALUE`` options and the flags, the last winning.
+    """Merge the host's and DiSK's defaults, a YAML file, ``KEY VALUE`` options and the flags; later ones win.
 
     Raises:
         ValueError: an unknown key (with those known), a value of another type, an option without a value.
@@ -40,12 +40,12 @@ def merge(path: Path, options: list[str], *, distiller: str | None, seed: int | 
         for key, value in zip(options[::2], options[1::2], strict=True):
             default = _node(cfg, key.split("."))[0]
             if default == "auto" and is_number(value):
-                value = f"'{value}'"  # yacs refuses a number for a word
+                value = f"'{value}'"  # yacs raises for a number in place of a string
             whole = value.lstrip("+-").isdigit() and isinstance(default, float)
             cfg.merge_from_list([key, f"{value}.0" if whole else value])
     except (KeyError, AssertionError, yaml.YAMLError) as error:
         raise ValueError(f"{error.args[0] if error.args else error}{_known_keys(cfg, str(error))}") from error
-    except TypeError as error:  # a key below one that is no section, or one that is no word
+    except TypeError as error:  # a key below one that is not a section, or one that is not a string
         raise ValueError(f"{key} must name keys of the configuration: {error}") from error
     except ValueError as error:
         raise ValueError(_expected(cfg, str(error))) from error
@@ -59,7 +59,7 @@ def merge(path: Path, options: list[str], *, distiller: str | None, seed: int | 
         cfg.SOLVER.SEED = seed
     if cfg.SOLVER.SEED is not None and not isinstance(cfg.SOLVER.SEED, int):
         raise ValueError(f"SOLVER.SEED must be an int, got {cfg.SOLVER.SEED!r}")
-    if cfg.DISTILLER.TYPE == "CRD":  # its batches hold negative samples, which the other trainers do not take
+    if cfg.DISTILLER.TYPE == "CRD":  # its batches hold negative samples, which the other trainers do not accept
         cfg.SOLVER.TRAINER = {"base": "crd", "dot": "crd_dot"}.get(cfg.SOLVER.TRAINER, cfg.SOLVER.TRAINER)
     named = ("TYPE", "TEACHER", "STUDENT")
     if any(cfg.DISTILLER[key] != of_the_file[key] for key in named) and "EXPERIMENT.TAG" not in options[::2]:
@@ -68,7 +68,7 @@ def merge(path: Path, options: list[str], *, distiller: str | None, seed: int | 
 
 
 def check_names(cfg: CfgNode, models: dict[str, Any]) -> None:
-    """Refuse, listing those known, a name that the host's dictionaries do not have.
+    """Raise ValueError, listing the known names, if the host's dictionaries lack one.
 
     Raises:
         ValueError: an unknown distiller, trainer, teacher or student; a trainer that does not fit the distiller.
@@ -91,10 +91,10 @@ def check_names(cfg: CfgNode, models: dict[str, Any]) -> None:
 
 
 def settings_of(cfg: CfgNode, *, data: str, teacher: str, warm_start: str) -> Settings:
-    """Return by dotted key what makes a run what it is: the whole configuration but for a few keys without effect.
+    """Return what defines a run, by dotted key: the whole configuration except for a few keys without effect.
 
-    Also the sections of other methods count: a method of the user's own may read any of them. ``data``, ``teacher`` and
-    ``warm_start`` tell data and weights apart, wherever they lie.
+    Sections of other methods are included: a user's own method may read any of them. ``data``, ``teacher`` and
+    ``warm_start`` are fingerprints of data and weights, independent of their paths.
     """
     return {
         **{
@@ -110,7 +110,7 @@ def settings_of(cfg: CfgNode, *, data: str, teacher: str, warm_start: str) -> Se
 
 
 def follows_discount(cfg: CfgNode) -> bool:
-    """Say whether the loss holds a discount: neither it nor its schedule is asked for a budget."""
+    """Return whether the loss has a discount: no setting of it or of its schedule asks for a budget."""
     disk, dual = cfg.DISK, cfg.DISK.DUAL
     asked = (disk.BUDGET, dual.MULTIPLIER, dual.PERIOD, dual.BUDGET, dual.BUDGET_PERIOD)
     return disk.DISCOUNT is not None and all(value is None for value in asked) and dual.RULE == "cosine"
@@ -122,7 +122,7 @@ def default_settings() -> Settings:
 
 
 def is_guided(cfg: CfgNode) -> bool:
-    """Say whether the distiller has a guide, and so a multiplier and a budget."""
+    """Return whether the distiller has a guide, and so a multiplier and a budget."""
     return _is_guided(distiller_dict[cfg.DISTILLER.TYPE])
 
 
@@ -131,7 +131,7 @@ def _is_guided(kind: Any) -> bool:
 
 
 def dump(cfg: CfgNode, name: str, path: Path) -> None:
-    """Write the merged configuration for the host, whose own naming then gives the folder ``name``."""
+    """Write the merged configuration for the host, so that its naming yields the folder ``name``."""
     cfg = cfg.clone()
     cfg.EXPERIMENT.NAME = name
     path.write_text(cfg.dump())
@@ -148,7 +148,7 @@ def _flat(prefix: str, node: CfgNode) -> Settings:
 
 
 def _plain(value: Any) -> Any:
-    """Turn tuples into lists, which a YAML file gives back as they were."""
+    """Convert tuples to lists, which a YAML file restores."""
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -160,7 +160,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _with_floats(content: dict[str, Any], defaults: CfgNode) -> dict[str, Any]:
-    """Turn whole numbers into floats where the default is one, and numbers into words: yacs refuses 1 for 1.0."""
+    """Convert integers to floats if the default is one, and numbers to strings likewise: yacs raises on 1 for 1.0."""
     converted = {}
     for key, value in content.items():
         default = defaults.get(key)
@@ -176,7 +176,7 @@ def _with_floats(content: dict[str, Any], defaults: CfgNode) -> dict[str, Any]:
 
 
 def _node(cfg: CfgNode, names: list[str]) -> tuple[Any, list[str]]:
-    """Follow dotted names as far as they exist; return what is there and the names followed."""
+    """Follow dotted names as far as they exist; return the node and the names followed."""
     followed: list[str] = []
     node: Any = cfg
     for name in names:
@@ -188,7 +188,7 @@ def _node(cfg: CfgNode, names: list[str]) -> tuple[Any, list[str]]:
 
 
 def _expected(cfg: CfgNode, message: str) -> str:
-    """Say, of a value whose type yacs refuses, which was expected, what came, and how to write what may be meant."""
+    """Return the message for a value of a wrong type: what was expected, what came, and how to write it."""
     found = re.search(r"with values \(.*\) for config key: (\S+)$", message, re.DOTALL)
     if found is None:
         return message

@@ -1,4 +1,4 @@
-"""How often the teacher is right, in distillers without a guide, which do not tell."""
+"""The teacher's accuracy in distillers without a guide, which do not report it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +10,16 @@ from disk_plugin.functional import DiSKTerms
 
 
 class TeacherWatch:
-    """Reads the teacher's predictions as a distiller makes them, on however many replicas; it changes nothing.
+    """Reads the teacher's predictions during training by hooks, on any number of replicas.
 
     Args:
         distiller: the host's ``DataParallel`` around a distiller with a ``teacher``.
-        tell: called after each training step with terms of which only the accuracies mean something, and the classes.
+        tell: called after each training step with terms of which only the accuracies are valid, and the classes.
     """
 
     def __init__(self, distiller: Any, tell: Callable[[DiSKTerms, int], None]) -> None:
         self.tell = tell
-        self._predicted: list[Tensor] = []  # of each replica, in the order they came
+        self._predicted: list[Tensor] = []  # one per replica, in order of arrival
         distiller.module.teacher.register_forward_hook(self._keep)
         distiller.register_forward_pre_hook(lambda *_: self._predicted.clear())
         distiller.register_forward_hook(self._compare, with_kwargs=True)
@@ -29,9 +29,9 @@ class TeacherWatch:
 
     @torch.no_grad()
     def _compare(self, distiller: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Compare with the labels; not where a method shows the teacher other images than one per label."""
+        """Compare with the labels, unless a method gives the teacher other images than one per label."""
         target = kwargs.get("target")
-        # DataParallel hands the shares of a batch out in the order of its devices
+        # DataParallel scatters a batch in the order of its devices
         shares = sorted(self._predicted, key=lambda share: -1 if share.device.index is None else share.device.index)
         if not distiller.training or target is None or sum(map(len, shares)) != len(target):
             return
