@@ -30,7 +30,7 @@ def explained(kind: type[Method], setting: str) -> str:
 def import_methods(modules: Iterable[str], known: Mapping[str, type[Method]], *, flag: str) -> dict[str, type[Method]]:
     """Import modules of the user's own and return the methods that they define, by the class's name in lower case.
 
-    A module may also add models or data sets to the host's tables, or define no method at all.
+    A module may also add models or datasets to the host's tables, or define no method at all.
 
     Args:
         modules: dotted names.

@@ -102,7 +102,7 @@ def build_dual(cfg: CfgNode, loss: DiSKLoss, epochs_per_iteration: int) -> DualS
 
 
 def check_passes(cfg: CfgNode) -> None:
-    """Refuse numbers of passes that are none.
+    """Validate the numbers of passes.
 
     Raises:
         ValueError: too few.

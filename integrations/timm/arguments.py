@@ -47,7 +47,7 @@ def check_modes(
     input_size: Sequence[int] | None,
     loss: Mapping[str, Any],
 ) -> None:
-    """Refuse what contradicts itself.
+    """Validate that the arguments go together.
 
     Raises:
         ValueError: an unknown mode, or settings of a part that is not there.
@@ -70,7 +70,7 @@ def check_modes(
 
 
 def check_criterion(criterion: nn.Module | None) -> None:
-    """Refuse criteria that do not go with a student that is one distribution over classes.
+    """Validate that the criterion goes with a student that is one distribution over classes.
 
     Raises:
         ValueError: a criterion with a sigmoid per class, or over several views of an image.
@@ -88,7 +88,7 @@ def check_criterion(criterion: nn.Module | None) -> None:
 
 
 def check_student(student: nn.Module) -> None:
-    """Refuse a student that timm knows nothing of, or that makes two predictions.
+    """Validate that the student is a timm model with one prediction.
 
     Raises:
         ValueError: no timm model; a distillation head that is set to predict apart, while inference uses the mean.

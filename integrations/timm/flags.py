@@ -113,7 +113,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         flag(argument.replace("_", "-"), f"alternating: {text}", of(Recipe, argument), **how)
 
     add_methods(flag)
-    imported = "import modules of your own, whose methods, models and data sets then have names"
+    imported = "import modules of your own, whose methods, models and datasets then have names"
     flag("import", imported, [], nargs="+", action="extend", metavar="MODULE")
     checkpoint = "the teacher's weights, in place of timm's pretrained ones"
     flag("teacher-checkpoint", checkpoint, None, metavar="FILE")
@@ -132,7 +132,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what can be told before the data is looked for; a ``-c`` file sets values that no parser has seen.
+    """Validate the flags before the data is looked for; a ``-c`` file sets values that no parser has seen.
 
     Raises:
         ValueError: unknown names, values out of range, flags of the host that do not go with DiSK.
@@ -171,7 +171,7 @@ def _check_types(args: argparse.Namespace) -> None:
 
 
 def _check_unused(args: argparse.Namespace) -> None:
-    """Refuse settings of a part that is switched off: they would change nothing."""
+    """Raise ValueError for settings of a part that is switched off: they would change nothing."""
     off = {
         "--disk-mode alternating": [] if args.disk_mode == "alternating" else list(_ALTERNATING),
         "--disk-replay": [] if args.disk_replay else ["replay_capacity", "replay_batch_size"],

@@ -66,7 +66,7 @@ def _tell(before: Mapping[str, Any], args: argparse.Namespace, optimizer: Optimi
 def _check_optimizer(
     optimizer: Optimizer, state: Mapping[str, Any], before: Mapping[str, Any], args: argparse.Namespace
 ) -> None:
-    """Refuse a state that torch would load and fail on in the first step, or refuse without a reason."""
+    """Raise ValueError for a state that torch would load and fail on in the first step, or refuse without a reason."""
     other = _changed(before, args, ["opt"])
     if other:
         was, now = other["opt"]

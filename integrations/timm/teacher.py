@@ -16,7 +16,7 @@ TeacherOutputs = tuple[Tensor, Tensor | None, Tensor | None]  # logits (N, C), p
 
 
 def check_classes(teacher: nn.Module, student: nn.Module, *, by_name: bool) -> None:
-    """Refuse a teacher that does not tell the student's classes apart.
+    """Validate that the teacher has the student's classes.
 
     ``by_name``: timm built it from a name, with the student's number of classes; where the pretrained weights have
     another one, timm leaves the new head at random values and says nothing.
