@@ -182,7 +182,7 @@ def guided_feature_terms(
         teacher_logits: before softmax.
         target: class indices or probabilities.
         teacher_features: what the guide reads beside the logits, or None.
-        feature_error: squared distance per sample, already a mean over its elements; half precision is upcast to float32.
+        feature_error: squared distance per sample, a mean over its elements; half precision is upcast to float32.
         weight: which w, see :func:`feature_weights`.
         feature_weight: beta, >= 0.
         logit_loss: add ce_weight CE + distill_weight L_dist of ``student_logits`` to the student's loss.
