@@ -240,6 +240,38 @@ def test_simkd_trains_and_saves_what_predicts(script, folder):
     assert {key.split(".")[0] for key in keys} == {"student", "simkd"}
 
 
+def test_a_method_of_the_users_own_trains_and_leaves_the_student_bare(script, folder):
+    page = (Path(__file__).parents[1] / "docs" / "write_a_method.md").read_text()
+    (source,) = re.findall(r"```python\n# my_methods\.py\n(.*?)```", page, re.DOTALL)
+    (folder / "my_methods.py").write_text(source)
+    words = ["--disk-method", "hints", "--disk-feature-weight", "one_minus_discount", "--no-disk-hints-bias"]
+    output = launch(script, folder, "--experiment", "hints", "--disk-import", "my_methods", *words)
+    assert re.search(r"DiSK: 1 multiplier: .*feature: \d", output)
+    saved = checkpoint(folder, "hints")
+    assert "simkd" not in str(saved["state_dict"].keys())
+    assert saved["task_state"]["method"].keys() == {"regressor.weight"}
+    for text in ("disk_import: my_methods\n", "disk_import: [my_methods]\n", "disk_import:\n  - my_methods\n"):
+        (folder / "own.yaml").write_text(text + "disk_method: hints\n")
+        launch(script, folder, "--experiment", f"yaml{len(text)}", "-c", folder / "own.yaml", "--epochs", 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--disk-import", "nothing_there"],
+            "--disk-import must name a module that can be imported, got nothing_there",
+        ),
+        (["--disk-method", "dkd", "--disk-feature-matching", "simkd"], r"are one setting, got \['dkd', 'simkd'\]"),
+        (["--disk-dkd-beta", 2.0], "disk_dkd_beta 2.0 changes nothing without --disk-method dkd"),
+        (["--disk-feature-weight", "guide"], "disk_feature_weight guide changes nothing without --disk-method"),
+        (["--disk-method", "dkd", "--disk-dkd-temperature", 0.0], "temperature must be > 0, got 0.0"),
+    ],
+)
+def test_methods_that_cannot_be_end_with_what_was_expected(words, message, folder):
+    assert re.search(message, launch(str(STANDIN), folder, *words, ends=1))
+
+
 def test_a_local_teacher_and_a_yaml_file_work_and_a_checkpoint_without_a_guide_needs_leave(script, folder):
     config = folder / "config.yaml"
     config.write_text("disk_top_k: 2\ndisk_multiplier: [1.0, 1.0]\n")

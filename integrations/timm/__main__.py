@@ -1,7 +1,6 @@
 """``python -m disk_plugin.integrations.timm path/to/train.py ...``: timm's own training script, with DiSK in it."""
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -65,9 +64,19 @@ def _imports(argv: list[str]) -> list[str]:
     parser.add_argument("-c", "--config", default="")
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     path = next((path for path in (Path(known.config), _CONFIGS / known.config) if path.is_file()), None)
-    named = [] if path is None else re.findall(r"^disk_import:\s*\[(.*)\]", path.read_text(), re.M)
-    listed = [name.strip(" '\"") for name in named[0].split(",")] if named else []
-    return [*known.disk_import, *listed]
+    return [*known.disk_import, *([] if path is None else _imports_in(path))]
+
+
+def _imports_in(path: Path) -> list[str]:
+    """Return the modules that a ``-c`` file names; what else is wrong with it the script itself will say."""
+    import yaml  # which train.py reads its files with
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        return []
+    named = content.get("disk_import") if isinstance(content, dict) else None
+    return [named] if isinstance(named, str) else list(named or [])
 
 
 def _shipped_configs(argv: list[str]) -> list[str]:
