@@ -42,7 +42,7 @@ class EpochReport:
         disk = terms.disk if isinstance(terms, GuidedTerms) else terms
         if not disk.guide.ndim:
             raise ValueError('terms must be evaluated with reduction="none", one value per sample, got scalars')
-        self._guided = isinstance(terms, GuidedTerms)
+        self._guided = isinstance(terms, GuidedTerms) and terms.has_method
         right, wrong = disk.correct, disk.counted - disk.correct
         columns = [disk.counted, right, disk.teacher_correct, terms.logged_loss]
         columns += [disk.ce, disk.distill, disk.divergence, disk.usage]

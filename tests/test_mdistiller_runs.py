@@ -433,3 +433,38 @@ def test_each_run_of_a_sweep_that_was_interrupted_goes_on_with_its_own(host, mon
     assert {folder.name for folder in folders(host)} == set(names)
     for folder in folders(host, "whole"):
         assert_same(load(host.folder / "out" / folder.parent.name / folder.name / "latest"), load(folder / "latest"))
+
+
+def test_a_run_of_an_earlier_version_or_with_an_import_that_it_did_not_use_is_resumed_and_evaluated(host):
+    folder = launch(host, distiller="DISK_SIMKD", epochs=1)
+    settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    earlier = {"DISK_SIMKD.GUIDE_LOGITS": None, "HINTS.BIAS": True, "DISK_HINTS.WEIGHT": "guide"}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings | earlier))
+    launch(host, "--evaluate", "best", distiller="DISK_SIMKD", find=False)
+    assert load(launch(host, "--resume", distiller="DISK_SIMKD", epochs=2) / "latest")["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["DISK_DKD.WEIGHT", "half"], "weight must be one of"),
+        (["DISK_DKD.LOSS_WEIGHT", "-1.0"], "DISK_DKD.LOSS_WEIGHT must be >= 0, got -1.0"),
+        (["DISK_DKD.BETA", "-1.0"], "beta must be >= 0, got -1.0"),
+    ],
+)
+def test_settings_of_a_method_that_cannot_be_are_told_before_a_folder_is_made(host, words, message):
+    assert message in refused(host, *words, distiller="DISK_DKD")
+    assert not (host.folder / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "message"), [("KD", "as the host has a KD"), ("Teacher", "rename it")])
+def test_a_method_of_the_users_own_takes_no_name_that_is_there(host, tmp_path, monkeypatch, name, message):
+    source = f"from disk_plugin.features import Method\nclass {name}(Method): pass\n"
+    (tmp_path / f"takes_{name.lower()}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert message in refused(host, "--import", f"takes_{name.lower()}")
+
+
+def test_disk_alone_logs_nothing_of_a_method(host):
+    assert "feature" not in (launch(host) / "worklog.txt").read_text()
+    assert "feature" in (launch(host, distiller="DISK_DKD", out="dkd") / "worklog.txt").read_text()

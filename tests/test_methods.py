@@ -236,7 +236,7 @@ def test_modules_that_cannot_be_imported_or_take_a_name_are_refused(tmp_path, mo
     module = types.ModuleType("takes_a_name")
     exec("from disk_plugin.features import Method\nclass DKD(Method): pass", vars(module))
     monkeypatch.setitem(sys.modules, "takes_a_name", module)
-    with pytest.raises(ValueError, match="--import takes_a_name defines DKD, but a method dkd is there already"):
+    with pytest.raises(ValueError, match="--import takes_a_name defines DKD, but dkd is there already: rename"):
         import_methods(["takes_a_name"], METHODS, flag="--import")
     monkeypatch.setitem(sys.modules, "defines_none", types.ModuleType("defines_none"))
     assert import_methods(["defines_none"], METHODS, flag="--import") == {}

@@ -8,14 +8,17 @@ from typing import Any
 
 from .method import Method
 
+# what the parts of a run are called, in flags, keys and checkpoints
+_RESERVED = {"disk", "distiller", "guide", "method", "none", "student", "teacher"}
+
 
 def settings_of(kind: type) -> dict[str, Any]:
-    """Return the default of each setting: the keyword-only arguments of ``__init__`` that have one."""
+    """Return the default of each setting: the keyword-only arguments of ``__init__`` that a flag can hold."""
     parameters = inspect.signature(kind).parameters.values()
     return {
         each.name: each.default
         for each in parameters
-        if each.kind is each.KEYWORD_ONLY and each.default is not each.empty
+        if each.kind is each.KEYWORD_ONLY and isinstance(each.default, bool | int | float | str)
     }
 
 
@@ -52,7 +55,9 @@ def import_methods(modules: Iterable[str], known: Mapping[str, type[Method]], *,
             if not own or inspect.isabstract(value):
                 continue
             key = value.__name__.lower()
-            if known.get(key, value) is not value:
-                raise ValueError(f"{flag} {name} defines {value.__name__}, but a method {key} is there already")
+            if known.get(key, value) is not value or key in _RESERVED:
+                raise ValueError(
+                    f"{flag} {name} defines {value.__name__}, but {key} is there already: rename the class"
+                )
             found[key] = value
     return found

@@ -28,12 +28,17 @@ class GuidedTerms(NamedTuple):
     logged_loss: Tensor  # the student's loss with DiSK's logged_loss, >= 0 where the method's is: what to log
     disk: DiSKTerms  # of the student's prediction
 
+    @property
+    def has_method(self) -> bool:
+        """Whether a method was weighed, or these are DiSK's terms alone; of terms per sample."""
+        return self.student_loss is not self.disk.student_loss
+
     def mean(self) -> "GuidedTerms":
         """Return what ``reduction="mean"`` gives: sums over the samples by the number of those that count."""
         if not self.loss.ndim:
             return self
         total, disk = self.disk.counted.sum().clamp(min=1), self.disk.mean()
-        if self.student_loss is self.disk.student_loss:  # DiSK alone: its own mean, to the last bit
+        if not self.has_method:  # DiSK's own mean, to the last bit
             carried = disk.loss, disk.student_loss, disk.guide_loss
             return GuidedTerms(*carried, self.feature.sum() / total, disk.logged_loss, disk)
         loss, student_loss, guide_loss, feature, logged = (value.sum() / total for value in self[:5])

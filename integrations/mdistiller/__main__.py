@@ -127,7 +127,12 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
     if not args.resume and (args.allow_changed_settings or args.chosen is not None):
         raise ValueError("--allow-changed-settings and --from say how to go on with a run: give --resume too")
     root = checkout.open_checkout(args.host)
-    METHODS.update(import_methods(args.imports, METHODS, flag="--import"))
+    imported = import_methods(args.imports, METHODS, flag="--import")
+    if imported:
+        from .config import check_imported
+
+        check_imported({name: kind for name, kind in imported.items() if name not in METHODS})
+    METHODS.update(imported)
     register()
     from . import host, settings
     from .folder import Folder

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from mdistiller.distillers import distiller_dict
 from mdistiller.engine.cfg import CFG
 from yacs.config import CfgNode
 
-from disk_plugin import DiSKLoss, DualScheduler, GuideHead
+from disk_plugin import DiSKLoss, DualScheduler, GuideHead, _checks
 from disk_plugin._watch import low_multiplier_unwarned
 from disk_plugin.features import METHODS, Guided, Method
 from disk_plugin.features.launching import settings_of
@@ -70,14 +71,38 @@ def method_settings(cfg: CfgNode, section: str, kind: type[Method]) -> dict[str,
 
 
 def ce_weight(cfg: CfgNode, section: str, kind: type[Method]) -> float:
-    """Return the weight of the cross-entropy that is added to a method without one."""
-    return 0.0 if "ce_weight" in settings_of(kind) else float(cfg[section].get("CE_WEIGHT", 0.0))
+    """Return the weight of the cross-entropy added to a method without one; ValueError if it is negative."""
+    weight = 0.0 if "ce_weight" in settings_of(kind) else float(cfg[section].get("CE_WEIGHT", 0.0))
+    _checks.number(f"{section}.CE_WEIGHT", weight, at_least=0)
+    return weight
+
+
+def loss_weight(cfg: CfgNode, section: str, kind: type[Method]) -> float:
+    """Return the weight of a method's losses.
+
+    Raises:
+        ValueError: it is negative.
+    """
+    key = kind.weight_name.upper()
+    _checks.number(f"{section}.{key}", cfg[section][key], at_least=0)
+    return float(cfg[section][key])
 
 
 def weighing(cfg: CfgNode, section: str, kind: type[Method]) -> dict[str, Any]:
     """Return the keywords of ``Guided`` out of a method's guided section."""
     node = cfg[section]
-    return {"weight": node.WEIGHT, "method_weight": node[kind.weight_name.upper()], "logit_loss": node.LOGIT_LOSS}
+    return {"weight": node.WEIGHT, "method_weight": loss_weight(cfg, section, kind), "logit_loss": node.LOGIT_LOSS}
+
+
+def check_imported(methods: dict[str, type[Method]]) -> None:
+    """Validate that methods of the user's own take no name of the host's.
+
+    Raises:
+        ValueError: one does.
+    """
+    for name, kind in methods.items():
+        if name.upper() in CFG or name.upper() in distiller_dict:
+            raise ValueError(f"--import: rename {kind.__name__}, as the host has a {name.upper()} already")
 
 
 def build_loss(cfg: CfgNode, num_classes: int, feature_dim: int) -> DiSKLoss:

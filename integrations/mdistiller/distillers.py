@@ -57,6 +57,7 @@ class GuidedDistiller(Distiller):
         self.stateful: dict[str, DualScheduler | torch.optim.Optimizer | GuideReplay] = {"dual": self.dual}
         if method is not None:
             self.add_module(str(self.method_name), method)
+            Guided(self.disk, method, **self._weighing)  # validated here, before anything is written
 
     def _built(self, name: str, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> Method:
         kind, section = METHODS[name], f"DISK_{name.upper()}"

@@ -27,7 +27,7 @@ class MethodDistiller(Distiller):
         kind, section = METHODS[self.method_name], self.method_name.upper()
         method, self.teacher_map = build_method(kind, student, teacher, cfg, config.method_settings(cfg, section, kind))
         self.add_module(self.method_name, method)
-        self.loss_weight = cfg[section][kind.weight_name.upper()]
+        self.loss_weight = config.loss_weight(cfg, section, kind)
         self.ce_weight = config.ce_weight(cfg, section, kind)
 
     @property

@@ -16,6 +16,7 @@ SETTINGS = "settings.yaml"
 CHECKPOINT = "latest"
 _MAY_GROW = ("SOLVER.EPOCHS",)
 _MARK = {"recorded": "the whole configuration"}  # earlier versions: only DISTILLER, SOLVER and the distiller's own
+_GONE = ".GUIDE_LOGITS"  # a key of earlier versions without effect
 # what those versions did before these keys existed
 _BEFORE = {"DISK.ALTERNATING.REPLAY": False, FORM: "budget"}
 
@@ -113,7 +114,13 @@ def _compare(folder: Path, recorded: Settings, now: Settings, ignore: tuple[str,
     """Compare a run's recorded settings; others are not a difference, but may be unknown."""
     defaults = default_settings()
     whole = all(recorded.get(key) == value for key, value in _MARK.items())
-    then = {key: value for key, value in recorded.items() if key not in _MARK}
+    sections = {key.split(".")[0] for key in now}
+    then = {
+        key: value
+        for key, value in recorded.items()
+        # a section that does not exist now is that of a method that was imported then, and not the one trained
+        if key not in _MARK and not key.endswith(_GONE) and key.split(".")[0] in sections
+    }
     absent = now.keys() - then.keys()
     if whole:  # the key did not exist: its default does not change the training
         then.update({key: defaults[key] for key in absent & defaults.keys()})
