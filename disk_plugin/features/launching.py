@@ -56,8 +56,6 @@ def import_methods(modules: Iterable[str], known: Mapping[str, type[Method]], *,
                 continue
             key = value.__name__.lower()
             if known.get(key, value) is not value or key in _RESERVED:
-                raise ValueError(
-                    f"{flag} {name} defines {value.__name__}, but {key} is there already: rename the class"
-                )
+                raise ValueError(f"{flag} {name} defines {value.__name__}, but {key} is there already: rename it")
             found[key] = value
     return found
