@@ -376,6 +376,17 @@ def test_alternation_leaves_the_guide_alone_in_the_students_step_and_the_student
     assert all(map(torch.equal, moved, run.training.disk.guide.state_dict().values()))
 
 
+def test_guide_passes_leave_the_methods_statistics_and_mode_as_they_were():
+    run = Run(SimKD, "alternating")
+    run.training.begin_epoch(0)
+    method = run.training.guided.method
+    before = [value.clone() for value in method.state_dict().values()]
+    run.training.run_guide_passes(run.loader, run.show)
+    assert all(map(torch.equal, before, method.state_dict().values()))
+    assert method.projector.training
+    assert not method.classifier.training
+
+
 def test_guide_passes_put_the_random_numbers_back():
     run = Run(None, "alternating")
     run.training.begin_epoch(0)

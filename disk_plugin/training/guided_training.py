@@ -1,11 +1,13 @@
 """One run of guided training as a host drives it: losses, guide passes, the end of an epoch, the state."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._modes import in_mode
 from ..distributed import mean_over_processes, share_student_temperature
 from ..epoch_report import EpochReport
 from ..features.guided import Guided, GuidedTerms
@@ -147,17 +149,18 @@ class GuidedTraining:
         """
         if self.guide_passes is None:
             return 0
+        method = self.guided.method
 
         def guide_loss(batch: Any) -> Tensor:
             with torch.no_grad():
                 student, teacher, target = show(batch)
                 student, teacher = to_outputs(student), to_outputs(teacher)
-                method = self.guided.method
                 logits = student.logits if method is None else method.predict(student)
             features = self.guided.features_of(teacher)
             return self.disk.terms(logits, teacher.logits, target, features).guide_loss
 
-        return self.guide_passes.run(self.schedule.epoch, repeated(loader), guide_loss)
+        with nullcontext() if method is None else in_mode(method, training=False):
+            return self.guide_passes.run(self.schedule.epoch, repeated(loader), guide_loss)
 
     def end_epoch(self) -> dict[str, float]:
         """Step the schedule; return what was in force and the means over the samples of all processes."""

@@ -1,7 +1,7 @@
 """The host's trainers, and Algorithm 1 as one more: ``SOLVER.TRAINER disk``."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mdistiller.engine import trainer as host
@@ -42,20 +42,19 @@ class DISKTrainer(CompleteTrainer):
         """Return the epoch of guided training, with Algorithm 1's passes; their state travels with the module's."""
         recipe, seed = config.build_recipe(self.cfg), self.cfg.SOLVER.SEED or 0
         own = {"recipe": recipe, "guide_optimizer": self.guide_optimizer, "guide_rate": self._guide_rate, "seed": seed}
-        core_ = super().guided_training(module, **own, **core)
-        replay = self._passes_of(core_).replay
-        if replay is None:
+        training = super().guided_training(module, **own, **core)
+        self.passes = cast(GuidePasses, training.guide_passes)
+        if self.passes.replay is None:
             module.stateful["guide_optimizer"] = self.guide_optimizer
         else:  # which holds the optimizer
-            module.stateful["replay"] = replay
-        return core_
+            module.stateful["replay"] = self.passes.replay
+        return training
 
     def before_epoch(self, epoch: int) -> None:
         """Run the guide's passes where an outer iteration of Algorithm 1 begins."""
-        passes, module = self._passes_of(self.core), self.distiller.module
-        passes.set_rate(epoch - 1)
-        module.set_epoch(epoch)  # the multiplier of the student's passes to come
-        made = passes.run(epoch - 1, self._bars(epoch), self._guide_loss(epoch), fresh=epoch == 1)
+        self.passes.set_rate(epoch - 1)
+        self.distiller.module.set_epoch(epoch)  # the multiplier of the student's passes to come
+        made = self.passes.run(epoch - 1, self._bars(epoch), self._guide_loss(epoch), fresh=epoch == 1)
         self.guide_turn = False
         if made:
             restart_workers(self.train_loader)
@@ -68,15 +67,9 @@ class DISKTrainer(CompleteTrainer):
         After the last epoch there is none to come, and the record is saved for a run that goes on to more epochs.
         """
         super().log(lr, epoch, log_dict)
-        passes = self._passes_of(self.core)
-        if passes.recipe.ends_iteration(epoch - 1) and epoch < self.cfg.SOLVER.EPOCHS:
+        if self.passes.recipe.ends_iteration(epoch - 1) and epoch < self.cfg.SOLVER.EPOCHS:
             self.distiller.module.set_epoch(epoch + 1)
-            passes.run_replay(epoch)
-
-    def _passes_of(self, core: GuidedTraining | None) -> GuidePasses:
-        passes: Any = core.guide_passes if core is not None else None
-        made: GuidePasses = passes
-        return made
+            self.passes.run_replay(epoch)
 
     def _guide_rate(self, epoch: int) -> float:
         """Let the guide's rate decay by the factor of the student's, whose own optimizer stays as it is."""
