@@ -7,13 +7,41 @@ from torch import Tensor
 
 from . import _checks
 from ._state import write
-from ._watch import warn_if_unheard
+from ._watch import warn_if_swapped, warn_if_unheard
 from .epoch_statistics import count_batch, is_finite
 from .functional import DiSKTerms, student_temperature_step
+from .functional.objective import evaluate
 from .level import DiscountLevel
 
 if TYPE_CHECKING:
     from .loss import DiSKLoss
+
+
+def evaluate_batch(
+    disk: "DiSKLoss",
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    own_logits: Tensor,
+    sample_weight: Tensor | None,
+    *,
+    per_position: bool = False,
+    counted: bool,
+) -> DiSKTerms:
+    """Evaluate the terms under the guide's own logits; a batch that is ``counted`` updates the loss's buffers.
+
+    One that is not is a part of a batch that is counted as a whole later: it is averaged over no rank, either.
+    """
+    guide_logits = disk.level.place(own_logits) if disk.level else own_logits
+    if counted and disk.fit_student_temperature:
+        step_student_temperature(disk, student_logits, teacher_logits, target)
+    settings = disk._settings() if counted else disk._settings()._replace(reduce_mean=None)
+    inputs = student_logits, teacher_logits, target, guide_logits
+    terms = evaluate(*inputs, settings, sample_weight, per_position=per_position)
+    if counted:
+        warn_if_swapped(disk, student_logits, teacher_logits)
+        observe(disk, terms, guide_logits, own_logits, target)
+    return terms
 
 
 @torch.no_grad()

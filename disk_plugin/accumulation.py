@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _checks
+from ._modes import without_autocast
+from ._training_batch import evaluate_batch
 from ._watch import warn_if_swapped
 from .functional import DiSKTerms
 from .loss import DiSKLoss
@@ -65,16 +68,13 @@ class AccumulatedBatch:
         That is 1 / number of micro-batches if they have equal size and nothing is ignored, else ``(target !=
         ignore_index).sum()`` of the micro-batch over that of the batch.
         """
+        _checks.logits(student_logits, teacher_logits)
         warn_if_swapped(self.disk, student_logits, teacher_logits)
         with torch.no_grad():
             guide_logits = self.disk.guide_logits(teacher_logits, teacher_features, target=target)
-        training, self.disk.training = self.disk.training, False  # the full batch is counted, and reduced, in terms
-        try:
-            terms = self.disk.terms(
-                student_logits, teacher_logits, target, guide_logits=guide_logits, sample_weight=sample_weight
-            )
-        finally:
-            self.disk.training = training
+        with without_autocast(student_logits):
+            inputs = student_logits, teacher_logits, target, guide_logits, sample_weight
+            terms = evaluate_batch(self.disk, *inputs, counted=False)  # the full batch is, and is reduced, in terms
         self._keep(
             student_logits=student_logits,
             teacher_logits=teacher_logits,

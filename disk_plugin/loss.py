@@ -10,13 +10,11 @@ from . import _checks
 from ._form import resolve_form, rest_of, settings_of
 from ._modes import without_autocast
 from ._state import moving
-from ._training_batch import observe, step_student_temperature
-from ._watch import warn_if_swapped
+from ._training_batch import evaluate_batch
 from .epoch_statistics import NOTHING_SEEN, EpochStatistics, no_statistics, upgraded
 from .functional import DiSKTerms
 from .functional._positions import REDUCTIONS, Reduction, guide_input
 from .functional._settings import Settings
-from .functional.objective import evaluate
 from .variants import Variant, resolve_variant
 
 
@@ -180,15 +178,8 @@ class DiSKLoss(nn.Module):
         if guide_logits is None:
             guide_logits = self.guide_logits(teacher_logits, teacher_features, target=target)
         with without_autocast(student_logits):
-            own_logits, guide_logits = guide_logits, self.level.place(guide_logits) if self.level else guide_logits
-            if self.training and self.fit_student_temperature:
-                step_student_temperature(self, student_logits, teacher_logits, target)
-            settings = self._settings() if self.training else self._settings()._replace(reduce_mean=None)
-            inputs = student_logits, teacher_logits, target, guide_logits
-            terms = evaluate(*inputs, settings, sample_weight, per_position=reduction != "mean")
-            if self.training:
-                warn_if_swapped(self, student_logits, teacher_logits)
-                observe(self, terms, guide_logits, own_logits, target)
+            inputs = student_logits, teacher_logits, target, guide_logits, sample_weight
+            terms = evaluate_batch(self, *inputs, per_position=reduction != "mean", counted=self.training)
         return terms.sum() if reduction == "sum" else terms
 
     def guide_logits(

@@ -406,7 +406,6 @@ def at_sample_six(value):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"mode": "sparse"}, ValueError, "'sparse' .* not implemented, and would not equal the reference"),
         ({"mode": "both"}, ValueError, "mode must be one of .*, got 'both'"),
         ({"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
         ({"views": Images(Transform())}, ValueError, r"item 0 must not draw random numbers.*SeededViews"),

@@ -25,16 +25,11 @@ MODES = ("features", "logits", "logits+features")
 
 
 def check_mode(mode: str) -> None:
-    """Raise ValueError if the mode is unknown or not implemented.
+    """Raise ValueError if the mode is unknown.
 
     Raises:
         ValueError: listing the known modes.
     """
-    if mode == "sparse":
-        raise ValueError(
-            f"mode must be one of {list(MODES)}, got 'sparse' (K + label ids and logits, a guide that reads features "
-            "only, a scaffolded target): it is not implemented, and would not equal the reference"
-        )
     if mode not in MODES:
         raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
 

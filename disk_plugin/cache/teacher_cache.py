@@ -133,7 +133,7 @@ class TeacherCache:
             views: ``SeededViews``, or a dataset without random augmentation: its only view is 0.
             mode: ``"features"``: the pooled features in float16, of which the teacher's last Linear, stored beside
                 them, recomputes the logits in float32; ``"logits"``: the logits in float16; ``"logits+features"``:
-                both. All of them equal the teacher up to float16's rounding. ``"sparse"`` raises.
+                both. All of them equal the teacher up to float16's rounding.
             layer: dotted name of the layer whose input is the features; None for the last ``nn.Linear``.
             batch_size: sample-views per batch; keep it on resuming for a cache that is bit-identical to an
                 uninterrupted one.
