@@ -66,9 +66,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the flags to a parser, the host's own, so that they stand in its help, its args.yaml and its ``-c`` files."""
     group = parser.add_argument_group("DiSK")
 
-    def flag(name: str, text: str, default: Any, **how: Any) -> None:
-        shown = f"{text} (default: {default})".replace("%", "%%")
-        group.add_argument(f"--disk-{name}", help=shown, default=default, **how)
+    def flag(name: str, text: str, default: Any, *others: str, **how: Any) -> None:
+        shown, stored = f"{text} (default: {default})".replace("%", "%%"), f"disk_{name}".replace("-", "_")
+        spelled = [f"--disk-{each}" for each in (*others, name)]
+        group.add_argument(*spelled, dest=stored, help=shown, default=default, **how)
 
     def of(target: Callable[..., Any], argument: str) -> Any:
         """Return the default that the signature holds, as YAML has it."""

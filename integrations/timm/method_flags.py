@@ -18,7 +18,8 @@ def add_methods(flag: Callable[..., None]) -> None:
     flag("method", method, "none", choices=chosen)
     flag("feature-matching", "the first name of --disk-method", "none", choices=chosen)
     weight = "what weighs a sample of the method's loss"
-    flag("feature-weight", weight, settings_of(Guided)["weight"], choices=list(FEATURE_WEIGHTS))
+    default = settings_of(Guided)["weight"]
+    flag("feature-weight", weight, default, "weight", choices=list(FEATURE_WEIGHTS))  # stored under its first name
     for name, kind in METHODS.items():
         for argument, default in method_settings(name).items():
             how: dict[str, Any] = {"type": type(default), "metavar": argument.upper()}
