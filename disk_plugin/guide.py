@@ -1,5 +1,6 @@
 """The guide network: teacher outputs in, one logit per sample out."""
 
+import inspect
 import math
 from typing import Literal
 
@@ -117,6 +118,15 @@ class GuideHead(nn.Module):
         if tuple(teacher_features.shape) not in {pooled, dense}:
             expected = f"{pooled}" if pooled == dense else f"{pooled} or {dense}"
             raise ValueError(f"teacher_features must have shape {expected}, got {tuple(teacher_features.shape)}")
+
+
+def reads_features(guide: nn.Module) -> bool:
+    """Return whether a guide, of this package or not, takes the teacher's features beside its logits."""
+    if hasattr(guide, "feature_dim"):
+        return bool(guide.feature_dim)
+    inputs = inspect.signature(guide.forward).parameters.values()
+    several = any(each.kind is each.VAR_POSITIONAL for each in inputs)
+    return several or sum(each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD) for each in inputs) > 1
 
 
 def _bounded(logits: Tensor) -> Tensor:

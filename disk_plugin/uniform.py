@@ -52,6 +52,8 @@ class UniformGuide(DiscountLevel):
         0.4
     """
 
+    feature_dim = 0  # as of GuideHead: features are not read
+
     def __init__(
         self,
         value: float | tuple[float, float] | None = None,

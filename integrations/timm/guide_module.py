@@ -1,6 +1,5 @@
 """The guide that a task is given: keywords of ``GuideHead``, or a module of one's own, tried on the teacher."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from disk_plugin import GuideHead
 from disk_plugin._modes import in_mode
+from disk_plugin.guide import reads_features as module_reads_features
 
 
 def reads_features(guide: Mapping[str, Any] | nn.Module) -> bool:
@@ -21,11 +21,7 @@ def reads_features(guide: Mapping[str, Any] | nn.Module) -> bool:
         return bool(guide.get("use_features", True))
     if not isinstance(guide, nn.Module):
         raise TypeError(f"guide must be keywords of GuideHead or a Module, got {type(guide).__name__} {guide!r}")
-    if hasattr(guide, "feature_dim"):
-        return bool(guide.feature_dim)
-    inputs = inspect.signature(guide.forward).parameters.values()
-    several = any(each.kind is each.VAR_POSITIONAL for each in inputs)
-    return several or sum(each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD) for each in inputs) > 1
+    return module_reads_features(guide)
 
 
 def build_guide(guide: Mapping[str, Any] | nn.Module, logits: Tensor, pre_logits: Tensor | None) -> nn.Module:
