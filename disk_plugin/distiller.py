@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .features.guided import Guided, GuidedTerms
 from .features.method import Outputs
+from .guide import reads_features
 from .loss import DiSKLoss
 from .taps import FeatureTap, logits_of, with_features
 
@@ -59,7 +60,7 @@ class Distiller(nn.Module):
                 f"{type(method).__name__} reads {sorted(reads)}, of which any classifier shows features alone: give "
                 f"Guided its outputs in a loop of your own"
             )
-        if reads or getattr(self.guided.disk.guide, "feature_dim", False):
+        if reads or reads_features(self.guided.disk.guide):
             teacher = teacher if isinstance(teacher, FeatureTap) else with_features(teacher.eval())
         if reads and not isinstance(student, FeatureTap):
             student = with_features(student)

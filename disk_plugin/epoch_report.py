@@ -42,11 +42,12 @@ class EpochReport:
         disk = terms.disk if isinstance(terms, GuidedTerms) else terms
         if not disk.guide.ndim:
             raise ValueError('terms must be evaluated with reduction="none", one value per sample, got scalars')
-        self._guided = isinstance(terms, GuidedTerms) and terms.has_method
+        feature = terms.feature if isinstance(terms, GuidedTerms) else None
+        self._guided = feature is not None
         right, wrong = disk.correct, disk.counted - disk.correct
         columns = [disk.counted, right, disk.teacher_correct, terms.logged_loss]
         columns += [disk.ce, disk.distill, disk.divergence, disk.usage]
-        columns += [terms.feature if isinstance(terms, GuidedTerms) else torch.zeros_like(right)]
+        columns += [torch.zeros_like(right) if feature is None else feature]
         columns += [disk.guide * right, disk.guide * wrong, disk.discount * right, disk.discount * wrong]
         # MPS has no float64
         dtype = torch.float32 if right.device.type == "mps" else torch.float64

@@ -19,7 +19,9 @@ from torch.optim.swa_utils import AveragedModel
 from disk_plugin import DiSKLoss, GuideHead, functional
 from disk_plugin.accumulation import AccumulatedBatch
 from disk_plugin.distributed import attach, mean_over_processes, share_statistics
+from disk_plugin.features import Guided
 from disk_plugin.replay import GuideReplay
+from disk_plugin.training import GuidedTraining, Recipe
 
 CLASSES, PROCESSES = 4, 2
 HALVES = (torch.float16, torch.bfloat16)
@@ -200,13 +202,36 @@ def in_half_precision(rank):
     return means, gradients
 
 
+def algorithm_1(rank, world=PROCESSES):
+    """Two outer iterations on the training core; each process begins with a guide of its own."""
+    student, disk = make()
+    shift(disk, 0.1 * rank)
+    wrapped = DistributedDataParallel(student) if world > 1 else student
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    own = {"recipe": Recipe(guide_passes=2, student_passes=1)}
+    own["guide_optimizer"] = torch.optim.SGD(disk.guide.parameters(), lr=0.1)
+    training = GuidedTraining(Guided(disk), epochs=2, dual={"multiplier": (5.0, 5.0)}, **own)
+    training.share_between_processes()
+    loader, logs = micro_batches(rank, world, 1), []
+    for epoch in range(2):
+        training.begin_epoch(epoch)
+        training.run_guide_passes(loader, lambda given: (student(given[0]), given[1], given[2]))
+        for x, teacher_logits, target in loader:
+            optimizer.zero_grad()
+            training.loss(wrapped(x), teacher_logits, target).backward()
+            optimizer.step()
+        logs.append(training.end_epoch())
+    return [value.detach() for value in (*disk.guide.parameters(), *student.parameters())], logs
+
+
 def process(rank, folder):
     torch.set_num_threads(1)
     address, patience = f"file://{folder}/rendezvous", timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=PROCESSES, timeout=patience)
     seen = {name: train(rank, PROCESSES, **words) for name, (words, _) in RUNS.items()}
     seen |= {
-        check.__name__: check(rank) for check in (overflow, collectives, alone, fitted, replayed, in_half_precision)
+        check.__name__: check(rank)
+        for check in (overflow, collectives, alone, fitted, replayed, in_half_precision, algorithm_1)
     }
     torch.save(seen, f"{folder}/{rank}")
     dist.destroy_process_group()
@@ -255,6 +280,16 @@ def test_two_processes_train_as_one_with_the_whole_batch(both, name):
         torch.testing.assert_close(seen[name], expected, rtol=1e-10, atol=1e-13)
     # bit for bit, or the guides drift apart
     torch.testing.assert_close(both[0][name], both[1][name], rtol=0, atol=0)
+
+
+def test_algorithm_1_in_two_processes_is_that_of_one_with_the_whole_batch(both):
+    expected, log = algorithm_1(0, 1)
+    for found, logged in (seen["algorithm_1"] for seen in both):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+        assert logged == both[0]["algorithm_1"][1]
+        assert logged[-1]["usage"] == pytest.approx(log[-1]["usage"])
+    torch.testing.assert_close(both[0]["algorithm_1"][0], both[1]["algorithm_1"][0], rtol=0, atol=0)
+    assert not torch.equal(expected[0], next(make()[1].guide.parameters()))
 
 
 def test_half_values_are_averaged_without_overflow(both):

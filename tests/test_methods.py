@@ -16,7 +16,8 @@ from disk_plugin.features import DKD, METHODS, Guided, Method, Outputs, Pair, Si
 from disk_plugin.features.launching import explained, import_methods, settings_of
 from disk_plugin.features.simkd import pooled_classifier
 from disk_plugin.taps.classifier import check_classifier
-from disk_plugin.training import GuidedTraining, Recipe
+from disk_plugin.training import GuidedTraining, Recipe, Schedule
+from disk_plugin.uniform import UniformGuide
 
 DOCS = Path(__file__).parents[1] / "docs"
 C, D, N = 5, 8, 6
@@ -129,6 +130,7 @@ def test_dkd_takes_probabilities_and_half_precision():
         ),
         (lambda: Method()(None, None, None), NotImplementedError, "Method needs forward"),
         (lambda: GuidedTraining(Guided(disk()), recipe=Recipe()), ValueError, "needs recipe and guide_optimizer"),
+        (lambda: GuidedTraining(Guided(disk()), epochs=2, schedule=Schedule(None)), ValueError, "instead of epochs"),
     ],
 )
 def test_bad_input_is_refused(call, error, message):
@@ -217,6 +219,25 @@ def test_features_for_the_method_alone_do_not_reach_a_guide_that_reads_none():
     features = torch.randn(2, N, D)
     guided = Guided(disk(), Cosine())
     assert guided(Outputs(student, features[0]), Outputs(teacher, features[1]), target).isfinite()
+
+
+class ReadsBoth(nn.Module):
+    """A guide that is no GuideHead and reads both."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(C + D, 1)
+
+    def forward(self, teacher_logits, teacher_features):
+        return self.linear(torch.cat([teacher_logits, teacher_features], 1)).squeeze(1)
+
+
+def test_a_guide_of_ones_own_gets_the_features_that_its_signature_takes():
+    student, teacher, target = batch()
+    outputs = Outputs(teacher, torch.randn(N, D))
+    assert Guided(DiSKLoss(ReadsBoth()))(student, outputs, target).isfinite()
+    assert Guided(DiSKLoss(nn.Sequential(nn.Linear(C, 1), nn.Flatten(0))))(student, outputs, target).isfinite()
+    assert Guided(DiSKLoss(UniformGuide(0.1)))(student, outputs, target).isfinite()
 
 
 # ---- launching -------------------------------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from torch import Tensor, nn, zeros_like
+from torch import Tensor, nn
 
 from .. import _checks
+from ..guide import reads_features
 from ..loss import DiSKLoss
 from .method import Method, Outputs, PlainLoss, to_outputs
 from .weighing import (
@@ -15,6 +16,7 @@ from .weighing import (
     GuidedTerms,
     Weighing,
     feature_weights,
+    of_disk,
     weighed,
 )
 
@@ -81,6 +83,7 @@ class Guided(nn.Module):
         self.disk = disk
         self.method = method if method is None or isinstance(method, Method) else PlainLoss(method)
         self.weight, self.method_weight, self.logit_loss = weight, float(method_weight), bool(logit_loss)
+        self._reads_features = reads_features(disk.guide)
 
     def forward(
         self,
@@ -105,9 +108,17 @@ class Guided(nn.Module):
         """Evaluate method and guide; the guide reads the teacher's logits and, if there are any, its features."""
         _checks.choice("reduction", reduction, ("mean", "none"))
         student, teacher = to_outputs(student), to_outputs(teacher)
-        logits, losses = (student.logits, {}) if self.method is None else self.method.evaluate(student, teacher, target)
-        terms = self.weigh(logits, target, teacher, losses, sample_weight=sample_weight)
+        terms = self.weigh(*self.evaluate(student, teacher, target), sample_weight=sample_weight)
         return terms.mean() if reduction == "mean" else terms
+
+    def evaluate(
+        self, student: Outputs, teacher: Outputs, target: Tensor
+    ) -> tuple[Tensor, Tensor, Outputs, dict[str, Tensor]]:
+        """Return the first arguments of :meth:`weigh`: prediction, target, teacher's outputs, the method's losses."""
+        if self.method is None:
+            return student.logits, target, teacher, {}
+        logits, losses = self.method.evaluate(student, teacher, target)
+        return logits, target, teacher, losses
 
     def weigh(
         self,
@@ -133,14 +144,13 @@ class Guided(nn.Module):
             reduction="none",
         )
         if self.method is None:
-            zero = zeros_like(terms.guide)
-            return GuidedTerms(terms.loss, terms.student_loss, terms.guide_loss, zero, terms.logged_loss, terms)
+            return of_disk(terms)
         how = Weighing(self.weight, self.method_weight, self.logit_loss, self.method.unguided)
         return weighed(terms, losses, logits, sample_weight, how)
 
     def features_of(self, teacher: Outputs) -> Tensor | None:
         """Return the teacher's features where the guide reads them: they may be there for the method alone."""
-        return teacher.features if getattr(self.disk.guide, "feature_dim", True) else None
+        return teacher.features if self._reads_features else None
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return what an optimizer trains beside the student: the guide and what the method trains."""

@@ -36,8 +36,8 @@ class Method(nn.Module):
 
     A subclass writes ``forward`` and, where it needs them, the class attributes below; its own parameters are trained
     beside the student's. It reads :class:`Outputs` and knows no host: each of them builds it by :meth:`for_pair`, makes
-    its settings (the keyword-only arguments of ``__init__`` that have a default) into flags or keys of its
-    configuration, and calls :meth:`evaluate`. docs/write_a_method.md walks through one.
+    its settings (the keyword-only arguments of ``__init__`` whose default is a number, a word or a bool) into flags or
+    keys of its configuration, and calls :meth:`evaluate`. docs/write_a_method.md walks through one.
 
     Attributes:
         reads: what it reads of both models beside their logits: ``"features"``, and names of ``Outputs.maps``.

@@ -24,28 +24,30 @@ class GuidedTerms(NamedTuple):
     loss: Tensor  # student_loss + guide_loss
     student_loss: Tensor  # the method's weighted losses [+ DiSK's student half], guide detached
     guide_loss: Tensor  # distill_weight L_dist + multiplier (usage - budget)_+, student detached
-    feature: Tensor  # w(g) times the method's loss per sample, before its weight; 0 without a method
+    feature: Tensor | None  # w(g) times the method's loss per sample, before its weight; None without a method
     logged_loss: Tensor  # the student's loss with DiSK's logged_loss, >= 0 where the method's is: what to log
     disk: DiSKTerms  # of the student's prediction
-
-    @property
-    def has_method(self) -> bool:
-        """Whether a method was weighed, or these are DiSK's terms alone; of terms per sample."""
-        return self.student_loss is not self.disk.student_loss
 
     def mean(self) -> "GuidedTerms":
         """Return what ``reduction="mean"`` gives: sums over the samples by the number of those that count."""
         if not self.loss.ndim:
             return self
-        total, disk = self.disk.counted.sum().clamp(min=1), self.disk.mean()
-        if not self.has_method:  # DiSK's own mean, to the last bit
-            carried = disk.loss, disk.student_loss, disk.guide_loss
-            return GuidedTerms(*carried, self.feature.sum() / total, disk.logged_loss, disk)
-        loss, student_loss, guide_loss, feature, logged = (value.sum() / total for value in self[:5])
-        return GuidedTerms(loss, student_loss, guide_loss, feature, logged, disk)
+        disk = self.disk.mean()
+        if self.feature is None:
+            return of_disk(disk)
+        total = self.disk.counted.sum().clamp(min=1)
+        loss, student_loss, guide_loss = (value.sum() / total for value in self[:3])
+        return GuidedTerms(
+            loss, student_loss, guide_loss, self.feature.sum() / total, self.logged_loss.sum() / total, disk
+        )
 
 
 GuidedFeatureTerms = GuidedTerms  # its first name
+
+
+def of_disk(terms: DiSKTerms) -> GuidedTerms:
+    """Return DiSK's terms, with no method beside them, as terms of the one kind."""
+    return GuidedTerms(terms.loss, terms.student_loss, terms.guide_loss, None, terms.logged_loss, terms)
 
 
 def feature_weights(terms: DiSKTerms, weight: FeatureWeight) -> Tensor:

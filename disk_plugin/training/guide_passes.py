@@ -108,7 +108,9 @@ class GuidePasses:
 
     @torch.no_grad()
     def broadcast(self) -> None:
-        """Start every process from the first one's guide."""
+        """Start every process from the first one's guide; nothing without a process group."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
         for tensor in self.disk.guide.state_dict().values():
             dist.broadcast(tensor, 0)
 

@@ -38,7 +38,7 @@ class GuidedTraining:
         seed: of a record's order.
 
     Raises:
-        ValueError: a recipe without an optimizer, or the reverse.
+        ValueError: a recipe without an optimizer, or the reverse; a schedule beside ``epochs`` or ``dual``.
 
     Example:
         >>> import torch
@@ -72,6 +72,8 @@ class GuidedTraining:
                 f"Algorithm 1 needs recipe and guide_optimizer, joint training neither: got recipe={recipe!r}, "
                 f"guide_optimizer={type(guide_optimizer).__name__}"
             )
+        if schedule is not None and (epochs is not None or dual is not None):
+            raise ValueError(f"schedule is given instead of epochs and dual, got epochs={epochs} and dual={dual} too")
         self.guided, self.disk, self.recipe = guided, guided.disk, recipe
         self.guide_passes: GuidePasses | None = None
         if recipe is not None and guide_optimizer is not None:
@@ -94,10 +96,8 @@ class GuidedTraining:
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """Return what the host's optimizer descends; logits alone will do for a method that reads nothing else."""
-        student, teacher = to_outputs(student), to_outputs(teacher)
-        method = self.guided.method
-        logits, losses = (student.logits, {}) if method is None else method.evaluate(student, teacher, target)
-        return self.descended(self.terms(logits, target, teacher, losses, sample_weight=sample_weight).mean())
+        evaluated = self.guided.evaluate(to_outputs(student), to_outputs(teacher), target)
+        return self.descended(self.terms(*evaluated, sample_weight=sample_weight).mean())
 
     def terms(
         self,
