@@ -376,6 +376,17 @@ def test_a_resumed_run_of_every_method_equals_an_uninterrupted_one(host, distill
         assert any(moved), part
 
 
+def test_a_cross_entropy_beside_a_method_is_the_mean_over_labels_that_count(host):
+    shared.registered(host)
+    from disk_plugin.integrations.mdistiller.method_distiller import ce_loss
+
+    logits, target = torch.randn(6, 5), torch.tensor([0, 1, -100, 2, -100, 4])
+    (loss,) = ce_loss(logits, target, 0.5).values()
+    assert loss.shape == (6,)
+    torch.testing.assert_close(loss.mean(), 0.5 * nn.functional.cross_entropy(logits, target))
+    assert ce_loss(logits, target, 0.0) == {}
+
+
 @pytest.fixture
 def docs_methods(tmp_path, monkeypatch):
     """Words that import the method of docs/write_a_method.md."""

@@ -64,10 +64,12 @@ class MethodDistiller(Distiller):
 
 
 def ce_loss(logits: Tensor, target: Tensor, weight: float, ignore_index: int = -100) -> dict[str, Tensor]:
-    """Return the cross-entropy beside a method that has none, as one more of the host's losses."""
+    """Return the cross-entropy beside a method that has none, as one more of the host's losses, whose mean it takes."""
     if not weight:
         return {}
-    return {"loss_ce": weight * cross_entropy(logits, target, ignore_index=ignore_index)}
+    counted = (target != ignore_index).sum().clamp(min=1)
+    loss = cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
+    return {"loss_ce": weight * loss * (len(target) / counted)}
 
 
 def check_trainer(cfg: CfgNode) -> None:
