@@ -131,6 +131,7 @@ def test_a_methods_layers_are_trained_clipped_and_kept_in_the_tasks_state_and_th
         ({"method": 3}, TypeError, "method must be a name, a Method class or a Method, got int 3"),
         ({"method": DKD(), "method_settings": {"beta": 1.0}}, ValueError, "are for a name or a class, got a built"),
         ({"method": "dkd", "method_settings": {"gamma": 1.0}}, TypeError, "gamma"),
+        ({"label_smoothing": 0.1}, TypeError, r"unknown settings \['label_smoothing'\]"),
     ],
 )
 def test_methods_that_cannot_be_are_refused(settings, error, message):

@@ -15,7 +15,9 @@ from disk_plugin.features.method import Method
 from .flags import REFUSED
 
 _TEMPERATURE = inspect.signature(DiSKLoss).parameters["temperature"].default
+_OF_CROSS_ENTROPY = {"weight", "label_smoothing"}  # of the loss's own, which has no weight here: the criterion is one
 _LOSS = {name for name, p in inspect.signature(DiSKLoss).parameters.items() if p.kind is p.KEYWORD_ONLY}
+_LOSS -= _OF_CROSS_ENTROPY
 _HOST = set(inspect.signature(LogitDistillationTask.__init__).parameters) - {"self"}
 
 
