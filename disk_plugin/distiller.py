@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import _checks
 from .features.guided import Guided, GuidedTerms
 from .features.method import Outputs
-from .guide import reads_features
+from .guide import GuideHead, reads_features
 from .loss import DiSKLoss
+from .schedule import DualScheduler
 from .taps import FeatureTap, logits_of, with_features
 
 
@@ -22,7 +24,16 @@ class Distiller(nn.Module):
     Args:
         student: any classifier; its output may be a Tensor, a tuple, a dict or an object, see ``taps.logits_of``.
         teacher: a classifier of the same classes.
-        loss: a ``DiSKLoss``, or a ``Guided`` around it and a method that reads logits or features.
+        loss: a ``DiSKLoss``, or a ``Guided`` around it and a method that reads logits or features; None for
+            ``DiSKLoss`` with a ``GuideHead`` that fits the teacher.
+        epochs: of training: makes ``dual``, the loss's ``DualScheduler``; None if you make your own.
+        steps_per_epoch: number of training batches in an epoch: ``dual`` then steps by itself. None: call
+            ``distiller.dual.step()`` after each epoch.
+        settings: arguments of the ``DiSKLoss`` that is made where ``loss`` is None, such as ``temperature``.
+
+    Attributes:
+        student: the model to deploy.
+        dual: the ``DualScheduler``, saved in this module's ``state_dict``; None without ``epochs``.
 
     Shape:
         x as both models take it; target (N,) or the logits' shape; returns :class:`disk_plugin.features.GuidedTerms`,
@@ -30,15 +41,15 @@ class Distiller(nn.Module):
 
     Raises:
         ValueError: a method that reads feature maps, which an arbitrary model does not show; a teacher without a Linear
-            layer where its features are read.
-        TypeError: ``loss`` is neither.
+            layer where its features are read; ``steps_per_epoch`` without ``epochs``, values below 1.
+        TypeError: ``loss`` is of another type; settings beside a ``loss``.
+        RuntimeError: in ``load_state_dict``, a state that was saved without ``epochs``.
 
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from disk_plugin import DiSKLoss, GuideHead
         >>> student, teacher = nn.Linear(4, 10), nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
-        >>> distiller = Distiller(student, teacher, DiSKLoss(GuideHead(num_classes=10, feature_dim=8)))
+        >>> distiller = Distiller(student, teacher, epochs=5, steps_per_epoch=100, temperature=4)
         >>> distiller(torch.randn(3, 4), torch.tensor([1, 2, 3])).loss.backward()
         >>> distiller.eval()(torch.randn(3, 4)).shape
         torch.Size([3, 10])
@@ -47,8 +58,22 @@ class Distiller(nn.Module):
     teacher: nn.Module
     _read_student: nn.Module
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, loss: DiSKLoss | Guided) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        loss: DiSKLoss | Guided | None = None,
+        *,
+        epochs: int | None = None,
+        steps_per_epoch: int | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__()
+        if loss is None:
+            teacher = _tapped(teacher)
+            loss = DiSKLoss(GuideHead(_num_classes(teacher), teacher.feature_dim), **settings)
+        elif settings:
+            raise TypeError(f"{sorted(settings)} are settings of a loss, which was given too: give them to that loss")
         if not isinstance(loss, DiSKLoss | Guided):
             raise TypeError(f"loss must be a DiSKLoss or a Guided, got {type(loss).__name__}")
         self.student = student.model if isinstance(student, FeatureTap) else student
@@ -61,21 +86,50 @@ class Distiller(nn.Module):
                 f"Guided its outputs in a loop of your own"
             )
         if reads or reads_features(self.guided.disk.guide):
-            teacher = teacher if isinstance(teacher, FeatureTap) else with_features(teacher.eval())
+            teacher = _tapped(teacher)
         if reads and not isinstance(student, FeatureTap):
             student = with_features(student)
         # no submodules: the teacher is neither trained nor saved, a tap would give the student's keys a prefix
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         object.__setattr__(self, "_read_student", student)
+        if steps_per_epoch is not None:
+            _checks.integer("steps_per_epoch", steps_per_epoch, at_least=1)
+            if epochs is None:
+                raise ValueError(f"steps_per_epoch={steps_per_epoch} needs epochs, got None")
+        self.dual = None if epochs is None else DualScheduler(self.guided.disk, epochs=epochs)
+        self.steps_per_epoch, self._steps = steps_per_epoch, 0  # steps: of the epoch under way
 
     def forward(self, x: Any, target: Tensor | None = None) -> Any:
         """Return the terms of a training batch or, without a target, the student's output."""
         if target is None:
             return self.student(x)
+        if self.steps_per_epoch is not None and self.training and torch.is_grad_enabled():
+            self._count_step()
         with torch.no_grad():
             teacher = _outputs(self.teacher, x)
         terms: GuidedTerms = self.guided.terms(_outputs(self._read_student, x), teacher, target)
         return terms
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _count_step(self) -> None:
+        """Step the schedule with the first batch of each epoch but the first: until then, statistics can be read."""
+        if self.dual is not None and self._steps == self.steps_per_epoch:
+            self.dual.step()
+            self._steps = 0
+        self._steps += 1
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the schedule's progress."""
+        return {"dual": self.dual and self.dual.state_dict(), "steps": self._steps}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Load the schedule's progress; without a schedule of its own, ignore it."""
+        if self.dual is None:
+            return
+        if state["dual"] is None:
+            raise RuntimeError("the state holds no schedule, as it was saved by a Distiller without epochs")
+        self.dual.load_state_dict(state["dual"])
+        self._steps = state["steps"]
 
     def train(self, mode: bool = True) -> "Distiller":
         """Set the mode of student, guide and method; the teacher stays in evaluation mode."""
@@ -88,6 +142,17 @@ class Distiller(nn.Module):
         self.teacher._apply(fn)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _tapped(teacher: nn.Module) -> FeatureTap:
+    """Return a teacher that shows its features."""
+    return teacher if isinstance(teacher, FeatureTap) else with_features(teacher.eval())
+
+
+def _num_classes(teacher: FeatureTap) -> int:
+    """Return how many outputs the tapped layer, a Linear or a convolution, has."""
+    layer: Any = teacher.model.get_submodule(teacher.layer)
+    return int(getattr(layer, "out_features", None) or layer.out_channels)
 
 
 def _outputs(model: nn.Module, x: Any) -> Outputs:

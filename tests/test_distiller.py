@@ -1,6 +1,7 @@
 """Student, teacher and loss as one module, against README's loop."""
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -99,3 +100,94 @@ def test_a_loss_that_is_none_and_a_method_that_reads_maps_are_refused():
     simkd = SimKD(3, 8, pooled_classifier(nn.Linear(8, 5)), teacher_size=(4, 4))
     with pytest.raises(ValueError, match=r"SimKD reads \['last'\], of which any classifier shows features alone"):
         Distiller(*models(), Guided(DiSKLoss(GuideHead(5)), simkd))
+
+
+def trained(distiller, optimizer, epochs, first=0):
+    for _ in range(first, epochs):
+        for x, target in batches():
+            optimizer.zero_grad()
+            distiller(x, target).loss.backward()
+            optimizer.step()
+
+
+def test_it_makes_the_loss_that_fits_the_teacher_and_steps_its_schedule():
+    (student, teacher), epochs = models(), 3
+    torch.manual_seed(2)
+    disk = DiSKLoss(GuideHead(5, 8), temperature=4)
+    expected = Distiller(copy.deepcopy(student), copy.deepcopy(teacher), disk, epochs=epochs)
+    optimizer = sgd(expected.parameters())
+    for epoch in range(epochs):
+        trained(expected, optimizer, 1)
+        if epoch < epochs - 1:
+            expected.dual.step()
+    torch.manual_seed(2)
+    found = Distiller(student, teacher, epochs=epochs, steps_per_epoch=3, temperature=4)
+    trained(found, sgd(found.parameters()), epochs)
+    assert found.dual.epoch == epochs - 1
+    assert found.guided.disk.statistics().positions == 18  # of the last epoch, still to be read
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_it_resumes_its_schedule(epochs):
+    student, teacher = models()
+    whole = Distiller(copy.deepcopy(student), teacher, epochs=4, steps_per_epoch=3)
+    again = Distiller(student, teacher, epochs=4, steps_per_epoch=3)
+    optimizer = sgd(whole.parameters())
+    trained(whole, optimizer, epochs)
+    buffer = io.BytesIO()
+    torch.save([whole.state_dict(), optimizer.state_dict()], buffer)
+    buffer.seek(0)
+    saved, momentum = torch.load(buffer, weights_only=True)
+    trained(whole, optimizer, 4, first=epochs)
+    again.load_state_dict(saved)
+    optimizer = sgd(again.parameters())
+    optimizer.load_state_dict(momentum)
+    trained(again, optimizer, 4, first=epochs)
+    assert again.dual.epoch == whole.dual.epoch == 3
+    for one, other in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
+    Distiller(*models()).load_state_dict(saved)  # to look at it, without a schedule
+
+
+def test_only_batches_that_are_trained_on_count():
+    distiller = Distiller(*models(), epochs=2, steps_per_epoch=1)
+    x, target = batches()[0]
+    distiller(x, target)
+    with torch.no_grad():
+        distiller(x, target)
+    distiller.eval()(x, target)
+    distiller.train()(x)
+    assert distiller.dual.epoch == 0
+    distiller(x, target)
+    assert distiller.dual.epoch == 1
+
+
+def test_a_state_without_a_schedule_does_not_resume_one():
+    with pytest.raises(RuntimeError, match="saved by a Distiller without epochs"):
+        Distiller(*models(), epochs=2).load_state_dict(Distiller(*models()).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"steps_per_epoch": 3}, ValueError, "needs epochs, got None"),
+        ({"steps_per_epoch": 0, "epochs": 2}, ValueError, "steps_per_epoch must be >= 1, got 0"),
+        ({"epochs": 0}, ValueError, "epochs must be >= 1, got 0"),
+        ({"loss": DiSKLoss(GuideHead(5)), "temperature": 4}, TypeError, r"\['temperature'\] are settings of a loss"),
+        ({"temprature": 4}, TypeError, "temprature"),
+        ({"loss": nn.Linear(2, 2)}, TypeError, "loss must be a DiSKLoss or a Guided, got Linear"),
+    ],
+)
+def test_what_it_cannot_be_built_from(given, error, message):
+    with pytest.raises(error, match=message):
+        Distiller(*models(), **given)
+
+
+def test_a_convolution_as_the_tapped_layer_tells_the_classes():
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 5, 1), nn.Flatten())
+    student = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    distiller = Distiller(student, with_features(teacher.eval(), "2"))
+    assert (distiller.guided.disk.guide.num_classes, distiller.guided.disk.guide.feature_dim) == (5, 8)
+    distiller(torch.randn(6, 3, 2, 2), torch.arange(6) % 5).loss.backward()

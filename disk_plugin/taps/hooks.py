@@ -51,6 +51,8 @@ class FeatureTap(nn.Module):
             )
         if not self._checked:
             self._checked = self._check(logits, features, seen.get("output"))
+        if logits.ndim == 2 and features.ndim > 2 and features.shape[2:].numel() == 1:
+            features = features.flatten(1)  # a 1x1 convolution in place of a Linear
         return logits, features
 
     def _warn_of_mode(self) -> None:
@@ -92,7 +94,7 @@ def with_features(model: nn.Module, layer: str | None = None) -> FeatureTap:
     Args:
         model: any classifier.
         layer: dotted name of the layer whose input is the features; None for the last ``nn.Linear``. An input (N, D,
-            d1, ...) gives dense features.
+            d1, ...) gives dense features, or (N, D) if it holds one position and the logits are (N, C).
 
     Returns:
         A module with ``feature_dim`` (for ``GuideHead(num_classes, feature_dim)``), ``layer`` and ``model``.
