@@ -13,7 +13,7 @@ SHARE, OVER = 0.8, 0.2  # of the automatic target: chosen by examples/gain.py, s
 MOST = 0.5  # bound of the automatic target: above it the student has hardly begun to follow
 _SMALLEST, _LONGEST_STEP = -16.0, 0.5  # of log g; a Newton step from far away overshoots
 _NONE_YET = -1.0  # agreement before the first batch
-# for a number as target; "auto" starts near g = 0, so that training begins as plain distillation
+# for a number as target; 0 is g = 0, and "auto" starts near it, so that training begins as plain distillation
 _FIRST = math.log(0.01)
 _INITIAL = {
     "log_guide": _FIRST,
@@ -37,7 +37,7 @@ class DiscountLevel(nn.Module):
     .. math:: \Delta \log g = (d^* - d) \Big/ \tfrac1N \sum_i \sum_y \frac{t_y s_y g}{(s_y + g)^2}, \qquad
               |\Delta \log g| \le 1/2
 
-    A number is the target d* itself. ``"auto"`` follows the student: d* = ``share * (1 - agreement)``, at most 1/2,
+    A number is the target d* itself; 0 is plain distillation, g = 0. ``"auto"`` follows the student: d* = ``share * (1 - agreement)``, at most 1/2,
     with agreement the running share of training samples on which the student's argmax is the teacher's. It is ramped up
     from 0 over the first ``over`` of training, and held back while an epoch still removes a sixth or more of the
     disagreement (times ``1 - 6 * (agreement - last) / (1 - last)``, at least 0).
@@ -71,8 +71,9 @@ class DiscountLevel(nn.Module):
         self.patience = PATIENCE
         self.unheard: int | None = 0  # training batches without ``set_progress``; None once it was called
         self._initial = dict(_INITIAL)
-        if discount == "auto":
-            self._initial["log_guide"] = _SMALLEST
+        self._lowest = -math.inf if discount == 0 else _SMALLEST
+        if discount in ("auto", 0):
+            self._initial["log_guide"] = self._lowest
         for name, number in self._initial.items():
             self.register_buffer(name, torch.tensor(number, dtype=torch.float64))
 
@@ -110,7 +111,7 @@ class DiscountLevel(nn.Module):
         missing = self._target(agreement) - discount
         slope = torch.where(slope > 0, slope, discount * (1 - discount))  # its upper bound, if no sample gives a slope
         step = (missing / slope.clamp(min=_FLAT)).clamp(-_LONGEST_STEP, _LONGEST_STEP)
-        log_guide = (self.log_guide + step).clamp(_SMALLEST, 0.0)
+        log_guide = (self.log_guide + step).clamp(self._lowest, 0.0)
         self._write(finite, log_guide=log_guide, agreement=agreement, last_agreement=last, **moved)
 
     def _moved(self, mean_logit: Tensor, first: Tensor) -> dict[str, Tensor]:

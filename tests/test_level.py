@@ -459,3 +459,31 @@ def test_under_torch_func_it_is_refused_in_training_mode_with_the_cure():
         torch.func.grad(lambda student: disk(student, teacher, target, features))(student)
     disk.eval()
     torch.func.grad(lambda student: disk(student, teacher, target, features))(student)
+
+
+@pytest.mark.parametrize("kind", ["guide", "uniform"])
+@pytest.mark.parametrize("variant", ["paper", "official_imagenet"])
+def test_a_discount_of_0_is_plain_distillation_from_the_first_batch_on(kind, variant):
+    settings = {"temperature": 3.0, "ce_weight": 0.1, "variant": variant, "top_k": C}
+    disk = make_loss(0, **settings) if kind == "guide" else DiSKLoss(UniformGuide(discount=0), **settings).double()
+    dual = DualScheduler(disk, epochs=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for epoch in range(2):
+            for seed in range(2):
+                student, teacher, target, features = batch(seed=seed)
+                student.requires_grad_()
+                terms = disk.terms(student, teacher, target, features)
+                kd = functional.kd_loss(student, teacher, target, temperature=3.0, ce_weight=0.1)
+                torch.testing.assert_close(terms.loss, kd)
+                torch.testing.assert_close(terms.logged_loss, kd)
+                assert terms.discount == terms.guide == 0
+                gradients = [torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in (terms.loss, kd)]
+                torch.testing.assert_close(*gradients)
+                terms.loss.backward()
+                assert all(parameter.grad.isfinite().all() for parameter in disk.parameters())
+            assert disk.statistics().discount == 0
+            dual.step()
+    again = make_loss(0, **settings) if kind == "guide" else DiSKLoss(UniformGuide(discount=0), **settings).double()
+    again.load_state_dict(disk.state_dict())
+    assert again.terms(student, teacher, target, features).guide == 0
