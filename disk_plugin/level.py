@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import _checks
 from ._state import moving, write
 
-SHARE, OVER = 0.8, 0.2  # of the automatic target: chosen by examples/gain.py, see examples/README.md
+SHARE, OVER = 0.8, 0.2  # of the automatic target: chosen by examples/gain.py, see docs/evidence/default.md
 MOST = 0.5  # bound of the automatic target: above it the student has hardly begun to follow
 _SMALLEST, _LONGEST_STEP = -16.0, 0.5  # of log g; a Newton step from far away overshoots
 _NONE_YET = -1.0  # agreement before the first batch

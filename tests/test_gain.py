@@ -8,6 +8,7 @@ from pathlib import Path
 import gain as example
 import pytest
 import torch
+from evidence import shown
 from small_problems import candidates, report, training
 from small_problems.problems import Problem, Split
 
@@ -157,16 +158,12 @@ def test_what_was_chosen_from_was_not_reported():
     assert not set(new) & set(cells)
 
 
-def test_documents_repeat_the_committed_results():
-    text = (ROOT / "examples" / "README.md").read_text()
-    assert report.choice_table(committed("gain_choice.json")) in text
-    table = report.gain_table(committed("gain.json"))
-    assert table in text
-    readme = (ROOT / "README.md").read_text()
-    shown = re.search(r"<!-- gain -->\n(.*?)<!-- /gain -->", readme, re.DOTALL).group(1)
-    rows = [line for line in shown.splitlines() if line.startswith("|")]
-    assert len(rows) >= 8
-    assert set(rows) <= set(table.splitlines())
+def test_the_page_repeats_the_committed_results():
+    assert shown("default.md", "choice") == report.choice_table(committed("gain_choice.json"))
+    found, forms = committed("gain.json"), [*candidates.REPORTED]
+    assert [*next(iter(found["rows"].values()))["differences"]] == forms
+    assert shown("default.md", "gain") == report.gain_table(found, forms[:2])
+    assert shown("default.md", "gain-controls") == report.gain_table(found, forms[2:])
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evidence import shown
 from gpu_lane import graphs, packed, protocol, report, students
 from gpu_lane.methods import METHODS, REFERENCE, made
 from gpu_lane.runs import Plan, Run
@@ -378,10 +378,9 @@ def test_differences_are_to_the_better_kd_of_the_same_seeds():
     assert gap["interval_95"] == pytest.approx([-1 - half, -1 + half], rel=1e-3)
 
 
-def test_readme_shows_the_results_that_are_kept():
+def test_the_page_shows_the_results_that_are_kept():
     rows = [json.loads(line) for line in (ROOT / "examples/results/gpu/results.jsonl").read_text().splitlines()]
-    shown = re.search(r"<!-- gpu -->\n(.*?)\n<!-- /gpu -->", (ROOT / "examples/README.md").read_text(), re.DOTALL)
-    assert shown[1] == report.table(report.summary(rows, {}, rows[0]["protocol"]))
+    assert shown("gpu.md", "gpu") == report.table(report.summary(rows, {}, rows[0]["protocol"]))
 
 
 def test_kd_has_the_temperatures_of_both_forms_of_disk_and_one_more():

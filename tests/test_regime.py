@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import regime_map
 import torch
+from evidence import shown
 from regime import cells, problems, report, rule
 from regime.arms import ARMS, Arm, Guided, kd
 from regime.rule import Point, Rule
@@ -221,9 +222,7 @@ def committed():
 
 
 def test_the_documents_repeat_another_map(committed):
-    document = (EXAMPLES / "README.md").read_text()
-    assert report.table(committed) in document
-    assert report.summary(committed) in document
+    assert shown("regime_map.md", "regime") == f"{report.table(committed)}\n\n{report.summary(committed)}"
 
 
 def test_the_committed_map_comes_from_another_protocol(committed):

@@ -9,6 +9,7 @@ import gaussians
 import intervals
 import pytest
 import torch
+from evidence import shown
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from toys import best_of, rows, table1, tables
@@ -18,7 +19,6 @@ from toys.training import PASSES, ramped, student_loss, train
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead, functional
 
 TOYS = (intervals.TOY, gaussians.TOY)
-README = table1.RESULTS.parents[1] / "README.md"
 KD = {"ce_weight": 0.1, "temperature": 2.0, "student_temperature": 4.0}
 RAMP = {**KD, "top_k": 2, "ramp": [2, 1.0]}
 DISK = {**KD, "top_k": 2, "multiplier": [1.0, 20.0], "budget": 0.05, "period": 2, "guide": {"hidden_dims": [5]}}
@@ -373,15 +373,16 @@ class TestCommitted:
         assert not set(table1.REPORT_SEEDS) & set(table1.SEARCH_SEEDS)
         assert not torch.equal(toy.make_problem(0).x, toy.make_problem(table1.SEARCH_SEEDS[0]).x)
 
-    def test_the_readmes_repeat_the_tables(self, toy):
+    def test_the_page_repeats_the_tables(self, toy):
         results, ablation = committed(f"{toy.name}.json"), committed(f"{toy.name}_ablation.json")
-        examples = (table1.RESULTS.parent / "README.md").read_text()
-        assert tables.counts(toy, results) in examples
-        assert tables.ablation(ablation) in examples
-        assert tables.summary(toy, results) in README.read_text()
+        assert shown("table1.md", toy.name) == tables.counts(toy, results)
+        assert shown("table1.md", f"{toy.name}-ablation") == tables.ablation(ablation)
         module = {"intervals": intervals, "gaussians": gaussians}[toy.name]
         assert list(ablation["rows"]) == list(module.ABLATIONS)
-        assert module.remarks(results) in examples
+        assert shown("table1.md", f"{toy.name}-remarks") == module.remarks(results)
+        _, _, *rows_shown = shown("table1.md", "table1").splitlines()
+        assert len(rows_shown) == 2
+        assert tables.summary(toy, results) in rows_shown
 
 
 def test_what_is_claimed_of_the_intervals_is_in_the_committed_counts():

@@ -43,7 +43,8 @@ def summary(results: dict[str, Any]) -> str:
     real = [cell for cell in cells if not cell.synthetic]
     lines = [
         f"Rule: DiSK where the gap by capacity is at least {rule.capacity:g} points and the gap by data at most "
-        f"{rule.data:g}. Its sign over the cells with a gain or loss of more than {MARGIN:g} points:"
+        f"{rule.data:g}. Its sign over the cells with a gain or loss of more than {MARGIN:g} points:",
+        "",
     ]
     scores = {
         "the synthetic cells": rules.score(synthetic, map(rule, synthetic)),
@@ -56,7 +57,7 @@ def summary(results: dict[str, Any]) -> str:
             f"{found.losses_taken} losses taken; mean {found.mean_gain:+.2f} over the {found.recommended} recommended"
         )
     seconds = sum(problem["cpu_seconds"] for problem in results["problems"].values())
-    return "\n".join([*lines, f"{len(cells)} cells, {seconds / 60:.0f} minutes of one core."])
+    return "\n".join([*lines, "", f"{len(cells)} cells, {seconds / 60:.0f} minutes of one core."])
 
 
 def draw(results: dict[str, Any]) -> Figure:

@@ -1,6 +1,7 @@
 """Tables of the results: gains over KD's best with intervals, and the form that the rule selects."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,9 +82,9 @@ def gain(cells: list[dict[str, Any]]) -> dict[str, Any]:
     return {"rows": rows, "seeds": cells[0]["seeds"]}
 
 
-def gain_table(found: dict[str, Any]) -> str:
-    """Return a row per cell, with 95 % intervals."""
-    forms = [*next(iter(found["rows"].values()))["differences"]]
+def gain_table(found: dict[str, Any], forms: Sequence[str] = ()) -> str:
+    """Return a row per cell, with 95 % intervals; a column per form, by default of all."""
+    forms = forms or [*next(iter(found["rows"].values()))["differences"]]
     lines = [
         f"| problem, start, passes | teacher | KD, best of 36 | {' | '.join(forms)} |",
         f"|---|---|---|{'---|' * len(forms)}",

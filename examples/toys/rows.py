@@ -10,7 +10,7 @@ CE, KD_PLAIN, KD, DISK, UNIFORM = ROWS = (
     "DiSK",
     "one g, 1 to 0, no guide",
 )
-MAIN_ROWS = (CE, KD, DISK, UNIFORM)  # of README
+MAIN_ROWS = (CE, KD, DISK, UNIFORM)  # of the summary
 
 KD_RANGES: dict[str, list[Any]] = {  # A.1's, except ce_weight 1, which is CE
     "ce_weight": [0.0, 0.1, 0.5, 0.9],

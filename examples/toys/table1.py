@@ -29,7 +29,7 @@ class Toy(NamedTuple):
 
     Attributes:
         name: of its files.
-        title: in README.
+        title: in the summary.
         minima: names, the worst first, the global one last.
         paper: row -> the paper's counts of those minima that it names.
         make_student: builds a random start.

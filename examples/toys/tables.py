@@ -36,7 +36,7 @@ def counts(toy: Any, results: dict[str, Any]) -> str:
 
 
 def summary(toy: Any, results: dict[str, Any]) -> str:
-    """Return a row of README's table: percent in the global minimum with its interval, then the paper's counts."""
+    """Return a row of the summary: percent in the global minimum with its interval, then the paper's counts."""
     last, cells = toy.minima[-1], []
     for row in (results["rows"][name] for name in MAIN_ROWS):
         low, high = row["interval_95"][last]
