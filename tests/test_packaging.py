@@ -1,9 +1,10 @@
-"""What is installed, what importing it costs, and that the wheel holds every tracked module."""
+"""What is installed and what importing it costs; what the distributions hold, and what an index shows of them."""
 
+import email
 import re
-import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -13,6 +14,10 @@ import pytest
 import disk_plugin
 
 ROOT = Path(__file__).parents[1]
+
+
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def run_python(code, **options):
@@ -42,9 +47,8 @@ def test_import_loads_no_host_and_no_extra(tmp_path):
 
 
 def test_core_depends_on_torch_alone():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert [re.match(r"\w+", entry).group() for entry in project["dependencies"]] == ["torch"]
-    assert {"examples", "test", "dev"} <= project["optional-dependencies"].keys()
+    assert [re.match(r"\w+", entry).group() for entry in project()["dependencies"]] == ["torch"]
+    assert {"examples", "test", "dev"} <= project()["optional-dependencies"].keys()
 
 
 def test_the_version_is_a_string_that_the_metadata_repeats(tmp_path):
@@ -52,28 +56,112 @@ def test_the_version_is_a_string_that_the_metadata_repeats(tmp_path):
     assert run_python(code, cwd=tmp_path).strip() == disk_plugin.__version__
 
 
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("wheel")
-    # from a copy: setuptools leaves a build/ behind, whose deleted modules a later wheel would still hold
-    copy = out / "source"
-    left_out = shutil.ignore_patterns(".*", "build", "dist", "data", "runs", "*.egg-info")
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=left_out)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
+def build(source, out, *kinds):
+    """Build with the packages at hand; by default the sdist and, from it, the wheel."""
+    command = [sys.executable, "-m", "build", *kinds, "--no-isolation", "--outdir", str(out), str(source)]
     subprocess.run(command, check=True, capture_output=True)
-    return next(out.glob("*.whl"))
 
 
-def test_the_wheel_holds_every_tracked_module_and_no_top_level_integrations(wheel):
-    listing = subprocess.run(
-        ["git", "ls-files", "disk_plugin", "integrations"], cwd=ROOT, capture_output=True, text=True, check=False
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """Sdist, the wheel built from it, and the wheel built from the checkout."""
+    out = tmp_path_factory.mktemp("built")
+    build(ROOT, out / "both")
+    build(ROOT, out / "wheel", "--wheel")
+    (sdist,), (wheel,), (direct,) = (
+        (out / folder).glob(pattern)
+        for folder, pattern in (("both", "*.tar.gz"), ("both", "*.whl"), ("wheel", "*.whl"))
     )
-    if listing.returncode:
+    return sdist, wheel, direct
+
+
+def tracked(*folders):
+    listing = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode or not listing.stdout:
         pytest.skip("not a git checkout")
-    tracked = [line for line in listing.stdout.splitlines() if line != "disk_plugin/integrations"]
-    expected = {re.sub("^integrations/", "disk_plugin/integrations/", line) for line in tracked}
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == expected
+    return listing.stdout.splitlines()
+
+
+def test_a_wheel_lacks_a_tracked_module_or_holds_another_file(built):
+    files = [line for line in tracked("disk_plugin", "integrations") if line != "disk_plugin/integrations"]
+    expected = {re.sub("^integrations/", "disk_plugin/integrations/", line) for line in files}
+    for wheel in built[1:]:
+        names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+        assert names == expected
+
+
+def test_the_sdist_lacks_a_test_or_what_it_reads_or_holds_pictures(built):
+    with tarfile.open(built[0]) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+        assert not any(member.issym() or member.islnk() for member in archive.getmembers())
+    files = {name for name in tracked("tests", "examples", "benchmarks", "docs") if not name.endswith(".png")}
+    assert files <= names
+    assert not [name for name in names if name.endswith(".png")]
+    assert built[0].stat().st_size < 1_500_000
+
+
+@pytest.fixture(scope="session")
+def metadata(built):
+    wheel = zipfile.ZipFile(built[1])
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    return email.message_from_bytes(wheel.read(name))
+
+
+def page(metadata):
+    return metadata.get_payload(decode=True).decode()
+
+
+FENCED = re.compile(r"^(```+)\w*\n.*?^\1$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(
+    r"""\]\(([^)\s]*)|^\[[^\]]+\]:\s*(\S+)|<[^>]+?\b(?:href|src|srcset)\s*=\s*["']([^"']*)""", re.MULTILINE
+)
+
+
+def links(text):
+    """Targets of Markdown's links and images, inline or by reference, and of HTML's, but for those in code blocks."""
+    return ["".join(found) for found in LINK.findall(FENCED.sub("", text))]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[a](b.md)", "![a](b.png)", "[![a](https://c/b.svg)](b)", "[a]: b", '<img alt="a"\n src="b.png">', "<a href='b'>"],
+)
+def test_a_relative_link_goes_unseen(text):
+    assert not all(link.startswith("https://") for link in links(text))
+
+
+def test_the_page_on_the_index_has_a_relative_link_or_image(metadata):
+    found = links(page(metadata))
+    assert len(found) >= len(links((ROOT / "README.md").read_text())) > 0
+    assert [link for link in found if not link.startswith(("https://", "mailto:"))] == []
+
+
+def test_the_page_on_the_index_links_a_file_that_is_not_there_or_shows_one_as_a_page(metadata):
+    source, version = project()["urls"]["Source"], disk_plugin.__version__
+    raw = source.replace("github.com", "raw.githubusercontent.com")
+    own = [link.split("#")[0] for link in links(page(metadata)) if f"/v{version}/" in link]
+    assert own
+    for link in own:
+        path = link.removeprefix(f"{source}/blob/v{version}/").removeprefix(f"{raw}/v{version}/")
+        assert (ROOT / path).exists() or path.endswith(".png"), link
+        assert link.startswith(raw) == path.endswith((".png", ".svg", ".gif")), link
+
+
+def test_the_page_on_the_index_has_other_code_than_readme(metadata):
+    blocks = [found.group() for found in FENCED.finditer(page(metadata))]
+    assert blocks == [found.group() for found in FENCED.finditer((ROOT / "README.md").read_text())]
+
+
+def test_the_project_has_two_addresses():
+    urls = project()["urls"]
+    files = [ROOT / "pyproject.toml", ROOT / "CITATION.cff", ROOT / "mkdocs.yml", *ROOT.glob("*.md")]
+    files += ROOT.glob("docs/**/*.md")
+    texts = {path.name: path.read_text() for path in files if path.exists()}
+    homes = {name: set(re.findall(r"https://github\.com/[\w.-]+/disk-plugin\b", text)) for name, text in texts.items()}
+    pages = {name: set(re.findall(r"https://[\w.-]+\.github\.io/disk-plugin/?", text)) for name, text in texts.items()}
+    assert set().union(*homes.values()) == {urls["Source"]} == {urls["Homepage"]}
+    assert set().union(*pages.values()) == {urls["Documentation"]}
+    assert homes["CITATION.cff"]
 
 
 def test_no_module_of_the_library_is_longer_than_250_lines():
