@@ -167,3 +167,11 @@ def test_the_project_has_two_addresses():
 def test_no_module_of_the_library_is_longer_than_250_lines():
     for path in [*ROOT.glob("disk_plugin/**/*.py"), *ROOT.glob("integrations/**/*.py")]:
         assert len(path.read_text().splitlines()) <= 250, path
+
+
+def test_changelog_or_citation_tell_another_version():
+    version = disk_plugin.__version__
+    (newest, *_) = re.findall(r"^## \[(\d[^\]]*)\] - (\d{4}-\d{2}-\d{2})$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert newest == (version, re.search(r'^date-released: "(.*)"$', citation, re.M)[1])
+    assert re.search(r"^version: (.*)$", citation, re.M)[1] == version
