@@ -74,10 +74,11 @@ def test_readmes_lines_on_guided_losses(names):
 
 def test_links_between_pages_and_files_lead_somewhere():
     for page in [
-        ROOT / "README.md",
+        *ROOT.glob("*.md"),
         *ROOT.glob("docs/*.md"),
         ROOT / "examples/README.md",
         ROOT / "benchmarks/README.md",
     ]:
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+            left_out = link.endswith(".png") and not (ROOT / ".git").exists()  # of an sdist
+            assert (page.parent / link).exists() or left_out, f"{page.name}: {link}"
