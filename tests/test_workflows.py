@@ -1,0 +1,63 @@
+"""The workflows call what is there, on the Pythons that are declared, with no more rights than they need."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.fixture(params=WORKFLOWS, ids=lambda path: path.name)
+def workflow(request):
+    return yaml.safe_load(request.param.read_text())
+
+
+def steps(workflow):
+    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+def test_there_are_no_workflows():
+    assert {path.stem for path in WORKFLOWS} == {"ci", "docs", "release"}
+
+
+def test_a_workflow_calls_a_script_or_a_test_that_is_not_there(workflow):
+    lines = " ".join(step.get("run", "") for step in steps(workflow))
+    for path in re.findall(r"(?:\.ci|tests|examples|benchmarks|disk_plugin)/[\w./]+", lines):
+        assert (ROOT / path).is_file(), path
+        assert not path.startswith(".ci/") or (ROOT / path).stat().st_mode & 0o111, f"{path} cannot be executed"
+
+
+def test_the_checks_leave_a_script_out():
+    lines = " ".join(
+        step.get("run", "") for step in steps(yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text()))
+    )
+    for path in (ROOT / ".ci").iterdir():
+        assert f".ci/{path.name}" in lines
+
+
+def test_an_action_is_not_pinned_or_a_job_may_run_for_ever(workflow):
+    for step in steps(workflow):
+        assert "uses" not in step or re.search(r"@(?:release/)?v\d+$", step["uses"]), step["uses"]
+    assert all("timeout-minutes" in job for job in workflow["jobs"].values())
+
+
+def test_a_workflow_may_write(workflow):
+    assert workflow["permissions"] == {"contents": "read"}
+    granted = {name: job["permissions"] for name, job in workflow["jobs"].items() if "permissions" in job}
+    expected = {
+        "deploy": {"pages": "write", "id-token": "write"},
+        "publish": {"id-token": "write"},
+    }
+    assert granted == {name: expected[name] for name in granted}
+    assert not any("secrets." in str(job) for job in workflow["jobs"].values())
+
+
+def test_the_declared_pythons_are_others_than_those_that_are_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    assert jobs["newest"]["strategy"]["matrix"]["python"] == declared
