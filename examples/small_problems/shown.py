@@ -115,8 +115,17 @@ def _accuracies(part: Any, found: dict[str, Any]) -> None:
         colour = "C2" if low > 0 else "C3" if high < 0 else "0.4"
         right.plot([low, high], [row, row], color=colour, linewidth=2)
         right.plot(one["mean"], row, "o", color=colour)
-        right.annotate(pair, (0.5, row), (0, 8), ("axes fraction", "data"), "offset points", ha="center", fontsize=8)
-    right.axvline(0, color="black", linewidth=0.8)
+        right.annotate(
+            pair,
+            (0.5, row),
+            (0, 8),
+            ("axes fraction", "data"),
+            "offset points",
+            ha="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # over the line at 0
+        )
+    right.axvline(0, color="black", linewidth=0.8, zorder=0)
     right.set_yticks([])
     right.set_ylim(len(found["differences"]) - 0.6, -0.7)
     right.margins(x=0.25)
@@ -142,18 +151,18 @@ def _guide(part: Any, curves: dict[str, list[float]]) -> None:
 
 
 def _gallery(part: Any, images: list[Image]) -> None:
-    part.suptitle("largest discount (below: label; student, teacher; discount)", fontsize=9)
+    part.suptitle("training images with the largest discount", fontsize=10)
     for axes, image in zip(part.subplots(2, SHOWN // 2).flat, images, strict=False):
         axes.imshow(image.pixels.numpy(), cmap="gray_r")
         colour = "C2" if image.student == image.label else "C3"
         axes.text(
             0.5,
             -0.05,
-            f"{image.label}; {image.student}, {image.teacher}; {image.discount:.2f}",
+            f"label {image.label}\nstudent {image.student}\nteacher {image.teacher}\ndiscount {image.discount:.2f}",
             transform=axes.transAxes,
             ha="center",
             va="top",
-            fontsize=9,
+            fontsize=8,
             color=colour,
         )
         axes.axis("off")
