@@ -37,10 +37,11 @@ class DiscountLevel(nn.Module):
     .. math:: \Delta \log g = (d^* - d) \Big/ \tfrac1N \sum_i \sum_y \frac{t_y s_y g}{(s_y + g)^2}, \qquad
               |\Delta \log g| \le 1/2
 
-    A number is the target d* itself; 0 is plain distillation, g = 0. ``"auto"`` follows the student: d* = ``share * (1 - agreement)``, at most 1/2,
-    with agreement the running share of training samples on which the student's argmax is the teacher's. It is ramped up
-    from 0 over the first ``over`` of training, and held back while an epoch still removes a sixth or more of the
-    disagreement (times ``1 - 6 * (agreement - last) / (1 - last)``, at least 0).
+    A number is the target d* itself; 0 is plain distillation, g = 0. ``"auto"`` follows the student: d* =
+    ``share * (1 - agreement)``, at most 1/2, with agreement the running share of training samples on which the
+    student's argmax is the teacher's. It is ramped up from 0 over the first ``over`` of training, and held back while
+    an epoch still removes a sixth or more of the disagreement (times ``1 - 6 * (agreement - last) / (1 - last)``, at
+    least 0).
 
     Args:
         discount: target in [0, 1), or ``"auto"``.

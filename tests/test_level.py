@@ -469,7 +469,7 @@ def test_a_discount_of_0_is_plain_distillation_from_the_first_batch_on(kind, var
     dual = DualScheduler(disk, epochs=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for epoch in range(2):
+        for _ in range(2):
             for seed in range(2):
                 student, teacher, target, features = batch(seed=seed)
                 student.requires_grad_()
