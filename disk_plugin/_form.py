@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from torch import nn
 
 from . import _checks
-from .level import DiscountLevel, GuideLevel
+from .level import DiscountLevel, GuideLevel, to_shown
 
 if TYPE_CHECKING:
     from .loss import DiSKLoss
@@ -69,12 +69,12 @@ def rest_of(ce_weight: Any) -> float:
     return max(1.0 - float(ce_weight), 0.0)
 
 
-def settings_of(loss: "DiSKLoss", **more: Any) -> str:
-    """Return a loss's settings as ``repr`` shows them; multiplier and budget are those it was built with."""
+def format_settings(loss: "DiSKLoss", **more: Any) -> str:
+    """Return a loss's settings as ``repr`` shows them, with the current multiplier and budget if it has a budget."""
     names = ["ce_weight", "distill_weight", "temperature", "top_k", "guide_gradient_scale", "ignore_index"]
     shown = {**{name: getattr(loss, name) for name in names}, **more}
     if loss.level is None:
-        shown |= {name: loss._initial[name] for name in ("multiplier", "budget")}
+        shown |= {"multiplier": to_shown(loss.multiplier), "budget": to_shown(loss.budget)}
     if loss.label_smoothing:
         shown["label_smoothing"] = loss.label_smoothing
     return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + f", {loss.variant}"

@@ -155,9 +155,14 @@ class DiscountLevel(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """Show the settings in ``print(loss)``."""
+        """Show the settings and the current target in ``print(loss)``."""
         automatic = f", share={self.share}, over={self.over}" if self.discount == "auto" else ""
-        return f"discount={self.discount!r}{automatic}"
+        return f"discount={self.discount!r}{automatic}, target={to_shown(self.target)}"
+
+
+def to_shown(value: Tensor) -> Any:
+    """Return a scalar buffer as a number of four digits, or, if it has no value to read (meta), the tensor itself."""
+    return value if value.is_meta else float(f"{value.item():.4g}")
 
 
 class GuideLevel(DiscountLevel):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from ._form import resolve_form, rest_of, settings_of
+from ._form import format_settings, resolve_form, rest_of
 from ._modes import without_autocast
 from ._state import moving
 from ._training_batch import evaluate_batch
@@ -224,8 +224,8 @@ class DiSKLoss(nn.Module):
         return Settings(**named, hold_discount=self.level is not None)
 
     def extra_repr(self) -> str:
-        """Show the settings in ``print(loss)``."""
-        return settings_of(self, student_temperature=self._fixed_student_temperature)
+        """Show the settings in ``print(loss)``, multiplier and budget with their current values."""
+        return format_settings(self, student_temperature=self._fixed_student_temperature)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load; statistics of an older checkpoint are converted to the current layout."""

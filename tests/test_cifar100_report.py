@@ -14,7 +14,7 @@ from small_images.resnet import ResNet
 from small_images.training import Recipe, Run
 from small_images.views import Views, outputs_of
 
-from disk_plugin import DiSKLoss, GuideHead, presets
+from disk_plugin import DiSKLoss, DualScheduler, GuideHead, presets
 from disk_plugin.uniform import UniformGuide
 
 pytestmark = pytest.mark.filterwarnings("ignore:the guide is dead")
@@ -67,7 +67,9 @@ def test_disk_and_uniform_set_nothing_but_the_temperature():
 def test_the_papers_row_is_the_preset_with_the_warm_starts_error_as_its_budget():
     method = of_row("paper-replay")
     guide = GuideHead(100, 64, **presets.PAPER["guide"])
-    assert repr(method.disk) == repr(DiSKLoss(guide, **presets.PAPER["loss"], budget=0.7))
+    expected = DiSKLoss(guide, **presets.PAPER["loss"], budget=0.7)
+    DualScheduler(expected, epochs=2, **presets.PAPER["dual"])
+    assert repr(method.disk) == repr(expected)
     assert method.disk.budget == 0.7
     assert method.dual.epochs == 2
     assert (method.dual.multiplier_min, method.dual.multiplier_max) == presets.PAPER["dual"]["multiplier"]

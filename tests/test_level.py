@@ -271,7 +271,21 @@ def test_so_does_what_the_scheduler_is_given(how):
     assert isinstance(disk.level, GuideLevel)
     dual = DualScheduler(disk, epochs=8, **how)
     assert (dual.multiplier_min, dual.multiplier_max) == (0.1, 50.0)
-    assert repr(disk) == repr(DiSKLoss(GuideHead(C), discount=None))
+    built_so = DiSKLoss(GuideHead(C), discount=None)
+    DualScheduler(built_so, epochs=8, **how, **({} if "multiplier" in how else {"multiplier": (0.1, 50.0)}))
+    assert repr(disk) == repr(built_so)
+
+
+def test_repr_shows_the_discount_and_its_current_target():
+    assert "discount=0.4, target=0.4" in repr(make_loss(0.4))
+    disk = make_loss()
+    dual = DualScheduler(disk, epochs=4)
+    assert "discount='auto', share=0.8, over=0.2, target=0.0" in repr(disk)
+    disk(*batch())
+    dual.step()
+    target = disk.level.target.item()
+    assert 0 < target <= 0.5
+    assert f"target={target:.4g}" in repr(disk)
 
 
 def test_a_multiplier_given_to_the_loss_stays_unless_bounds_are_asked_for():

@@ -225,6 +225,17 @@ def test_state_dict_holds_guide_and_state_only_and_loads_weights_only():
     torch.testing.assert_close(fresh.state_dict(), disk.state_dict(), rtol=0, atol=0)
 
 
+def test_repr_shows_the_current_multiplier_and_budget():
+    disk = DiSKLoss(GuideHead(5), budget=0.3)
+    assert "multiplier=50.0, budget=0.3" in repr(disk)
+    dual = DualScheduler(disk, epochs=8, multiplier=(0.1, 50.0), budget=(0.6, 0.2), period=2)
+    assert "multiplier=0.1, budget=0.6" in repr(disk)
+    dual.step()
+    assert "multiplier=25.05, budget=0.4" in repr(disk)
+    with torch.device("meta"):
+        assert "budget=tensor(..., device='meta'" in repr(DiSKLoss(GuideHead(5), budget=0.3))
+
+
 def test_a_number_as_student_temperature_is_a_setting_that_no_checkpoint_overrides():
     disk = make_loss(student_temperature=2.0)
     disk.load_state_dict(make_loss(student_temperature=4.0).state_dict())

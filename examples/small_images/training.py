@@ -79,6 +79,7 @@ class Run:
         torch.manual_seed(recipe.seed)
         start = recipe.network().state_dict() if start is None else start
         self.start = digest(start)
+        self.identity = recipe.identity(methods.values(), views, index, self.start)  # a repr changes in training
         self.model = recipe.network(len(methods)).to(recipe.device, memory_format=torch.channels_last)
         self.model.load_state_dict(joined([start] * len(methods)))
         for method in methods.values():
@@ -179,15 +180,12 @@ class Run:
         for (name, method), loss, score in zip(self.methods.items(), losses.tolist(), scores, strict=True):
             self.logs[name].append({"epoch": self.epoch, "loss": loss, "accuracy": score, **method.end_epoch()})
 
-    def _identity(self) -> list[Any]:
-        return self.recipe.identity(self.methods.values(), self.views, self.index, self.start)
-
     def _save(self) -> None:
         if not self.folder:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
-            "settings": json.dumps(self._identity()),
+            "settings": json.dumps(self.identity),
             "epoch": self.epoch,
             "logs": self.logs,
             "model": self.model.state_dict(),
@@ -201,7 +199,7 @@ class Run:
         path = self.folder / "checkpoint.pt" if self.folder else None
         if not path or not path.exists():
             return
-        state, expected = torch.load(path, map_location=self.recipe.device, weights_only=True), self._identity()
+        state, expected = torch.load(path, map_location=self.recipe.device, weights_only=True), self.identity
         if identity_in(state) != expected:
             raise RuntimeError(
                 f"{path} holds a run with other settings; expected {expected}, got {identity_in(state)}: "
