@@ -207,8 +207,20 @@ def test_model_without_linear_is_refused():
         with_features(nn.Sequential(nn.Conv2d(3, CLASSES, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
 
 
+def test_model_without_linear_is_told_its_last_layers_with_their_kinds():
+    model = nn.Sequential(
+        *[nn.Conv2d(3, 3, 1) for _ in range(6)], nn.ReLU(), nn.Conv2d(3, CLASSES, (1, 2)), nn.Flatten()
+    )
+    expected = f"candidates: '7' (Conv2d(3, {CLASSES}, 1x2)), '5' (Conv2d(3, 3, 1x1)), '4' (Conv2d(3, 3, 1x1)), "
+    with pytest.raises(ValueError, match=re.escape(expected) + r"'3' .*, '2' \(Conv2d\(3, 3, 1x1\)\), \.\.\.$"):
+        with_features(model)
+    assert with_features(model, layer="7").feature_dim == 3
+    with pytest.raises(ValueError, match="candidates: none, as no module has in_features or in_channels"):
+        with_features(nn.ReLU())
+
+
 def test_unknown_layer_name_is_refused_with_the_candidates():
-    with pytest.raises(ValueError, match=re.escape("one of ['body.1', 'head'], got 'heda'")):
+    with pytest.raises(ValueError, match=r"got 'heda'; candidates: 'head' \(Linear.*'body\.1' \(Linear"):
         with_features(Classifier(), layer="heda")
 
 
@@ -220,7 +232,8 @@ def test_layer_without_an_input_width_is_refused():
 @pytest.mark.parametrize("width", [3, CLASSES], ids=["other-shape", "shape-of-the-logits"])
 def test_last_linear_that_does_not_make_the_logits_is_refused_on_the_first_batch(width):
     tap = with_features(WithAuxiliary(width))
-    with pytest.raises(RuntimeError, match=re.escape("pass layer=NAME, one of ['body.1', 'head', 'auxiliary']")):
+    expected = f"pass layer=NAME; candidates: 'head' (Linear({WIDTH}, {CLASSES})), 'body.1' (Linear(12, {WIDTH}))"
+    with pytest.raises(RuntimeError, match=re.escape(expected)):
         tap(images())
     with pytest.raises(RuntimeError, match="pass layer=NAME"):  # a caught error must not count as a check passed
         tap(images())
@@ -237,7 +250,7 @@ def test_naming_the_head_helps_where_the_last_linear_is_not_it():
 def test_layer_that_is_never_called_is_refused(layer):
     tap = with_features(WithAuxiliary(None), layer=layer)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="layer 'auxiliary' was not called"):
+        with pytest.raises(RuntimeError, match=r"layer 'auxiliary' was not called.*candidates: 'head' \(Linear"):
             tap(images())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_SHOWN = 5  # layers named in an error
 _RELATIVE_TOLERANCE = 1e-2  # a wrong layer differs by its whole size, more than half precision or post-scaling noise
 
 
@@ -46,8 +47,8 @@ class FeatureTap(nn.Module):
         features = seen.get("input")
         if not isinstance(features, Tensor):
             raise RuntimeError(
-                f"layer {self.layer!r} was not called with a Tensor in the model's forward pass (a compiled model must "
-                f"be wrapped before its first call)"
+                f"layer {self.layer!r} was not called with a Tensor in the model's forward pass: pass another "
+                f"layer=NAME, or wrap a compiled model before its first call; {candidates(self.model, but=self.layer)}"
             )
         if not self._checked:
             self._checked = self._check(logits, features, seen.get("output"))
@@ -77,7 +78,7 @@ class FeatureTap(nn.Module):
         if not _same(output, logits):
             raise RuntimeError(
                 f"the last Linear layer {self.layer!r} does not make the model's logits of shape "
-                f"{tuple(logits.shape)}: pass layer=NAME, one of {linear_names(self.model)}"
+                f"{tuple(logits.shape)}: pass layer=NAME; {candidates(self.model, but=self.layer)}"
             )
         return True
 
@@ -117,16 +118,19 @@ def with_features(model: nn.Module, layer: str | None = None) -> FeatureTap:
         raise TypeError(f"model must be a Module, got {type(model).__name__}")
     names = linear_names(model)
     if layer is None and not names:
-        raise ValueError("model has no nn.Linear layer whose input could be the features: pass layer=NAME")
+        raise ValueError(
+            f"model has no nn.Linear layer whose input could be the features: pass layer=NAME, the layer that makes "
+            f"the logits, to with_features; {candidates(model)}"
+        )
     name = names[-1] if layer is None else layer
     modules = dict(model.named_modules())
     if name not in modules:
-        raise ValueError(f"layer must name a module of the model, such as one of {names}, got {name!r}")
+        raise ValueError(f"layer must name a module of the model, got {name!r}; {candidates(model)}")
     tapped = modules[name]
-    width = getattr(tapped, "in_features", getattr(tapped, "in_channels", None))
-    if not isinstance(width, numbers.Integral):  # numpy's too
+    width = _input_width(tapped)
+    if width is None:
         raise TypeError(f"layer {name!r} must have in_features or in_channels, got {type(tapped).__name__}")
-    tap = FeatureTap(model, name, int(width), check_output=layer is None)
+    tap = FeatureTap(model, name, width, check_output=layer is None)
     tap.training = model.training  # not train(): that would change the submodules, whose modes are the caller's
     return tap
 
@@ -169,6 +173,29 @@ def _keep_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 def linear_names(model: nn.Module) -> list[str]:
     """Return the dotted names of a model's Linear layers, in their order."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def candidates(model: nn.Module, *, but: str | None = None) -> str:
+    """Return the last layers whose input could be the features, the last one first, as words for a message."""
+    named = [(name, module) for name, module in model.named_modules() if name != but]
+    shown = [f"{name!r} ({_described(module)})" for name, module in reversed(named) if _input_width(module) is not None]
+    if not shown:
+        return "candidates: none, as no module has in_features or in_channels"
+    return f"candidates: {', '.join(shown[:_SHOWN])}{', ...' if len(shown) > _SHOWN else ''}"
+
+
+def _described(module: Any) -> str:
+    """Return type, input and output width, and the kernel's size: ``Conv2d(512, 100, 1x1)``."""
+    sizes = [_input_width(module), getattr(module, "out_features", getattr(module, "out_channels", "?"))]
+    kernel = getattr(module, "kernel_size", None)
+    sizes += ["x".join(map(str, kernel))] if isinstance(kernel, tuple) else []
+    return f"{type(module).__name__}({', '.join(map(str, sizes))})"
+
+
+def _input_width(module: nn.Module) -> int | None:
+    """Return ``in_features`` or ``in_channels``; None if the module has no such integer."""
+    width = getattr(module, "in_features", getattr(module, "in_channels", None))
+    return int(width) if isinstance(width, numbers.Integral) else None  # numpy's too
 
 
 def _same(output: Any, logits: Tensor) -> bool:
