@@ -19,7 +19,7 @@ class AccumulatedBatch:
     Whether the budget is exceeded is known only after the last micro-batch, and matters to the guide alone. Its half
     depends on the student only through the logits, which are kept: it is evaluated once, on all of them, and its
     gradient is the full batch's. (The student's half is a sum over samples.) The cost is a second evaluation of loss
-    and guide, not of student or teacher, and the logits' memory; with :func:`disk_plugin.distributed.attach`, one
+    and guide, not of student or teacher, and the logits' memory; with ``disk_plugin.distributed.attach``, one
     all-reduce of the guide's gradients per step.
 
     Exact up to rounding if the guide treats samples independently (``norm="layer"``). Epoch statistics count the full
@@ -34,7 +34,7 @@ class AccumulatedBatch:
         TypeError: ``disk`` is not a DiSKLoss.
         RuntimeError: ``terms`` before ``add``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disk_plugin import DiSKLoss, GuideHead
         >>> whole = AccumulatedBatch(DiSKLoss(GuideHead(num_classes=10)))

@@ -36,7 +36,7 @@ class Distiller(nn.Module):
         dual: the ``DualScheduler``, saved in this module's ``state_dict``; None without ``epochs``.
 
     Shape:
-        x as both models take it; target (N,) or the logits' shape; returns :class:`disk_plugin.features.GuidedTerms`,
+        x as both models take it; target (N,) or the logits' shape; returns ``disk_plugin.features.GuidedTerms``,
         scalars, or without a target the student's own output.
 
     Raises:
@@ -45,7 +45,7 @@ class Distiller(nn.Module):
         TypeError: ``loss`` is of another type; settings beside a ``loss``.
         RuntimeError: in ``load_state_dict``, a state that was saved without ``epochs``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> student, teacher = nn.Linear(4, 10), nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))

@@ -30,7 +30,7 @@ def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
 
     Under gradient accumulation each micro-batch, over all ranks, has its own hinge. With k of them the guide's gradient
     is the full batch's if all are within the budget or all exceed it; otherwise it differs by multiplier / k times the
-    sum of (1[usage_j > budget] - 1[usage > budget]) grad usage_j. :class:`disk_plugin.accumulation.AccumulatedBatch`
+    sum of (1[usage_j > budget] - 1[usage > budget]) grad usage_j. ``disk_plugin.accumulation.AccumulatedBatch``
     removes that difference.
 
     Args:
@@ -46,7 +46,7 @@ def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
         ValueError: this rank is not in ``process_group``.
         TypeError: ``disk`` is not a DiSKLoss.
 
-    Example:
+    Examples:
         >>> from torch import distributed
         >>> from disk_plugin import DiSKLoss, GuideHead
         >>> distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
@@ -69,7 +69,7 @@ def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
 
 
 class SharedGuide:
-    """Handle returned by :func:`attach`."""
+    """Handle returned by ``attach``."""
 
     @torch.no_grad()
     def __init__(self, disk: DiSKLoss, process_group: Group) -> None:

@@ -19,7 +19,7 @@ class EpochReport:
     Samples under ``ignore_index`` do not count. A mean over no sample, such as g on incorrect samples of an epoch
     without any, is NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disk_plugin import DiSKLoss, GuideHead
         >>> disk, report = DiSKLoss(GuideHead(3)), EpochReport()

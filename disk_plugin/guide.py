@@ -39,7 +39,7 @@ class GuideHead(nn.Module):
             empty ``hidden_dims``; in ``forward`` inputs of another width or shape than it was built for.
         TypeError: values or inputs of another type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> guide = GuideHead(num_classes=100, feature_dim=256)
         >>> guide(torch.randn(8, 100), torch.randn(8, 256)).shape

@@ -34,8 +34,8 @@ class DiscountLevel(nn.Module):
 
     After each training batch it makes one Newton step,
 
-    .. math:: \Delta \log g = (d^* - d) \Big/ \tfrac1N \sum_i \sum_y \frac{t_y s_y g}{(s_y + g)^2}, \qquad
-              |\Delta \log g| \le 1/2
+    $$\Delta \log g = (d^* - d) \Big/ \tfrac1N \sum_i \sum_y \frac{t_y s_y g}{(s_y + g)^2}, \qquad
+    |\Delta \log g| \le 1/2$$
 
     A number is the target d* itself; 0 is plain distillation, g = 0. ``"auto"`` follows the student: d* =
     ``share * (1 - agreement)``, at most 1/2, with agreement the running share of training samples on which the
@@ -98,7 +98,7 @@ class DiscountLevel(nn.Module):
             discount: mean share of the teacher's pull that was taken off, a scalar.
             slope: its derivative w.r.t. log g, a scalar.
             agreement: share of the batch on which the student's argmax is the teacher's, a scalar.
-            mean_logit: mean of the guide's own logits, a scalar; used by :class:`GuideLevel` only.
+            mean_logit: mean of the guide's own logits, a scalar; used by ``GuideLevel`` only.
 
         Raises:
             RuntimeError: under a transform of ``torch.func`` without the buffers.
@@ -121,7 +121,7 @@ class DiscountLevel(nn.Module):
 
     @property
     def follows_progress(self) -> bool:
-        """Whether :meth:`set_progress` changes anything."""
+        """Whether ``set_progress`` changes anything."""
         return self.discount == "auto"
 
     @property

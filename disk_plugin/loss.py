@@ -21,21 +21,21 @@ from .variants import Variant, resolve_variant
 class DiSKLoss(nn.Module):
     r"""DiSK as a criterion. **This loss has parameters**, those of its guide: give them to an optimizer.
 
-    .. math:: \alpha\,L_{CE}(s) + (1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+
+    $$\alpha\,L_{CE}(s) + (1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+$$
 
     is Kag et al. (ICLR 2023), eq. (5). In one backward, student and guide each receive only their own gradient
     (stop-gradient on the other); Algorithm 1's alternation backpropagates ``terms(...).guide_loss`` and
     ``terms(...).student_loss`` in turn. g is bounded in one of two ways:
 
     - by default the mean **discount**, the share of the teacher's pull that is taken off (ours): the guide ranks the
-      samples, and the loss sets the level of g after each batch (:class:`disk_plugin.level.DiscountLevel`); there is no
+      samples, and the loss sets the level of g after each batch (``disk_plugin.level.DiscountLevel``); there is no
       hinge and ``multiplier`` is 0.
     - the paper's **budget** in nats: with ``multiplier`` or ``budget`` given, or ``discount=None``. Both are buffers,
       so a loaded checkpoint overrides the constructor's.
 
-    :class:`DualScheduler` sets the training progress for the first and schedules the second.
+    ``DualScheduler`` sets the training progress for the first and schedules the second.
 
-    A :class:`disk_plugin.uniform.UniformGuide` bounds its g itself. Where the authors' code differs from the paper,
+    A ``disk_plugin.uniform.UniformGuide`` bounds its g itself. Where the authors' code differs from the paper,
     ``variant`` selects the rule. By default all classes are scaffolded: others would keep their full pull.
 
     Autocast is disabled inside and half-precision inputs are upcast to float32. NaN in an input, or inf in the
@@ -53,10 +53,10 @@ class DiSKLoss(nn.Module):
         top_k: number of the teacher's largest classes that receive g, >= 1; None for all (paper: K).
         discount: target of the mean discount in [0, 1), or ``"auto"``, which follows the student; None for the budget.
         multiplier: weight of the budget's hinge, >= 0; None for 50 (paper: lambda).
-        budget: nats per sample, >= 0; None for .3 (paper: delta, :func:`disk_plugin.schedule.estimate_budget`).
+        budget: nats per sample, >= 0; None for .3 (paper: delta, ``disk_plugin.schedule.estimate_budget``).
         variant: ``"paper"``, ``"official_cifar"``, ``"official_imagenet"`` or a ``Variant``.
         guide_gradient_scale: > 0, with a budget: keeps the guide alive under the student's SGD, see
-            :func:`disk_plugin.functional.disk_terms`. None: the gradient w.r.t. the guide logit, as in the paper.
+            ``disk_plugin.functional.disk_terms``. None: the gradient w.r.t. the guide logit, as in the paper.
         ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
         weight: of each class in the cross-entropy, (C,); None for 1. Means divide by positions, not by their weights.
         label_smoothing: of the cross-entropy alone, in [0, 1), as in ``nn.CrossEntropyLoss``.
@@ -64,7 +64,7 @@ class DiSKLoss(nn.Module):
     Attributes:
         level: the module that holds the discount, or None with a budget.
         reduce_mean: None, or a function that averages a scalar over the parts of a batch, such as
-            :func:`disk_plugin.distributed.mean_over_processes`: the whole batch's usage decides the hinge.
+            ``disk_plugin.distributed.mean_over_processes``: the whole batch's usage decides the hinge.
 
     Shape:
         student_logits, teacher_logits (N, C) or (N, C, d1, ...); target int64 (N, d1, ...) or probabilities of the
@@ -74,7 +74,7 @@ class DiSKLoss(nn.Module):
         ValueError: values out of range, an unknown variant; in ``forward`` shapes that do not fit.
         TypeError: ``guide`` is not a module, values or tensors of another type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disk_plugin import DiSKLoss, GuideHead
         >>> disk = DiSKLoss(GuideHead(num_classes=10))
@@ -167,10 +167,10 @@ class DiSKLoss(nn.Module):
         sample_weight: Tensor | None = None,
         reduction: Reduction = "mean",
     ) -> DiSKTerms:
-        """Evaluate everything once: the loss, its two halves and what to log (see :class:`functional.DiSKTerms`).
+        """Evaluate everything once: the loss, its two halves and what to log (see ``functional.DiSKTerms``).
 
         In training mode each call updates ``statistics()`` and, with ``student_temperature="fit"``, the temperature.
-        Pass ``guide_logits``, the result of :meth:`guide_logits`, if the guide runs elsewhere, such as inside a module
+        Pass ``guide_logits``, the result of ``guide_logits``, if the guide runs elsewhere, such as inside a module
         wrapped in DistributedDataParallel; ``teacher_features`` is then not read.
         """
         _checks.logits(student_logits, teacher_logits)

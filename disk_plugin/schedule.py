@@ -17,7 +17,7 @@ __all__ = ["DualScheduler", "estimate_budget"]
 
 
 class DualScheduler:
-    r"""Schedule the bound of g in a :class:`DiSKLoss`, as ``LRScheduler`` does the learning rate: step once per epoch.
+    r"""Schedule the bound of g in a ``DiSKLoss``, as ``LRScheduler`` does the learning rate: step once per epoch.
 
     A loss with a **discount** (the default) is told the training progress, on which its ``"auto"`` target and a
     ``UniformGuide``'s ramp depend; only ``epochs`` has to be set.
@@ -25,7 +25,7 @@ class DualScheduler:
     The paper's **budget** has a multiplier that rises within each period, between the bounds given here (a
     ``multiplier`` given to the loss stays constant if none are):
 
-    .. math:: \lambda(r) = \lambda_{min} + (\lambda_{max} - \lambda_{min})\,(1 - \cos(\pi\,(r \bmod A)/A))/2
+    $$\lambda(r) = \lambda_{min} + (\lambda_{max} - \lambda_{min})\,(1 - \cos(\pi\,(r \bmod A)/A))/2$$
 
     is line 8 of Algorithm 1, Kag et al. (ICLR 2023): ``CosineAnnealingWarmRestarts`` with T_0 = A = ``period``, but
     rising. A restart that would leave less than a full period is skipped: ``epochs=8, period=4`` restarts at epochs 0
@@ -68,7 +68,7 @@ class DualScheduler:
         RuntimeError: ``dual(epoch)`` under ``"ascent"``, where the multiplier depends on the run; ``step()`` under
             ``"adaptive"`` or ``"ascent"`` without a training batch since the last one.
 
-    Example:
+    Examples:
         >>> from disk_plugin import DiSKLoss, DualScheduler, GuideHead
         >>> dual = DualScheduler(DiSKLoss(GuideHead(10)), epochs=8, multiplier=(0.0, 40.0))
         >>> [round(dual(epoch)[0]) for epoch in range(9)]

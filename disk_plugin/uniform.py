@@ -20,10 +20,10 @@ class UniformGuide(DiscountLevel):
     - a number: constant. 0 is plain distillation.
     - two numbers: linear from the first to the second over the first ``over`` of training.
     - ``discount``: the mean share of the teacher's pull that is taken off, which is comparable across numbers of
-      classes, temperatures and epochs: a target for :class:`disk_plugin.level.DiscountLevel`, or ``"auto"``.
+      classes, temperatures and epochs: a target for ``disk_plugin.level.DiscountLevel``, or ``"auto"``.
       ``DiSKLoss(GuideHead(...))`` does the same with a guide that ranks.
 
-    ``DualScheduler(disk, epochs=...)`` sets the training progress; in a loop without one call :meth:`set_progress`.
+    ``DualScheduler(disk, epochs=...)`` sets the training progress; in a loop without one call ``set_progress``.
     With several ranks (``attach``) and under ``AccumulatedBatch`` the means are over the whole batch.
 
     Args:
@@ -40,7 +40,7 @@ class UniformGuide(DiscountLevel):
         TypeError: values of another type.
         RuntimeError: ``discount`` in training mode under a ``torch.func`` transform without the buffers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disk_plugin import DiSKLoss
         >>> from disk_plugin.uniform import UniformGuide
@@ -83,7 +83,7 @@ class UniformGuide(DiscountLevel):
 
     @property
     def follows_progress(self) -> bool:
-        """Whether :meth:`set_progress` changes anything."""
+        """Whether ``set_progress`` changes anything."""
         return super().follows_progress or (self.ends is not None and self.ends[0] != self.ends[1])
 
     def extra_repr(self) -> str:

@@ -100,7 +100,7 @@ class BlockChecks:
         """Compare every block, even those compared before: one pass over the file.
 
         Raises:
-            RuntimeError: as in :meth:`before_reading`.
+            RuntimeError: as in ``before_reading``.
         """
         if not self._meta.block_rows:
             warnings.warn(

@@ -85,7 +85,7 @@ class TeacherOutputs:
 
 
 def read_head(path: Path, meta: Meta) -> tuple[Tensor, Tensor | None] | None:
-    """Read a file of :meth:`TeacherOutputs.head_bytes`: weight (C, D) and bias (C,); None without a head.
+    """Read a file of ``TeacherOutputs.head_bytes``: weight (C, D) and bias (C,); None without a head.
 
     Raises:
         RuntimeError: the file is damaged, or not ours.

@@ -27,7 +27,7 @@ Mode = Literal["features", "logits", "logits+features"]
 class TeacherCache:
     """A teacher's outputs for every (sample, view), written once and read from a memory-mapped file in float16.
 
-    Written by :meth:`write`. Opening checks that it is complete and, given the teacher or the dataset, that it was made
+    Written by ``write``. Opening checks that it is complete and, given the teacher or the dataset, that it was made
     from these: weights, targets, transform, views, seed and, bit for bit, a few images. Rows are compared with their
     checksum (CRC-32 of about 64 KiB) when a process first reads them, which detects corruption, not tampering. Any
     number of processes may read; a loader's workers open the files again.
@@ -54,7 +54,7 @@ class TeacherCache:
             that differ.
         TypeError: in a call values of another type.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from torch import nn
         >>> dataset = torch.utils.data.TensorDataset(torch.randn(6, 4), torch.arange(6))
@@ -129,7 +129,7 @@ class TeacherCache:
 
         Args:
             folder: created if missing.
-            teacher: any classifier (:func:`disk_plugin.taps.with_features`), or what ``with_features`` returned.
+            teacher: any classifier (``disk_plugin.taps.with_features``), or what ``with_features`` returned.
             views: ``SeededViews``, or a dataset without random augmentation: its only view is 0.
             mode: ``"features"``: the pooled features in float16, of which the teacher's last Linear, stored beside
                 them, recomputes the logits in float32; ``"logits"``: the logits in float16; ``"logits+features"``:
@@ -179,8 +179,8 @@ class TeacherCache:
         weights do not. A cache written by a version without checksums has only the second, with a warning.
 
         Args:
-            teacher: as for :meth:`write`.
-            views: as for :meth:`write`.
+            teacher: as for ``write``.
+            views: as for ``write``.
             share: of the sample-views to recompute, in (0, 1]; at least one.
             tolerance: largest difference allowed, as a share of the sample's largest absolute value.
             seed: of the random share.

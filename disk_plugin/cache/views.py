@@ -40,7 +40,7 @@ class SeededViews(Dataset[tuple[Any, ...]]):
         TypeError: ``dataset`` is not map-style, values or items of another type.
         IndexError: an index or view out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> class Noise(torch.utils.data.Dataset):
         ...     __len__, __getitem__ = lambda self: 5, lambda self, index: (torch.rand(3), index % 2)

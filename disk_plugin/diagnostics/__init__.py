@@ -1,6 +1,6 @@
 """Diagnose what limits the student, and what the guide does, from a record of each sample in training.
 
-:func:`capacity_gap` and recording need only torch; tables and figures need ``pip install 'disk-plugin[plots]'``.
+``capacity_gap`` and recording need only torch; tables and figures need ``pip install 'disk-plugin[plots]'``.
 """
 
 from .capacity import CapacityGap, capacity_gap

@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class CapacityGap(NamedTuple):
-    """Result of :func:`capacity_gap`: shares in [0, 1]. ``print`` it for the recommendation in words.
+    """Result of ``capacity_gap``: shares in [0, 1]. ``print`` it for the recommendation in words.
 
     Attributes:
         student_train: accuracy of the student on the training data.
@@ -149,7 +149,7 @@ def capacity_gap(
     Both models run in evaluation mode without gradients, on the same batches; each module's mode is restored.
 
     Args:
-        student: a trained classifier; for its outputs see :func:`disk_plugin.taps.logits_of`.
+        student: a trained classifier; for its outputs see ``disk_plugin.taps.logits_of``.
         teacher: of the same classes.
         train_loader: batches (x, target, ...) of the data the student was trained on; target are class indices.
         held_out_loader: batches of data that neither was trained on.
@@ -166,7 +166,7 @@ def capacity_gap(
         TypeError: models that are not modules or return no logits; batches of another kind; targets that are not class
             indices.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> x, teacher, student = torch.randn(512, 6), nn.Linear(6, 6), nn.Linear(6, 6)

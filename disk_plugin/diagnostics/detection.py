@@ -19,7 +19,7 @@ def detection_auroc(table: "DataFrame", flipped: Tensor, *, epoch: int | None = 
     ``ce`` and ``1 - correct``, the share of epochs in which the student was wrong.
 
     Args:
-        table: of ``SampleRecord.table`` or :func:`read`, with any samples of the dataset.
+        table: of ``SampleRecord.table`` or ``read``, with any samples of the dataset.
         flipped: whether the label is wrong, for every position of the dataset.
         epoch: the epoch to score; None for each sample's mean over the recorded ones. For some of them pass only their
             rows, ``table[table["epoch"] >= 10]``.
@@ -37,7 +37,7 @@ def detection_auroc(table: "DataFrame", flipped: Tensor, *, epoch: int | None = 
         TypeError: ``flipped`` is not a bool tensor, ``table`` not a DataFrame, ``epoch`` not an int.
         ImportError: pandas is absent; the message holds the pip line.
 
-    Example:
+    Examples:
         >>> import pandas, torch
         >>> from disk_plugin.diagnostics import detection_auroc
         >>> table = pandas.DataFrame({"index": [0, 1], "epoch": 0, "guide": [0.9, 0.2], "discount": [0.1, 0.8]})

@@ -22,7 +22,7 @@ def gallery(
     r"""Show the images with the largest discount, the largest first; misclassified ones have a red title.
 
     Args:
-        table: of ``SampleRecord.table`` or :func:`read`.
+        table: of ``SampleRecord.table`` or ``read``.
         images: ``images[i]`` is that of sample i, or a tuple that begins with it: a tensor, or the dataset itself. A
             tensor is uint8, or floating-point in [0, 1]; one outside of that is rescaled to its own range.
         count: number of images, >= 1.
@@ -41,7 +41,7 @@ def gallery(
         TypeError: ``table`` is not a DataFrame, ``count`` or ``epoch`` not an int.
         ImportError: pandas or matplotlib is absent; the message holds the pip line.
 
-    Example:
+    Examples:
         >>> import pandas, torch
         >>> from disk_plugin.diagnostics import gallery
         >>> table = pandas.DataFrame({"index": [0, 1], "epoch": 0, "guide": [0.8, 0.4], "discount": [0.5, 0.9]})

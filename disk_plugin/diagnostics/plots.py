@@ -24,7 +24,7 @@ def plot_over_epochs(table: "DataFrame") -> "Figure":
     """Draw the means of g and discount over epochs: all samples (and their middle 80 %), correct ones, incorrect ones.
 
     Args:
-        table: of ``SampleRecord.table`` or :func:`read`.
+        table: of ``SampleRecord.table`` or ``read``.
 
     Returns:
         A figure with a panel for g and one for the discount.
@@ -34,7 +34,7 @@ def plot_over_epochs(table: "DataFrame") -> "Figure":
         TypeError: ``table`` is not a DataFrame.
         ImportError: pandas or matplotlib is absent; the message holds the pip line.
 
-    Example:
+    Examples:
         >>> import pandas
         >>> from disk_plugin.diagnostics import plot_over_epochs
         >>> table = pandas.DataFrame({"index": 0, "epoch": [0, 1], "guide": [0.4, 0.8], "discount": [0.5, 0.9]})
@@ -64,7 +64,7 @@ def plot_against_ce(table: "DataFrame", *, epoch: int | None = None) -> "Figure"
     The line is the mean over 20 equally large groups of samples with neighbouring CE.
 
     Args:
-        table: of ``SampleRecord.table`` or :func:`read`.
+        table: of ``SampleRecord.table`` or ``read``.
         epoch: the epoch to show; None for each sample's mean over the recorded ones, correct if it was so in at least
             half of them.
 
@@ -76,7 +76,7 @@ def plot_against_ce(table: "DataFrame", *, epoch: int | None = None) -> "Figure"
         TypeError: ``table`` is not a DataFrame, ``epoch`` not an int.
         ImportError: pandas or matplotlib is absent; the message holds the pip line.
 
-    Example:
+    Examples:
         >>> import pandas
         >>> from disk_plugin.diagnostics import plot_against_ce
         >>> table = pandas.DataFrame({"index": [0, 1], "epoch": 0, "guide": [0.8, 0.4], "discount": [0.5, 0.9]})
@@ -103,7 +103,7 @@ def plot_per_class(table: "DataFrame", *, epoch: int | None = None, names: Names
     """Draw the class means of g and discount, from small to large discount.
 
     Args:
-        table: of ``SampleRecord.table`` or :func:`read`, recorded with the target.
+        table: of ``SampleRecord.table`` or ``read``, recorded with the target.
         epoch: the epoch to show; None for the mean over the recorded ones.
         names: of the classes, by their index; None for the index itself.
 
@@ -115,7 +115,7 @@ def plot_per_class(table: "DataFrame", *, epoch: int | None = None, names: Names
         TypeError: ``table`` is not a DataFrame, ``epoch`` not an int.
         ImportError: pandas or matplotlib is absent; the message holds the pip line.
 
-    Example:
+    Examples:
         >>> import pandas
         >>> from disk_plugin.diagnostics import plot_per_class
         >>> table = pandas.DataFrame({"index": [0, 1], "epoch": 0, "guide": [0.8, 0.4], "discount": [0.5, 0.9]})

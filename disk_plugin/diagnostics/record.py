@@ -35,7 +35,7 @@ class SampleRecord:
     Raises:
         TypeError: ``ignore_index`` is not an int.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disk_plugin import DiSKLoss, GuideHead
         >>> disk, record, target = DiSKLoss(GuideHead(3)), SampleRecord(), torch.tensor([0, 1, 0])
@@ -137,7 +137,7 @@ class SampleRecord:
         return extra("pandas").DataFrame({name: column.numpy() for name, column in columns.items()})
 
     def write(self, path: str | Path) -> None:
-        """Write ``table()`` to ``path``, whose suffix is .parquet or .csv; :func:`read` restores it.
+        """Write ``table()`` to ``path``, whose suffix is .parquet or .csv; ``read`` restores it.
 
         Raises:
             ValueError: another suffix.

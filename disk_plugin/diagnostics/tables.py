@@ -31,7 +31,7 @@ def read(path: str | Path) -> "DataFrame":
         ValueError: another suffix, or columns are missing.
         ImportError: pandas, or pyarrow for .parquet, is absent; the message holds the pip line.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> from disk_plugin.diagnostics import SampleRecord, read
         >>> with tempfile.TemporaryDirectory() as folder:

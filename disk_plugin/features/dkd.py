@@ -14,7 +14,7 @@ from .method import Method, Outputs
 class DKD(Method):
     r"""Decoupled knowledge distillation, Zhao et al. (CVPR 2022), eq. (7), and the cross-entropy beside it.
 
-    .. math:: \tau^2\,\big(\alpha\,KL(b^T || b^S) + \beta\,KL(\hat p^T || \hat p^S)\big)
+    $$\tau^2\,\big(\alpha\,KL(b^T || b^S) + \beta\,KL(\hat p^T || \hat p^S)\big)$$
 
     with b the probabilities of (label, any other class), and p-hat those of the other classes among themselves. The
     guide does not weigh the cross-entropy. Half-precision logits are upcast to float32; everything stays in log space,
@@ -26,7 +26,7 @@ class DKD(Method):
         beta: weight of the non-target-class part, >= 0.
         temperature: divides both logits, dimensionless, > 0.
         warmup_epochs: epochs over which the distillation's weight rises to 1, as in the authors' code; 0 for none. Only
-            :meth:`begin_epoch` tells it of an epoch: without a call the weight is 1.
+            ``begin_epoch`` tells it of an epoch: without a call the weight is 1.
 
     Shape:
         logits (N, C) or (N, C, d1, ...), C >= 2; target class indices (N, d1, ...), those outside 0 to C - 1 with loss
@@ -37,7 +37,7 @@ class DKD(Method):
         ValueError: values out of range; in ``forward`` shapes that do not fit.
         TypeError: values of another type; in ``forward`` a target that is neither int64 nor floating-point.
 
-    Example:
+    Examples:
         >>> import torch
         >>> losses = DKD()(Outputs(torch.randn(4, 10)), Outputs(torch.randn(4, 10)), torch.arange(4))
         >>> {name: tuple(loss.shape) for name, loss in losses.items()}

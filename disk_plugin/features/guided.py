@@ -34,18 +34,18 @@ __all__ = [
 class Guided(nn.Module):
     r"""DiSK as a learned reducer of any distillation loss: Kag et al. (ICLR 2023), A.7, eq. (6).
 
-    .. math:: \beta\,\tfrac1N\sum_i w(g(x_i))\,\ell_i \;[+\;\text{DiSK's student half}]
+    $$\beta\,\tfrac1N\sum_i w(g(x_i))\,\ell_i \;[+\;\text{DiSK's student half}]$$
 
-    with the method's losses per sample :math:`\ell_i`; the guide learns from eq. (5) of the method's prediction, with
-    the student held fixed, and not from the method's losses (see :func:`guided_feature_terms`). Without a method it is
+    with the method's losses per sample $\ell_i$; the guide learns from eq. (5) of the method's prediction, with
+    the student held fixed, and not from the method's losses (see ``guided_feature_terms``). Without a method it is
     DiSK itself, with the same kind of terms. **This module has parameters**, the guide's and the method's: give
     ``trainable_parameters()`` to the optimizer.
 
     Args:
         disk: the loss that owns the guide.
-        method: a :class:`Method`, or any callable (student_logits, teacher_logits, target) -> losses (N,); None for
+        method: a ``Method``, or any callable (student_logits, teacher_logits, target) -> losses (N,); None for
             DiSK alone.
-        weight: which w, see :func:`feature_weights`.
+        weight: which w, see ``feature_weights``.
         method_weight: beta, >= 0.
         logit_loss: add ce_weight CE + distill_weight L_dist of the prediction to the student's loss.
 
@@ -56,7 +56,7 @@ class Guided(nn.Module):
         ValueError: values out of range; in ``forward`` losses that are not one value per sample.
         TypeError: ``disk`` is not a ``DiSKLoss``, ``method`` cannot be called.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.nn import functional as F
         >>> from disk_plugin import DiSKLoss, GuideHead
@@ -114,7 +114,7 @@ class Guided(nn.Module):
     def evaluate(
         self, student: Outputs, teacher: Outputs, target: Tensor
     ) -> tuple[Tensor, Tensor, Outputs, dict[str, Tensor]]:
-        """Return the first arguments of :meth:`weigh`: prediction, target, teacher's outputs, the method's losses."""
+        """Return the first arguments of ``weigh``: prediction, target, teacher's outputs, the method's losses."""
         if self.method is None:
             return student.logits, target, teacher, {}
         logits, losses = self.method.evaluate(student, teacher, target)
@@ -130,7 +130,7 @@ class Guided(nn.Module):
         guide_logits: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> GuidedTerms:
-        """Weigh the losses that :meth:`Method.evaluate` gave, per sample: for a host that calls it elsewhere.
+        """Weigh the losses that ``Method.evaluate`` gave, per sample: for a host that calls it elsewhere.
 
         ``guide_logits`` is what ``disk.guide_logits`` gave, where that too has to be called elsewhere.
         """
@@ -179,7 +179,7 @@ def guided_feature_terms(
 ) -> GuidedTerms:
     r"""Evaluate a feature-matching loss weighted by the guide: Kag et al. (ICLR 2023), A.7, eq. (6).
 
-    .. math:: \beta\,\tfrac1N\sum_i w(g(x_i))\,\|\Psi(f_S(x_i)) - f_T(x_i)\|^2
+    $$\beta\,\tfrac1N\sum_i w(g(x_i))\,\|\Psi(f_S(x_i)) - f_T(x_i)\|^2$$
 
     normalised by N, not by the sum of w. Student and connector Psi feel this term, with g held fixed, and DiSK's own
     student half if ``logit_loss``. The guide feels the scaffold and the budget of eq. (5), with the student held fixed,
@@ -193,7 +193,7 @@ def guided_feature_terms(
         target: class indices or probabilities.
         teacher_features: what the guide reads beside the logits, or None.
         feature_error: squared distance per sample, a mean over its elements; half precision is upcast to float32.
-        weight: which w, see :func:`feature_weights`.
+        weight: which w, see ``feature_weights``.
         feature_weight: beta, >= 0.
         logit_loss: add ce_weight CE + distill_weight L_dist of ``student_logits`` to the student's loss.
         guide_logits: what ``disk.guide_logits`` gave, where that has to be called elsewhere (see ``DiSKLoss.terms``).

@@ -35,9 +35,9 @@ class Method(nn.Module):
     """A distillation loss per sample, which a host trains a student with, alone or weighted by DiSK's guide.
 
     A subclass writes ``forward`` and, where it needs them, the class attributes below; its own parameters are trained
-    beside the student's. It reads :class:`Outputs` and knows no host: each of them builds it by :meth:`for_pair`, makes
+    beside the student's. It reads ``Outputs`` and knows no host: each of them builds it by ``for_pair``, makes
     its settings (the keyword-only arguments of ``__init__`` whose default is a number, a word or a bool) into flags or
-    keys of its configuration, and calls :meth:`evaluate`. docs/write_a_method.md walks through one.
+    keys of its configuration, and calls ``evaluate``. docs/write_a_method.md walks through one.
 
     Attributes:
         reads: what it reads of both models beside their logits: ``"features"``, and names of ``Outputs.maps``.
@@ -46,7 +46,7 @@ class Method(nn.Module):
         weight_name: what hosts call the weight of its losses.
         shape_settings: names of settings on which the shapes of its parameters depend.
 
-    Example:
+    Examples:
         >>> from torch.nn import functional as F
         >>> class Similarity(Method):
         ...     def forward(self, student, teacher, target):
@@ -83,12 +83,12 @@ class Method(nn.Module):
         return self.predict(student), self(student, teacher, target)
 
     def about(self) -> dict[str, Any]:
-        """Return what :meth:`from_state` needs beside the parameters: numbers and lists of them."""
+        """Return what ``from_state`` needs beside the parameters: numbers and lists of them."""
         return {}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> "Method":
-        """Rebuild it for inference, without the teacher, from its ``state_dict`` and what :meth:`about` said.
+        """Rebuild it for inference, without the teacher, from its ``state_dict`` and what ``about`` said.
 
         Raises:
             NotImplementedError: a method with a prediction of its own has to say how.

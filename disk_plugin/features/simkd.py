@@ -49,7 +49,7 @@ class SimKD(Method):
             another shape.
         TypeError: ``classifier`` is not a module.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disk_plugin.features.simkd import SimKD, pooled_classifier
         >>> simkd = SimKD(32, 64, pooled_classifier(torch.nn.Linear(64, 10)), teacher_size=(8, 8))
@@ -113,7 +113,7 @@ class SimKD(Method):
         return cls(*channels, pair.teacher_head(), teacher_size=size, **settings)
 
     def forward(self, student: Outputs | Tensor, teacher: Outputs | Tensor, target: Tensor | None = None) -> Any:
-        """Return the losses by name; of two maps alone what :meth:`match` returns. No label is used."""
+        """Return the losses by name; of two maps alone what ``match`` returns. No label is used."""
         if isinstance(student, Tensor) or isinstance(teacher, Tensor):
             return self.match(student, teacher)  # type: ignore[arg-type]
         return {"feature": self.match(student.maps[LAST_MAP], teacher.maps[LAST_MAP]).feature_error}
@@ -163,7 +163,7 @@ class SimKD(Method):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> "SimKD":
-        """Rebuild it from its state; the classifier must be one of :func:`pooled_classifier`."""
+        """Rebuild it from its state; the classifier must be one of ``pooled_classifier``."""
         first, last = state["projector.0.weight"], state["projector.6.weight"]
         linear = next(name for name in state if name.startswith("classifier.") and name.endswith(".weight"))
         classes, width = state[linear].shape

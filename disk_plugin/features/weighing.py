@@ -15,7 +15,7 @@ FEATURE_WEIGHTS: tuple[str, ...] = ("one_minus_guide", "one_minus_discount", "gu
 
 
 class GuidedTerms(NamedTuple):
-    """What :class:`Guided` and :func:`guided_feature_terms` give: scalars, or (N, d1, ...) with ``reduction="none"``.
+    """What ``Guided`` and ``guided_feature_terms`` give: scalars, or (N, d1, ...) with ``reduction="none"``.
 
     ``feature`` and ``logged_loss`` are detached. Of per-sample terms take ``mean()``, which divides by the samples that
     count.

@@ -1,9 +1,9 @@
 """The equations of DiSK as pure functions, one per equation: no state, no modules.
 
-(1) :func:`kd_loss`; (3) :func:`usage`, :func:`violation`, :func:`budget_loss`; (4) :func:`scaffolded_kl`,
-:func:`scaffold_mask`, :func:`discount`, :func:`fit_student_temperature`, :func:`student_temperature_step`;
-(5) :func:`disk_loss`, :func:`disk_terms`; the per-sample optimum of (5): :func:`optimal_guide`,
-:func:`optimal_multiplier`. :func:`reference_terms` is (5) in plain autograd: to read, to fork, for double backward.
+(1) ``kd_loss``; (3) ``usage``, ``violation``, ``budget_loss``; (4) ``scaffolded_kl``,
+``scaffold_mask``, ``discount``, ``fit_student_temperature``, ``student_temperature_step``;
+(5) ``disk_loss``, ``disk_terms``; the per-sample optimum of (5): ``optimal_guide``,
+``optimal_multiplier``. ``reference_terms`` is (5) in plain autograd: to read, to fork, for double backward.
 """
 
 from .budget import budget_loss, usage, violation

@@ -23,7 +23,7 @@ def usage(
 ) -> Tensor:
     r"""Return the guide's usage, Kag et al. (ICLR 2023), the sum in eq. (3): g times the cross-entropy at tau = 1.
 
-    .. math:: \frac1N \sum_i g(x_i)\,(-\log s_{y_i}(x_i))
+    $$\frac1N \sum_i g(x_i)\,(-\log s_{y_i}(x_i))$$
 
     Args:
         student_logits: before softmax.

@@ -33,7 +33,7 @@ def kd_loss(
 ) -> Tensor:
     r"""Return plain knowledge distillation, Kag et al. (ICLR 2023), eq. (1): DiSK with g = 0.
 
-    .. math:: \alpha\, CE(s) + (1-\alpha)\, \tau\tau_s\, \frac1N \sum_i KL(t^\tau \| s^{\tau_s})
+    $$\alpha\, CE(s) + (1-\alpha)\, \tau\tau_s\, \frac1N \sum_i KL(t^\tau \| s^{\tau_s})$$
 
     Args:
         student_logits: before softmax.

@@ -53,15 +53,15 @@ def disk_terms(
 ) -> DiSKTerms:
     r"""Evaluate the objective of DiSK, Kag et al. (ICLR 2023), eq. (5), for given guide logits.
 
-    .. math:: \alpha\,L_{CE}(s) + (1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+
+    $$\alpha\,L_{CE}(s) + (1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+$$
 
     In one backward through ``loss``, student and guide each receive only their own gradient (stop-gradient on the
     other): the student that of CE and scaffold, the guide that of scaffold and budget (Algorithm 1: "not optimizing the
     student model on budget loss gives more stable results"). The default is the paper's;
-    :class:`disk_plugin.variants.Variant` lists where the authors' scripts differ.
+    ``disk_plugin.variants.Variant`` lists where the authors' scripts differ.
 
     Gradients are in closed form and double backward is not supported: for that, or to read and fork the method, take
-    :func:`disk_plugin.functional.reference_terms`, the same in plain autograd.
+    ``disk_plugin.functional.reference_terms``, the same in plain autograd.
 
     The hinge is over the batch of this call: micro-batches and replicas each have their own, unless ``reduce_mean``
     averages over them.
@@ -208,5 +208,5 @@ def evaluate(
 def disk_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, guide_logits: Tensor, **settings: object
 ) -> Tensor:
-    """Return ``disk_terms(...).loss``: Kag et al. (ICLR 2023), eq. (5), with the arguments of :func:`disk_terms`."""
+    """Return ``disk_terms(...).loss``: Kag et al. (ICLR 2023), eq. (5), with the arguments of ``disk_terms``."""
     return disk_terms(student_logits, teacher_logits, target, guide_logits, **settings).loss  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ def optimal_guide(
 ) -> Tensor:
     r"""Return the g in [0, 1] that minimises (1-alpha) L_dist + multiplier * g * CE independently per position.
 
-    .. math:: \tau\tau_s (1-\alpha) \sum_{k \in K} t_k / (s_k + g) = \mu\, CE
+    $$\tau\tau_s (1-\alpha) \sum_{k \in K} t_k / (s_k + g) = \mu\, CE$$
 
     The left side decreases in g, so bisection finds the root; g is 1 if the left side is always larger, 0 if it is
     always smaller. The hinge of (3) acts as this multiplier while the budget binds. For the paper's variant. An oracle,
@@ -83,11 +83,11 @@ def optimal_multiplier(
     student_temperature: float | Tensor | None = None,
     top_k: int | None = None,
 ) -> Tensor:
-    """Return the multiplier under which :func:`optimal_guide` spends exactly the budget; 0 if g = 1 spends less.
+    """Return the multiplier under which ``optimal_guide`` spends exactly the budget; 0 if g = 1 spends less.
 
     The optimum's usage decreases in the multiplier, so bisection over its logarithm finds it, between 1e-6 and 1e6.
 
-    Args and Shape are those of :func:`optimal_guide`, with ``budget`` in nats per sample, > 0, instead of
+    Args and Shape are those of ``optimal_guide``, with ``budget`` in nats per sample, > 0, instead of
     ``multiplier``; returns a scalar tensor.
 
     Raises:

@@ -49,7 +49,7 @@ def reference_terms(
     Student and guide each receive only their own gradient (stop-gradient on the other); double backward is supported.
     A scaled gradient and ``hold_discount`` are left out: those are not gradients of a value.
 
-    Args and Shape are those of :func:`disk_plugin.functional.disk_terms`.
+    Args and Shape are those of ``disk_plugin.functional.disk_terms``.
 
     Raises:
         ValueError: shapes that do not fit, temperatures <= 0, top_k < 1, an unknown variant.

@@ -113,7 +113,7 @@ def scaffolded_kl(
 ) -> Tensor:
     r"""Return the distillation loss under the guide's scaffold, Kag et al. (ICLR 2023), eq. (4).
 
-    .. math:: \frac{\tau\tau_s}{N}\sum_i\sum_y t^\tau_y \log\frac{t^\tau_y}{s^{\tau_s}_y + 1[y \in K]\, g}
+    $$\frac{\tau\tau_s}{N}\sum_i\sum_y t^\tau_y \log\frac{t^\tau_y}{s^{\tau_s}_y + 1[y \in K]\, g}$$
 
     It may be negative, as s + g sums to more than 1. The authors' code adds the label to K and zeroes the teacher's
     target outside it (``label``, ``teacher_target="scaffolded"``); the defaults are the paper's.
@@ -158,12 +158,12 @@ def discount(
 ) -> Tensor:
     r"""Return the share of the teacher's pull on the student that the scaffold takes off, per position, in [0, 1].
 
-    .. math:: d = 1 - \sum_y w_y / \sum_y t_y, \qquad w_y = t_y s_y / (s_y + 1[y \in K]\, g)
+    $$d = 1 - \sum_y w_y / \sum_y t_y, \qquad w_y = t_y s_y / (s_y + 1[y \in K]\, g)$$
 
     The student's gradient under (4) is that of a target w instead of t. 0: plain distillation. 1: the sample is
     dropped. If s is far below g, a small g takes off nearly everything, so read this together with g. Not in the paper.
 
-    Args and Shape are those of :func:`scaffolded_kl`; returns (N, d1, ...), detached.
+    Args and Shape are those of ``scaffolded_kl``; returns (N, d1, ...), detached.
 
     Raises:
         ValueError: shapes that do not fit, temperatures <= 0, top_k < 1.

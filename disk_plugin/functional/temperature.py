@@ -41,7 +41,7 @@ def _inputs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 def fit_student_temperature(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
     r"""Return the student temperature of Kag et al. (ICLR 2023), section 3.2, from stored logits, by Newton's method.
 
-    .. math:: \tau_s = \arg\min_s \sum_i KL(t^\tau(x_i) \| s^s(x_i)), \qquad \tau/4 \le \tau_s \le 4\tau
+    $$\tau_s = \arg\min_s \sum_i KL(t^\tau(x_i) \| s^s(x_i)), \qquad \tau/4 \le \tau_s \le 4\tau$$
 
     Newton steps in 1 / tau_s inside a bracket that shrinks at every step. NaN in the logits propagates.
 
@@ -57,7 +57,7 @@ def fit_student_temperature(student_logits: Tensor, teacher_logits: Tensor, *, t
         ValueError: shapes that do not fit, temperature <= 0.
         TypeError: logits that are not floating-point.
 
-    Example:
+    Examples:
         >>> import torch
         >>> teacher_logits = torch.randn(64, 10)
         >>> tau_s = fit_student_temperature(2 * teacher_logits, teacher_logits, temperature=4.0)
@@ -104,7 +104,7 @@ def student_temperature_step(
 
     At beta = 1 / tau_s the batch's slope f' and curvature f'' give the line f'(x) = f' + f'' (x - beta). The running
     means of f'' and of f'' beta - f' describe the average line; the new beta is its root, within the clamp of
-    :func:`fit_student_temperature`. The mean of the batches' own roots would be biased for small batches.
+    ``fit_student_temperature``. The mean of the batches' own roots would be biased for small batches.
 
     Args:
         student_logits: of one batch, before softmax.

@@ -22,7 +22,7 @@ class GuideReplay:
 
     Algorithm 1 trains the guide with the student fixed, in extra passes of teacher and student. The guide's objective,
 
-    .. math:: (1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+
+    $$(1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+$$
 
     needs only the guide's input, t_k and log s_k on the scaffolded classes and the budget's CE. These are recorded
     while the student trains; ``train_guide`` makes the guide's passes on the record, without teacher, student or
@@ -38,14 +38,14 @@ class GuideReplay:
 
     Ignored positions and those that are not finite are left out, which synchronizes with the device once per batch.
     Each rank records its own positions; gradients are averaged over ranks, which make the same number of steps: start
-    from the same guide on all (:func:`disk_plugin.distributed.attach`) and record something on each. A fitted student
+    from the same guide on all (``disk_plugin.distributed.attach``) and record something on each. A fitted student
     temperature is averaged in each ``student_loss``, which all ranks must then call equally often. A guide with
     BatchNorm needs two positions per step and rank.
 
     Args:
         disk: the loss that owns the guide, unwrapped.
         optimizer: of the guide's parameters only; the student's optimizer must not hold them.
-        capacity: positions held, >= 1; beyond it a uniform sample, see :class:`disk_plugin.replay.Reservoir`.
+        capacity: positions held, >= 1; beyond it a uniform sample, see ``disk_plugin.replay.Reservoir``.
         batch_size: positions in a step of the guide, >= 1, over which the hinge is. A pass is split evenly, so that
             its last batch is no smaller than the others.
         dtype: storage type, float16, bfloat16, float32 or float64; half precision is upcast to float32.
@@ -56,7 +56,7 @@ class GuideReplay:
         ValueError: values out of range, an optimizer of parameters other than the guide's.
         TypeError: ``disk`` is not a ``DiSKLoss``, values of another type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disk_plugin import DiSKLoss, GuideHead
         >>> disk = DiSKLoss(GuideHead(num_classes=10))

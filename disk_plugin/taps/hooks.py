@@ -13,7 +13,7 @@ _RELATIVE_TOLERANCE = 1e-2  # a wrong layer differs by its whole size, more than
 
 
 class FeatureTap(nn.Module):
-    """A classifier that also returns the input of its last Linear: see :func:`with_features`.
+    """A classifier that also returns the input of its last Linear: see ``with_features``.
 
     Attributes:
         feature_dim: D, the width of the features.
@@ -106,7 +106,7 @@ def with_features(model: nn.Module, layer: str | None = None) -> FeatureTap:
             kind.
         RuntimeError: in ``forward``, the layer is not called or does not make the logits.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> teacher = with_features(nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5)).eval())

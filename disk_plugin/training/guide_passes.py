@@ -22,7 +22,7 @@ class GuidePasses:
     """The guide's half of Algorithm 1, Kag et al. (ICLR 2023), with the student held fixed.
 
     The guide stays outside DistributedDataParallel, which wants every gradient in every step: its parameters are
-    broadcast once (:meth:`broadcast`) and its gradients averaged here.
+    broadcast once (``broadcast``) and its gradients averaged here.
 
     Args:
         disk: the loss that owns the guide.
@@ -57,7 +57,7 @@ class GuidePasses:
 
         Args:
             epoch: the host's.
-            passes: gives the batches of so many passes, see :func:`repeated`.
+            passes: gives the batches of so many passes, see ``repeated``.
             guide_loss: evaluates ``terms.guide_loss`` of a batch, nothing of the student being trained.
             fresh: whether none was made yet; None to tell by the passes counted here.
         """

@@ -27,7 +27,7 @@ class GuidedTraining:
     is its own: wrapping for several devices, clipping, averaging, files.
 
     Args:
-        guided: method and guide, see :class:`disk_plugin.features.Guided`.
+        guided: method and guide, see ``disk_plugin.features.Guided``.
         epochs: of the host, over which the schedules run; None for constants.
         recipe: of the alternation; None to train guide and student together.
         guide_optimizer: of the guide's parameters and no others, with a recipe.
@@ -40,7 +40,7 @@ class GuidedTraining:
     Raises:
         ValueError: a recipe without an optimizer, or the reverse; a schedule beside ``epochs`` or ``dual``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disk_plugin import DiSKLoss, GuideHead
         >>> from disk_plugin.features import DKD

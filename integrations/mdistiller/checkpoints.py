@@ -88,7 +88,7 @@ def warm_start_weights(cfg: CfgNode) -> Weights:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: see :func:`read_student`.
+        ValueError: see ``read_student``.
     """
     head = not any(cfg.DISTILLER.TYPE in (name.upper(), f"DISK_{name.upper()}") for name in _predicting())
     return read_student(cfg.DISTILLER.WARM_START, key="DISTILLER.WARM_START", head=head)
@@ -193,20 +193,20 @@ def marked_untrained(student_state: dict[str, Any]) -> dict[str, Any]:
 
 
 def deployed_state(distiller: Any) -> dict[str, Any]:
-    """Return a checkpoint that can be evaluated without the teacher: see :func:`deployed_student`."""
+    """Return a checkpoint that can be evaluated without the teacher: see ``deployed_student``."""
     model = DeployedStudent(distiller.student, distiller.method_name, distiller.method)
     return {"model": model.state_dict(), **distiller.method.about()}
 
 
 def deployed_method(content: Any) -> str | None:
-    """Return the method whose :func:`deployed_state` a checkpoint is, or None."""
+    """Return the method whose ``deployed_state`` a checkpoint is, or None."""
     weights = content.get("model") if isinstance(content, dict) else None
     parts = {str(key).split(".")[0] for key in weights} if isinstance(weights, dict) else set()
     return next((name for name in _predicting() if parts == {"student", name}), None)
 
 
 def deployed_student(student: nn.Module, name: str, content: dict[str, Any]) -> DeployedStudent:
-    """Rebuild the module of a :func:`deployed_state` checkpoint around a fresh student."""
+    """Rebuild the module of a ``deployed_state`` checkpoint around a fresh student."""
     weights, prefix = content["model"], f"{name}."
     own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     about = {key: value for key, value in content.items() if key != "model"}

@@ -33,7 +33,7 @@ class GuidedDistiller(Distiller):
         method_name: of the method that the guide weighs (Kag et al., A.7); None for DiSK itself, eq. (5).
         epochs_per_iteration: how many epochs of the host one step of the schedule takes: the student's passes in an
             outer iteration of Algorithm 1, else 1.
-        gathers: set by a trainer that evaluates :meth:`terms` itself, once, over the gathered outputs of all replicas.
+        gathers: set by a trainer that evaluates ``terms`` itself, once, over the gathered outputs of all replicas.
         stateful: objects with ``state_dict`` that checkpoints of this module carry along, by name.
     """
 
@@ -84,7 +84,7 @@ class GuidedDistiller(Distiller):
         return self
 
     def outputs(self, image: Tensor, target: Tensor) -> tuple[Tensor, Inputs]:
-        """Return the prediction (N, C) and, by name, the other per-sample tensors that :meth:`terms` needs."""
+        """Return the prediction (N, C) and, by name, the other per-sample tensors that ``terms`` needs."""
         method = self.method
         if method is None:
             logits, _ = self.student(image)

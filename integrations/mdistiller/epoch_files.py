@@ -30,7 +30,7 @@ def collected() -> Iterator[Saves]:
 def commit(saves: Saves, folder: str, epoch: int) -> None:
     """Commit an epoch's files: write them beside the current ones, then rename them, ``latest`` first.
 
-    Before ``latest`` is renamed, a resumed run repeats the epoch; after that, :func:`settle` completes the commit.
+    Before ``latest`` is renamed, a resumed run repeats the epoch; after that, ``settle`` completes the commit.
     ``latest`` also holds the length of its part of the log.
     """
     saves = sorted(saves, key=lambda save: Path(save[1]).name != _COMMITTED)

@@ -42,7 +42,7 @@ class Folder:
         self._copied: tuple[Path, tuple[int, int]] | None = None  # source folder, stamp of the copied checkpoint
 
     def start(self, *, overwrite: bool) -> None:
-        """Start a run; with ``overwrite``, the old one is set aside until :meth:`settle`.
+        """Start a run; with ``overwrite``, the old one is set aside until ``settle``.
 
         Raises:
             FileExistsError: the folder, or one beside it, holds an earlier run, and ``overwrite`` is not set.

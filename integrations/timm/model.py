@@ -99,11 +99,11 @@ class MethodModel(FeatureDistillationTrainableModule):
     """Student and method as one model, which training sees and inference runs: the student alone cannot predict.
 
     The student's own head takes no part and is frozen. Rebuild the model around fresh ``student`` and ``teacher``
-    objects (:func:`build_method`) to load a checkpoint's ``state_dict`` into it.
+    objects (``build_method``) to load a checkpoint's ``state_dict`` into it.
 
     Args:
         student: a timm model.
-        parts: of :func:`build_method`.
+        parts: of ``build_method``.
         num_classes: of the prediction.
 
     Shape:

@@ -10,7 +10,7 @@ _PAPER = PAPER["recipe"]
 
 @dataclass(frozen=True)
 class Recipe(training.Recipe):
-    """:class:`disk_plugin.training.Recipe` and the guide's own optimizer; defaults are the paper's."""
+    """``disk_plugin.training.Recipe`` and the guide's own optimizer; defaults are the paper's."""
 
     guide_opt: str = _PAPER["optimizer"]  # by timm's name
     guide_lr: float = _PAPER["lr"]  # falls to 0 as a cosine over the epochs

@@ -6,8 +6,8 @@ from .guided_task import GuidedTask
 class DiSKTask(GuidedTask):
     r"""Distilling Scaffolded Knowledge, Kag et al. (ICLR 2023), eq. (5), as a task of timm >= 1.0.27.
 
-    .. math:: w_{task}\,criterion(s) + w_{distill}\,L_{dist}(s, g)
-              + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+
+    $$w_{task}\,criterion(s) + w_{distill}\,L_{dist}(s, g)
+    + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+$$
 
     is timm's ``LogitDistillationTask`` with the scaffold and the budget; weights and ``temperature`` mean what they
     mean there. The criterion is the host's, with its smoothing and soft targets; the budget's CE is the plain one, on
@@ -17,7 +17,7 @@ class DiSKTask(GuidedTask):
 
     With a ``method`` it is eq. (6), A.7, for any of them:
 
-    .. math:: w_{task}\,criterion(p) + w_{distill}\,\tfrac1N\sum_i w(g_i)\,\ell_i
+    $$w_{task}\,criterion(p) + w_{distill}\,\tfrac1N\sum_i w(g_i)\,\ell_i$$
 
     with the method's losses per sample and the guide's loss of its prediction p. Of a method with a prediction of its
     own (the teacher's head on a projected map, say) what is validated, averaged and saved is a ``MethodModel``,
