@@ -25,15 +25,13 @@ class SeededViews(Dataset[tuple[Any, ...]]):
     worker, the epoch or the run. Not covered: generators owned by the dataset or its transforms (``TeacherCache.write``
     detects them), and mixing of samples after the dataset, such as mixup.
 
+    ``views[index]`` is the dataset's item in the epoch's view, with its place appended: (image, target, index, view).
     Training cycles through the views: ``views.set_epoch(epoch)`` before each epoch, also with persistent workers.
 
     Args:
         dataset: map-style, with a length; its items are tuples or lists such as (image, target).
         views: number of augmentations of each sample, >= 1.
         seed: another seed gives other views.
-
-    Returns:
-        ``views[index]``: the dataset's item in the epoch's view with its place appended: (image, target, index, view).
 
     Raises:
         ValueError: ``views`` < 1, an empty dataset; in ``set_epoch`` an epoch < 0.
