@@ -16,10 +16,6 @@ import disk_plugin
 ROOT = Path(__file__).parents[1]
 
 
-def project():
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
 def run_python(code, **options):
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, **options).stdout
 
@@ -47,8 +43,9 @@ def test_import_loads_no_host_and_no_extra(tmp_path):
 
 
 def test_core_depends_on_torch_alone():
-    assert [re.match(r"\w+", entry).group() for entry in project()["dependencies"]] == ["torch"]
-    assert {"examples", "test", "dev"} <= project()["optional-dependencies"].keys()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert [re.match(r"\w+", entry).group() for entry in project["dependencies"]] == ["torch"]
+    assert {"examples", "test", "dev"} <= project["optional-dependencies"].keys()
 
 
 def test_the_version_is_a_string_that_the_metadata_repeats(tmp_path):
@@ -73,6 +70,11 @@ def built(tmp_path_factory):
         for folder, pattern in (("both", "*.tar.gz"), ("both", "*.whl"), ("wheel", "*.whl"))
     )
     return sdist, wheel, direct
+
+
+@pytest.fixture(scope="session")
+def wheel(built):
+    return built[1]
 
 
 def tracked(*folders):
@@ -101,10 +103,15 @@ def test_the_sdist_lacks_a_test_or_what_it_reads_or_holds_pictures(built):
 
 
 @pytest.fixture(scope="session")
-def metadata(built):
-    wheel = zipfile.ZipFile(built[1])
-    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-    return email.message_from_bytes(wheel.read(name))
+def metadata(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    return email.message_from_bytes(archive.read(name))
+
+
+@pytest.fixture(scope="session")
+def urls(metadata):
+    return dict(line.split(", ") for line in metadata.get_all("Project-URL"))
 
 
 def page(metadata):
@@ -136,8 +143,8 @@ def test_the_page_on_the_index_has_a_relative_link_or_image(metadata):
     assert [link for link in found if not link.startswith(("https://", "mailto:"))] == []
 
 
-def test_the_page_on_the_index_links_a_file_that_is_not_there_or_shows_one_as_a_page(metadata):
-    source, version = project()["urls"]["Source"], disk_plugin.__version__
+def test_the_page_on_the_index_links_a_file_that_is_not_there_or_shows_one_as_a_page(metadata, urls):
+    source, version = urls["Source"], disk_plugin.__version__
     raw = source.replace("github.com", "raw.githubusercontent.com")
     own = [link.split("#")[0] for link in links(page(metadata)) if f"/v{version}/" in link]
     assert own
@@ -152,8 +159,7 @@ def test_the_page_on_the_index_has_other_code_than_readme(metadata):
     assert blocks == [found.group() for found in FENCED.finditer((ROOT / "README.md").read_text())]
 
 
-def test_the_project_has_two_addresses():
-    urls = project()["urls"]
+def test_the_project_has_two_addresses(urls):
     files = [ROOT / "pyproject.toml", ROOT / "CITATION.cff", ROOT / "mkdocs.yml", *ROOT.glob("*.md")]
     files += ROOT.glob("docs/**/*.md")
     texts = {path.name: path.read_text() for path in files if path.exists()}
