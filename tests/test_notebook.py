@@ -56,3 +56,11 @@ def test_the_notebook_tells_of_a_machine_or_is_large(committed):
     assert not re.findall(r"/(?:home|root|tmp|Users|usr|opt|work)/|[A-Z]:\\\\", text)
     assert committed.metadata == METADATA
     assert all(cell.metadata == {} for cell in committed.cells)
+
+
+def test_a_link_leads_nowhere(committed):
+    text = "".join(cell.source for cell in committed.cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    assert links
+    for link in links:
+        assert (NOTEBOOK.parent / link).exists(), link
