@@ -1,4 +1,4 @@
-"""Argument validation: O(1), without reading tensor values; messages say what was expected and what came."""
+"""Argument validation in O(1), without reading tensors; messages say what was expected and what came."""
 
 import math
 import numbers
@@ -11,12 +11,12 @@ from torch import Tensor
 def number(
     name: str, value: Any, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
 ) -> None:
-    """Validate a finite real number within the bounds; the value of a tensor (state set by us) is not read."""
+    """Validate a finite real number within the bounds; of a tensor only the shape, as reading it synchronizes."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise ValueError(
-                f"{name} must be a constant, got a tensor that requires grad: the gradients are in closed form and do "
-                f"not reach settings; pass {name}.detach() or a number"
+                f"{name} must be a constant, got a tensor that requires grad, but no gradient reaches settings: "
+                f"pass {name}.detach() or a number"
             )
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor with one element, got shape {tuple(value.shape)}")
@@ -71,7 +71,7 @@ def logits(student_logits: Any, teacher_logits: Any, student: str = "student_log
 
 
 def label(value: Any, student_logits: Tensor) -> None:
-    """Validate class indices: int64, one per position."""
+    """Validate class indices: int64, (N,) or (N, d1, ...)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"label must be a Tensor, got {type(value).__name__}")
     if value.dtype != torch.int64:
@@ -81,7 +81,7 @@ def label(value: Any, student_logits: Tensor) -> None:
 
 
 def per_position(name: str, value: Any, student_logits: Tensor) -> None:
-    """Validate one value per position: the logits' shape without the class dimension."""
+    """Validate one value per target: the logits' shape without the class dimension."""
     tensor(name, value)
     expected = positions(student_logits)
     if tuple(value.shape) != expected:
@@ -89,12 +89,12 @@ def per_position(name: str, value: Any, student_logits: Tensor) -> None:
 
 
 def positions(student_logits: Tensor) -> tuple[int, ...]:
-    """Return the shape of one value per position: (N,) or (N, d1, ...)."""
+    """Return the logits' shape without the class dimension: (N,) or (N, d1, ...)."""
     return (student_logits.shape[0], *student_logits.shape[2:])
 
 
 def label_smoothing(value: Any) -> None:
-    """Validate a number in [0, 1), not a tensor: whether it is 0 decides what is evaluated."""
+    """Validate a number in [0, 1); a tensor raises, as whether it is 0 decides what is evaluated."""
     if isinstance(value, Tensor):
         raise TypeError("label_smoothing must be a number, got Tensor")
     number("label_smoothing", value)
@@ -129,7 +129,7 @@ def target(value: Any, student_logits: Tensor) -> None:
 
 
 def sample_weight(value: Any, student_logits: Tensor) -> None:
-    """Validate one weight per sample, (N,), or per position."""
+    """Validate one weight per sample, (N,), or per target, (N, d1, ...)."""
     tensor("sample_weight", value)
     expected = positions(student_logits)
     if tuple(value.shape) not in {expected, expected[:1]}:

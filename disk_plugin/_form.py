@@ -1,4 +1,4 @@
-"""What bounds g in a loss: a target of the mean discount, or the paper's budget in nats with its multiplier."""
+"""How a loss bounds g: by a target of the mean discount, or by the paper's budget in nats and its multiplier."""
 
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -11,25 +11,25 @@ from .level import DiscountLevel, GuideLevel, to_shown
 if TYPE_CHECKING:
     from .loss import DiSKLoss
 
-MULTIPLIER, BUDGET = 50.0, 0.3  # of the budget's form; A.5's largest multiplier
-PAPER_BOUNDS = (0.1, 50.0)  # of the multiplier over a schedule, A.5
+MULTIPLIER, BUDGET = 50.0, 0.3  # defaults with a budget; 50 is the largest multiplier of A.5
+PAPER_BOUNDS = (0.1, 50.0)  # smallest and largest multiplier of a schedule, A.5
 
 
 class Form(NamedTuple):
     """The arguments of ``DiSKLoss`` that bound g, resolved together."""
 
-    level: GuideLevel | None  # of the discount's form
+    level: GuideLevel | None  # holds the discount; None with a budget
     multiplier: float
     budget: float
-    keeps_multiplier: bool  # given by the user, or nothing to weigh: a scheduler changes it only on request
+    keeps_multiplier: bool  # a scheduler leaves the multiplier constant unless bounds are given
 
 
 def resolve_form(guide: nn.Module, discount: float | Literal["auto"] | None, multiplier: Any, budget: Any) -> Form:
     """Resolve ``DiSKLoss``'s arguments; defaults depend on which of them are given.
 
     Raises:
-        ValueError: a number for the discount together with a budget or a guide that bounds itself; values out of range.
-        TypeError: ``guide`` is not a module, values of another type.
+        ValueError: a numeric discount beside a budget, a multiplier or a guide with its own; values out of range.
+        TypeError: ``guide`` is not a module; values of another type.
     """
     if not isinstance(guide, nn.Module):
         raise TypeError(f"guide must be a Module such as GuideHead(num_classes), got {type(guide).__name__}")
@@ -58,8 +58,8 @@ def resolve_form(guide: nn.Module, discount: float | Literal["auto"] | None, mul
     return Form(level, float(values["multiplier"]), float(values["budget"]), keeps)
 
 
-def rest_of(ce_weight: Any) -> float:
-    """Return the weight that the cross-entropy leaves to the divergence.
+def remaining_weight(ce_weight: Any) -> float:
+    """Return the default weight of the divergence, 1 - ``ce_weight``, at least 0.
 
     Raises:
         ValueError: ``ce_weight`` < 0.
@@ -81,10 +81,10 @@ def format_settings(loss: "DiSKLoss", **more: Any) -> str:
 
 
 def asks_for_budget(loss: "DiSKLoss", rule: str, **given: Any) -> bool:
-    """Return whether a scheduler's arguments ask for the budget.
+    """Return whether a scheduler's arguments are those of a budget.
 
     Raises:
-        ValueError: they do, but the loss was given a number as its discount.
+        ValueError: they are, but the loss was given a number as its discount.
     """
     asked = [name for name, value in given.items() if value is not None] + ["rule"] * (rule != "cosine")
     if asked and loss.level is not None and loss.level.discount != "auto":
@@ -95,20 +95,20 @@ def asks_for_budget(loss: "DiSKLoss", rule: str, **given: Any) -> bool:
     return bool(asked)
 
 
-def take_budget(loss: "DiSKLoss") -> None:
-    """Switch the loss to the budget, as if it had been built with one."""
+def switch_to_budget(loss: "DiSKLoss") -> None:
+    """Switch the loss from the discount to a budget, as if it had been built with one."""
     del loss.level  # else it stays registered, as None
     loss.level, loss.keeps_multiplier = None, False
     loss._initial["multiplier"] = MULTIPLIER
 
 
 def multiplier_bounds(loss: "DiSKLoss", multiplier: Any, *, scheduled: bool) -> tuple[float, float]:
-    """Return the loss's multiplier if it is kept and nothing is scheduled, else the bounds given, or the paper's."""
+    """Return the loss's multiplier twice if it stays constant, else the bounds given, or the paper's."""
     own, keeps = loss.multiplier.item(), loss.keeps_multiplier
     if multiplier is None and keeps and not scheduled:
         return own, own
     bounds = PAPER_BOUNDS if multiplier is None else pair("multiplier", multiplier)
-    if keeps and own and bounds != (own, own):  # a multiplier of 0 has nothing to weigh
+    if keeps and own and bounds != (own, own):  # at 0 there is no hinge
         warnings.warn(
             f"the loss was given multiplier={own:g}, which the schedule's bounds {bounds} overwrite: give one of them",
             stacklevel=3,  # the line that constructs the scheduler

@@ -14,7 +14,7 @@ from .functional._positions import transformed
 def write(buffer: Tensor, value: Tensor) -> bool:
     """Write in place; return False, with nothing written, if a ``torch.func`` transform does not allow it.
 
-    Such a transform mutates only its inputs: pass it the buffers with ``torch.func.functional_call``.
+    Such a transform may only mutate its inputs: pass it the buffers with ``torch.func.functional_call``.
     """
     if torch.compiler.is_compiling() or not transformed():
         buffer.copy_(value)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks
 from ._state import write
-from ._watch import warn_if_swapped, warn_if_unheard
+from ._watch import warn_if_swapped, warn_without_scheduler
 from .epoch_statistics import count_batch, is_finite
 from .functional import DiSKTerms, student_temperature_step
 from .functional.objective import evaluate
@@ -28,9 +28,9 @@ def evaluate_batch(
     per_position: bool = False,
     counted: bool,
 ) -> DiSKTerms:
-    """Evaluate the terms under the guide's own logits; a batch that is ``counted`` updates the loss's buffers.
+    """Evaluate the terms for the guide's own logits; with ``counted`` the batch also updates the loss's buffers.
 
-    One that is not is a part of a batch that is counted as a whole later: it is averaged over no rank, either.
+    Micro-batches pass False: their full batch is counted later, once, and only then averaged over ranks.
     """
     guide_logits = disk.level.place(own_logits) if disk.level else own_logits
     if counted and disk.fit_student_temperature:
@@ -59,14 +59,14 @@ def step_student_temperature(disk: "DiSKLoss", student_logits: Tensor, teacher_l
     pairs = ((disk.fitted_student_temperature, temperature), (disk.student_temperature_moments, moments))
     if not all(write(*pair) for pair in pairs):
         raise RuntimeError(
-            'student_temperature="fit" moves a buffer in training mode, which this transform of torch.func does not '
+            'student_temperature="fit" updates a buffer in training mode, which this transform of torch.func does not '
             "allow: call disk.eval(), which uses the temperature as it is, or pass the buffers to "
             "torch.func.functional_call"
         )
 
 
 def observe(disk: "DiSKLoss", terms: DiSKTerms, guide_logits: Tensor, own_logits: Tensor, target: Tensor) -> None:
-    """Add the batch to the statistics and step what follows the discount: the loss's level or a ``UniformGuide``.
+    """Update the statistics and the level of g, the loss's or a ``UniformGuide``'s, with a batch.
 
     ``guide_logits`` are those used in the loss, ``own_logits`` the guide's output.
     """
@@ -78,14 +78,14 @@ def observe(disk: "DiSKLoss", terms: DiSKTerms, guide_logits: Tensor, own_logits
     level = disk.level or disk.guide
     if not isinstance(level, DiscountLevel):
         return
-    warn_if_unheard(level)
+    warn_without_scheduler(level)
     if level.discount is not None:
         _step_level(disk, level, terms.mean(), own_logits, target)
 
 
 @torch.no_grad()
 def _step_level(disk: "DiSKLoss", level: DiscountLevel, terms: DiSKTerms, own_logits: Tensor, target: Tensor) -> None:
-    """Step the level with the batch's means, or the whole batch's where ``reduce_mean`` averages over several."""
+    """Step the level with the batch's means; ``reduce_mean`` averages them over the ranks."""
     one = torch.ones_like(terms.discount)
     shown = own_logits.detach().to(one.dtype)
     if not target.is_floating_point():
@@ -93,4 +93,4 @@ def _step_level(disk: "DiSKLoss", level: DiscountLevel, terms: DiSKTerms, own_lo
     centre = shown.sum() / terms.counted
     seen = torch.stack([terms.discount, terms.discount_slope, terms.agreement, centre, one]) * terms.counted
     seen = seen if disk.reduce_mean is None else disk.reduce_mean(seen)
-    level.step(*(seen[:4] / seen[4]).unbind())  # NaN, which changes nothing, if no position is valid
+    level.step(*(seen[:4] / seen[4]).unbind())  # NaN, which changes nothing, if all targets are ignored

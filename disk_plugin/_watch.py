@@ -25,8 +25,8 @@ _BELOW, _ABOVE, _SPREAD, _NEAR_ONE, _ALL_TAKEN, _NOTHING_TAKEN = 0.01, 0.99, 0.0
 def dead_guide(seen: EpochStatistics, epoch: int, *, pulled_down: bool) -> str | None:
     """Return a warning if an epoch's training batches show a dead guide.
 
-    ``pulled_down``: the multiplier was not small for its range. While it is small, g near 1 on all samples is the
-    optimum of eq. (5), and a guide that is alive comes back from there.
+    ``pulled_down``: whether the multiplier was large enough for its range to lower g. While it is small, g near 1 on
+    all samples is the optimum of eq. (5), from which a live guide recovers.
     """
     alike = seen.guide_std < _SPREAD and (seen.guide_min > _NEAR_ONE or seen.discount > _ALL_TAKEN)
     signs = {
@@ -46,7 +46,7 @@ def dead_guide(seen: EpochStatistics, epoch: int, *, pulled_down: bool) -> str |
 
 
 def not_finite(batches: float, bad: float, epoch: int) -> str | None:
-    """Return a warning if half of an epoch's batches had a NaN or inf loss: a loss scaler skips single ones."""
+    """Return a warning if half of an epoch's batches had a NaN or inf loss; a loss scaler skips a few."""
     if not bad or bad < batches / 2:
         return None
     return (
@@ -56,7 +56,7 @@ def not_finite(batches: float, bad: float, epoch: int) -> str | None:
 
 
 def low_multiplier(highest: float, upper: float, epochs: int) -> str | None:
-    """Return a warning if the multiplier hardly rises: in a short run the cosine restarts before it has."""
+    """Return a warning if the multiplier hardly rises, as the cosine of a short run restarts too early."""
     if 3 * highest >= upper:  # a period of two epochs reaches half
         return None
     longer = f"period={epochs} lets it rise through the whole run, " if epochs > 2 else ""
@@ -67,7 +67,7 @@ def low_multiplier(highest: float, upper: float, epochs: int) -> str | None:
 
 
 def past_the_end(epoch: int, epochs: int) -> str | None:
-    """Return a warning if the schedule is over: called once per batch it ends within the first epoch."""
+    """Return a warning if the schedule is over; stepped once per batch, it is over within the first epoch."""
     if epoch < epochs:
         return None
     return (
@@ -76,11 +76,11 @@ def past_the_end(epoch: int, epochs: int) -> str | None:
     )
 
 
-_UNHEARD = 100  # batches: more than a quick look at the loss
+_UNHEARD = 100  # batches; fewer may be a first try of the loss
 
 
 @contextmanager
-def low_multiplier_unwarned() -> Iterator[None]:
+def ignoring_low_multiplier() -> Iterator[None]:
     """Suppress the warning for a host that writes ``DualScheduler.note`` to its own log."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "in the .* steps of its schedule", UserWarning)
@@ -88,7 +88,7 @@ def low_multiplier_unwarned() -> Iterator[None]:
 
 
 @contextmanager
-def past_the_end_unwarned() -> Iterator[None]:
+def ignoring_past_the_end() -> Iterator[None]:
     """Suppress the warning for a host that calls ``step()`` once per epoch beyond a shorter schedule."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"step\(\) was called .* times, the schedule has epochs=", UserWarning)
@@ -102,9 +102,9 @@ def warn_if_swapped(
     # torch.compile does not trace warnings; inside a transform requires_grad is not that of the caller's tensors
     if torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled():
         return
-    if not module.training or student.requires_grad or not teacher.requires_grad or "swapped" in module.told:
+    if not module.training or student.requires_grad or not teacher.requires_grad or "swapped" in module.warned:
         return
-    module.told.add("swapped")
+    module.warned.add("swapped")
     warnings.warn(
         f"{names[1]} requires grad and {names[0]} does not: are they swapped? The student's come first, and nothing "
         f"trains the teacher; if they are in order, run the teacher under torch.no_grad()",
@@ -112,12 +112,14 @@ def warn_if_swapped(
     )
 
 
-def warn_if_unheard(level: Any) -> None:
+def warn_without_scheduler(level: Any) -> None:
     """Warn once if a target or ramp depends on training progress and nothing calls ``set_progress``."""
-    if level.unheard is None or not level.follows_progress or torch.compiler.is_compiling() or transformed():
+    if torch.compiler.is_compiling() or transformed() or not level.follows_progress:
         return
-    level.unheard += 1
-    if level.unheard == _UNHEARD:
+    if level.batches_without_progress is None:
+        return
+    level.batches_without_progress += 1
+    if level.batches_without_progress == _UNHEARD:
         warnings.warn(
             f"{_UNHEARD} training batches without a DualScheduler: until one says how far training has come, nothing "
             f"moves from its start, and discount='auto' is plain distillation; make dual = DualScheduler(disk, "

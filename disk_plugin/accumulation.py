@@ -14,20 +14,20 @@ from .loss import DiSKLoss
 
 
 class AccumulatedBatch:
-    """The micro-batches of one batch: each yields the student's half of the loss, all together the guide's.
+    """Collects the micro-batches of a batch: each gives the student's half of the loss, all together the guide's.
 
-    Whether the budget is exceeded is known only after the last micro-batch, and matters to the guide alone. Its half
-    depends on the student only through the logits, which are kept: it is evaluated once, on all of them, and its
-    gradient is the full batch's. (The student's half is a sum over samples.) The cost is a second evaluation of loss
-    and guide, not of student or teacher, and the logits' memory; with ``disk_plugin.distributed.attach``, one
-    all-reduce of the guide's gradients per step.
+    Whether the budget is exceeded is known only after the last micro-batch, and it matters to the guide alone. The
+    guide's half depends on the student only through its logits. These are kept, and the half is evaluated once on all
+    of them, with the gradient of the full batch. The cost is a second evaluation of loss and guide (not of student or
+    teacher) and the logits' memory. With ``disk_plugin.distributed.attach`` there is one all-reduce of the guide's
+    gradients per step.
 
-    Exact up to rounding if the guide treats samples independently (``norm="layer"``). Epoch statistics count the full
-    batch once, in ``terms``, which also updates the level of g and a fitted student temperature: after the student's
-    half, not before it.
+    Exact up to rounding if the guide treats samples independently (``norm="layer"``). ``terms`` counts the full batch
+    once in the epoch's statistics, and then updates the level of g and a fitted student temperature; the student's
+    half, evaluated before, uses the previous ones.
 
     Args:
-        disk: the loss.
+        disk: the loss, unwrapped.
 
     Raises:
         ValueError: a variant whose budget gradient reaches the student; micro-batches with different inputs.
@@ -66,7 +66,7 @@ class AccumulatedBatch:
         """Return a micro-batch's mean ``student_loss``: scale it by valid elements in the micro-batch / in the batch.
 
         That is 1 / number of micro-batches if they have equal size and nothing is ignored, else ``(target !=
-        ignore_index).sum()`` of the micro-batch over that of the batch.
+        ignore_index).sum()`` of the micro-batch over that of the batch. Arguments are those of ``DiSKLoss.forward``.
         """
         _checks.logits(student_logits, teacher_logits)
         warn_if_swapped(self.disk, student_logits, teacher_logits)
@@ -85,7 +85,7 @@ class AccumulatedBatch:
         return terms.student_loss
 
     def terms(self) -> DiSKTerms:
-        """Evaluate what was added as one batch and clear it: call ``guide_loss.backward()``, log the rest."""
+        """Evaluate the micro-batches as one batch and clear them: call ``guide_loss.backward()``, log the rest."""
         if not self._parts:
             raise RuntimeError("terms() needs at least one micro-batch, got none: call add(...) before it")
         joined: dict[str, Any] = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
@@ -93,7 +93,7 @@ class AccumulatedBatch:
         terms = self.disk.terms(**joined)
         if terms.guide_loss.requires_grad:
             return terms
-        # a guide without parameters: backward must work all the same
+        # a guide without parameters: backward must still work
         return terms._replace(guide_loss=terms.guide_loss + torch.zeros_like(terms.guide_loss, requires_grad=True))
 
     def clear(self) -> None:

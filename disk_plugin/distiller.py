@@ -1,4 +1,4 @@
-"""Student, teacher and loss as one module: for loops and hosts whose criterion sees nothing but output and target."""
+"""Student, teacher and loss as one module, for loops whose criterion sees only output and target."""
 
 from typing import Any
 
@@ -26,22 +26,22 @@ class Distiller(nn.Module):
         teacher: a classifier of the same classes.
         loss: a ``DiSKLoss``, or a ``Guided`` around it and a method that reads logits or features; None for
             ``DiSKLoss`` with a ``GuideHead`` that fits the teacher.
-        epochs: of training: makes ``dual``, the loss's ``DualScheduler``; None if you make your own.
+        epochs: number of training epochs, for ``dual``, the loss's ``DualScheduler``; None if you make your own.
         steps_per_epoch: number of training batches in an epoch: ``dual`` then steps by itself. None: call
             ``distiller.dual.step()`` after each epoch.
-        settings: arguments of the ``DiSKLoss`` that is made where ``loss`` is None, such as ``temperature``.
+        **settings: arguments of the ``DiSKLoss`` that is made if ``loss`` is None, such as ``temperature``.
 
     Attributes:
         student: the model to deploy.
         dual: the ``DualScheduler``, saved in this module's ``state_dict``; None without ``epochs``.
 
     Shape:
-        x as both models take it; target (N,) or the logits' shape; returns ``disk_plugin.features.GuidedTerms``,
-        scalars, or without a target the student's own output.
+        x as both models take it; target (N,), (N, d1, ...) or the logits' shape. Returns scalars
+        (``disk_plugin.features.GuidedTerms``), or without a target the student's own output.
 
     Raises:
-        ValueError: a method that reads feature maps, which an arbitrary model does not show; a teacher without a Linear
-            layer where its features are read; ``steps_per_epoch`` without ``epochs``, values below 1.
+        ValueError: a method that reads feature maps, which cannot be found in an arbitrary model; a teacher without a
+            Linear layer if its features are read; ``steps_per_epoch`` without ``epochs``; values below 1.
         TypeError: ``loss`` is of another type; settings beside a ``loss``.
         RuntimeError: in ``load_state_dict``, a state that was saved without ``epochs``.
 
@@ -82,14 +82,14 @@ class Distiller(nn.Module):
         reads = frozenset[str]() if method is None else method.reads
         if reads - {"features"}:
             raise ValueError(
-                f"{type(method).__name__} reads {sorted(reads)}, of which any classifier shows features alone: give "
-                f"Guided its outputs in a loop of your own"
+                f"{type(method).__name__} reads {sorted(reads)}, of which only features can be found in any "
+                f"classifier: call Guided in a loop of your own"
             )
         if reads or reads_features(self.guided.disk.guide):
             teacher = _tapped(teacher)
         if reads and not isinstance(student, FeatureTap):
             student = with_features(student)
-        # no submodules: the teacher is neither trained nor saved, a tap would give the student's keys a prefix
+        # not submodules: the teacher is neither trained nor saved, and a tap would prefix the student's keys
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         object.__setattr__(self, "_read_student", student)
         if steps_per_epoch is not None:
@@ -97,7 +97,7 @@ class Distiller(nn.Module):
             if epochs is None:
                 raise ValueError(f"steps_per_epoch={steps_per_epoch} needs epochs, got None")
         self.dual = None if epochs is None else DualScheduler(self.guided.disk, epochs=epochs)
-        self.steps_per_epoch, self._steps = steps_per_epoch, 0  # steps: of the epoch under way
+        self.steps_per_epoch, self._steps = steps_per_epoch, 0  # steps of the current epoch
 
     def forward(self, x: Any, target: Tensor | None = None) -> Any:
         """Return the terms of a training batch or, without a target, the student's output."""
@@ -112,7 +112,7 @@ class Distiller(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _count_step(self) -> None:
-        """Step the schedule with the first batch of each epoch but the first: until then, statistics can be read."""
+        """Step the schedule with the first batch of every later epoch: until then, statistics can be read."""
         if self.dual is not None and self._steps == self.steps_per_epoch:
             self.dual.step()
             self._steps = 0
@@ -123,7 +123,7 @@ class Distiller(nn.Module):
         return {"dual": self.dual and self.dual.state_dict(), "steps": self._steps}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Load the schedule's progress; without a schedule of its own, ignore it."""
+        """Load the schedule's progress; it is ignored if this module has no schedule."""
         if self.dual is None:
             return
         if state["dual"] is None:
@@ -138,25 +138,25 @@ class Distiller(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Distiller":
-        """Move the teacher along."""
+        """Move the teacher too."""
         self.teacher._apply(fn)  # type: ignore[no-untyped-call]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
 def _tapped(teacher: nn.Module) -> FeatureTap:
-    """Return a teacher that shows its features."""
+    """Return a teacher that returns its features beside its logits."""
     return teacher if isinstance(teacher, FeatureTap) else with_features(teacher.eval())
 
 
 def _num_classes(teacher: FeatureTap) -> int:
-    """Return how many outputs the tapped layer, a Linear or a convolution, has."""
+    """Return the output width of the tapped layer, a Linear or a convolution."""
     layer: Any = teacher.model.get_submodule(teacher.layer)
     return int(getattr(layer, "out_features", None) or layer.out_channels)
 
 
 def _outputs(model: nn.Module, x: Any) -> Outputs:
-    """Run a model once; a tapped one shows its features too."""
+    """Run a model once; a ``FeatureTap`` also returns its features."""
     if isinstance(model, FeatureTap):
         return Outputs(*model(x))
     return Outputs(logits_of(model(x)))

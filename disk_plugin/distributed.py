@@ -1,4 +1,4 @@
-"""What ranks have to agree on: the hinge's gate, the guide's gradients, the scheduler's statistics."""
+"""What ranks must agree on: the hinge, the level of g, the guide's gradients, the scheduler's statistics."""
 
 import gc
 from collections.abc import Iterable, Iterator
@@ -19,22 +19,23 @@ def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
     """Synchronize the losses of all ranks: the same guide, one hinge and one gradient for the whole batch.
 
     For loops that wrap only the student in DistributedDataParallel. The guide's parameters and the loss's buffers are
-    broadcast from the group's rank 0. From then on each evaluation in training mode averages the usage (one scalar
-    all-reduce; with a variant that counts errors, two), and each backward that reaches the guide ends with an average
-    of its gradients (one all-reduce). Every rank must therefore run the same number of forwards and backwards.
+    broadcast from the group's rank 0. From then on each evaluation in training mode averages a few scalars (up to three
+    small all-reduces): with a budget the usage, with a discount what the level of g and the guide's gradient depend on.
+    Each backward that reaches the guide ends with an average of its gradients (one all-reduce). Every rank must
+    therefore run the same number of forwards and backwards.
 
     Gradients are averaged at the end of backward, as in DistributedDataParallel: clipping, ``GradScaler.unscale_`` and
-    any optimizer see the gradient of the whole batch, and an overflow on one rank makes all ranks skip the step. (A
-    hook on ``optimizer.step`` would come after the first two.) Accumulated gradients are averaged correctly either way;
-    with ``no_sync`` around all but the last micro-batch there is one all-reduce per step.
+    any optimizer see the gradient of the full batch, and an overflow on one rank makes all ranks skip the step.
+    Accumulated gradients are averaged correctly either way; with ``no_sync`` around all but the last micro-batch there
+    is one all-reduce per step.
 
     Under gradient accumulation each micro-batch, over all ranks, has its own hinge. With k of them the guide's gradient
-    is the full batch's if all are within the budget or all exceed it; otherwise it differs by multiplier / k times the
-    sum of (1[usage_j > budget] - 1[usage > budget]) grad usage_j. ``disk_plugin.accumulation.AccumulatedBatch``
+    is the full batch's if all are within the budget or all exceed it. Otherwise it differs by multiplier / k times the
+    sum of (1[usage_j > budget] - 1[usage > budget]) grad usage_j; ``disk_plugin.accumulation.AccumulatedBatch``
     removes that difference.
 
     Args:
-        disk: each rank's own loss, on its device, its guide not frozen, not inside DistributedDataParallel.
+        disk: each rank's own loss, on its device, with a guide that is not frozen, not inside DistributedDataParallel.
         process_group: the ranks that share a batch; None for all.
 
     Returns:
@@ -42,7 +43,7 @@ def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
 
     Raises:
         RuntimeError: no process group is initialised; the loss is inside DistributedDataParallel (if it is wrapped
-            later, its first backward raises) or ``reduce_mean`` is taken.
+            later, its first backward raises); its ``reduce_mean`` is set already.
         ValueError: this rank is not in ``process_group``.
         TypeError: ``disk`` is not a DiSKLoss.
 
@@ -62,7 +63,7 @@ def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
         )
     if dist.get_rank(process_group) < 0:
         raise ValueError(f"process_group must hold this process, global rank {dist.get_rank()}, got one without it")
-    _refuse_wrapped(disk)
+    _check_not_wrapped(disk)
     if disk.reduce_mean is not None:
         raise RuntimeError(f"disk.reduce_mean must be None, got {disk.reduce_mean!r}: is the loss attached already?")
     return SharedGuide(disk, process_group)
@@ -91,7 +92,7 @@ class SharedGuide:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Skip the all-reduce of the guide's gradients: use it beside ``DistributedDataParallel.no_sync``."""
+        """Skip the all-reduce of the guide's gradients; use it together with ``DistributedDataParallel.no_sync``."""
         before, self._averages = self._averages, False
         try:
             yield
@@ -114,7 +115,7 @@ class SharedGuide:
     @torch.no_grad()
     def _average(self) -> None:
         if not self._checked:
-            _refuse_wrapped(self._disk)  # two concurrent all-reduces of one gradient may collide
+            _check_not_wrapped(self._disk)  # two concurrent all-reduces of one gradient may collide
             self._checked = True
         average_gradients(self._disk.parameters(), self._group)
         share_student_temperature(self._disk, self._group)
@@ -124,7 +125,7 @@ class SharedGuide:
 def mean_over_processes(value: Tensor, process_group: Group = None) -> Tensor:
     """Return the mean of ``value`` over ranks, on every rank; ``value`` itself without a process group.
 
-    As ``DiSKLoss.reduce_mean`` it gives all ranks one hinge, that of the whole batch: every rank must then evaluate the
+    As ``DiSKLoss.reduce_mean`` it gives all ranks one hinge, that of the full batch; every rank must then evaluate the
     loss equally often. Every rank has equal weight, as in DistributedDataParallel's mean of the gradients.
 
     Args:
@@ -140,7 +141,7 @@ def mean_over_processes(value: Tensor, process_group: Group = None) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter], process_group: Group = None) -> None:
-    """Replace the gradients by their means over the processes, in one all-reduce; nothing without a process group."""
+    """Replace gradients by their means over ranks, in one all-reduce; does nothing without a process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -152,10 +153,10 @@ def average_gradients(parameters: Iterable[nn.Parameter], process_group: Group =
 
 @torch.no_grad()
 def share_statistics(disk: DiSKLoss, process_group: Group = None) -> None:
-    """All-reduce the epoch's statistics, so that all ranks' schedulers decide alike: call it before ``dual.step()``.
+    """All-reduce the epoch's statistics, so that the schedulers of all ranks agree: call it before ``dual.step()``.
 
     Args:
-        disk: each process's own loss, unwrapped.
+        disk: each rank's own loss, unwrapped.
         process_group: the ranks that share them; None for all.
     """
     if not (dist.is_available() and dist.is_initialized()):
@@ -174,7 +175,7 @@ def share_student_temperature(disk: DiSKLoss, process_group: Group = None) -> No
     """Average the fitted student temperature over ranks; does nothing unless it is fitted.
 
     Args:
-        disk: each process's own loss, unwrapped.
+        disk: each rank's own loss, unwrapped.
         process_group: the ranks that share it; None for all.
     """
     if disk.fit_student_temperature:
@@ -182,7 +183,7 @@ def share_student_temperature(disk: DiSKLoss, process_group: Group = None) -> No
             fitted.copy_(mean_over_processes(fitted, process_group))
 
 
-def _refuse_wrapped(disk: nn.Module) -> None:
+def _check_not_wrapped(disk: nn.Module) -> None:
     """Raise RuntimeError if DistributedDataParallel averages the guide's gradients itself."""
     if _wrapper(disk) is None:
         return

@@ -8,7 +8,8 @@ from . import _checks
 from .features.guided import GuidedTerms
 from .functional import DiSKTerms
 
-_OVER_ALL = ("logged_loss", "ce", "distill", "divergence", "usage", "feature")  # samples; then right and wrong ones
+_OVER_ALL = ("logged_loss", "ce", "distill", "divergence", "usage", "feature")
+# over correct and over incorrect samples
 _PARTS = ("guide_right", "guide_wrong", "discount_right", "discount_wrong")
 _CONFIDENCE = 2.0  # standard deviations by which one accuracy has to exceed another
 
@@ -16,8 +17,7 @@ _CONFIDENCE = 2.0  # standard deviations by which one accuracy has to exceed ano
 class EpochReport:
     """Means over the samples seen since construction, collected on the device and read once.
 
-    Samples under ``ignore_index`` do not count. A mean over no sample, such as g on incorrect samples of an epoch
-    without any, is NaN.
+    Ignored targets do not count. A mean over no sample, such as g on incorrect samples if there are none, is NaN.
 
     Examples:
         >>> import torch
@@ -61,7 +61,13 @@ class EpochReport:
             dist.all_reduce(self._sums)
 
     def means(self) -> dict[str, float]:
-        """Return the means by name, accuracies in [0, 1]; NaN for a mean over no sample."""
+        """Return the means by name; empty before the first batch.
+
+        Returns:
+            ``logged_loss``, ``ce``, ``distill``, ``divergence``, ``usage`` and, with a method, ``feature``, as in
+            ``DiSKTerms`` and ``GuidedTerms``; ``guide`` and ``discount`` over correct and incorrect samples
+            (``guide_right``, ``guide_wrong``, ...); ``student_accuracy`` and ``teacher_accuracy`` in [0, 1].
+        """
         if self._sums is None:
             return {}
         count, right, teacher_right, *sums = self._sums.tolist()
@@ -76,12 +82,12 @@ class EpochReport:
     def weak_teacher(self, num_classes: int, *, beside_student: bool = True) -> str | None:
         """Return a warning if the teacher is at chance or worse than the student, else None.
 
-        Often the only sign of permuted classes, input normalised for another network or weights that were not loaded.
-        Judged on the training batches seen, by two standard deviations; a trained student may be ahead of its teacher
-        for good reasons.
+        That is often the only sign of permuted classes, input normalised for another network or weights that were not
+        loaded. Accuracies on the training batches are compared, by two standard deviations. A trained student may be
+        ahead of its teacher for good reasons.
 
         Args:
-            num_classes: C, >= 2: chance is 1 / C.
+            num_classes: C, >= 2; chance is 1 / C.
             beside_student: also compare with the student.
         """
         _checks.integer("num_classes", num_classes, at_least=2)

@@ -7,20 +7,29 @@ from torch import Tensor
 
 from .functional import DiSKTerms
 
-# The collected tensor: sums over positions of usage, 1, g, g squared and discount, then the smallest and the largest g.
+# The collected tensor: sums over targets of usage, 1, g, g squared and discount, then the smallest and the largest g.
 NOTHING_SEEN = (0.0,) * 5 + (torch.inf, -torch.inf)
 _BEFORE = 4  # its length until 0.1: usage, positions, smallest, largest
 
 
 class EpochStatistics(NamedTuple):
-    """Python floats over all valid positions since the last reset, of batches with a finite loss."""
+    """Python floats over the non-ignored targets since the last reset, of batches with a finite loss.
 
-    usage: float  # mean g * CE, nats per sample; NaN without a batch
-    positions: float  # number of positions in that mean
-    guide_min: float  # smallest g; inf without a batch
-    guide_max: float  # largest g; -inf without a batch
-    guide_std: float  # standard deviation of g; NaN without a batch
-    discount: float  # mean discount; NaN without a batch
+    Attributes:
+        usage: mean g * CE, nats per sample; NaN without a batch.
+        positions: number of non-ignored targets.
+        guide_min: smallest g; inf without a batch.
+        guide_max: largest g; -inf without a batch.
+        guide_std: standard deviation of g; NaN without a batch.
+        discount: mean discount; NaN without a batch.
+    """
+
+    usage: float
+    positions: float
+    guide_min: float
+    guide_max: float
+    guide_std: float
+    discount: float
 
     @classmethod
     def read(cls, collected: Tensor) -> "EpochStatistics":
@@ -60,7 +69,7 @@ def count_batch(collected: Tensor, terms: DiSKTerms, target: Tensor, guide_logit
     if not target.is_floating_point():
         valid = target != ignore_index
     positions = valid.sum().to(dtype)
-    # a mean, or per position: either way this is the sum over positions
+    # a mean or values per target: either way this is the sum over targets
     usage, discount = (
         value.to(dtype) * positions if value.ndim == 0 else value.sum(dtype=dtype)
         for value in (terms.usage, terms.discount)

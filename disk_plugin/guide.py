@@ -18,9 +18,9 @@ class GuideHead(nn.Module):
     """Guide g(x) of Kag et al. (ICLR 2023), appendix A.4: an MLP on the teacher's logits and pooled features.
 
     Linear, norm and ReLU twice (64 and 128 wide), then Linear to one value, returned before its sigmoid. The paper's
-    norm is BatchNorm; the default here is LayerNorm, which also takes one-sample batches, behaves alike in training and
-    evaluation and needs no synchronization between replicas. Inputs are cast to the parameters' dtype. Logits are
-    clamped to at most 50 below the row's largest, for masked classes.
+    norm is BatchNorm. The default here is LayerNorm, which accepts a batch of one sample, behaves the same in training
+    and evaluation, and needs no synchronization between replicas. Inputs are cast to the parameters' dtype. Logits are
+    clamped to at most 50 below the row's largest, as masked classes would dominate the input.
 
     Args:
         num_classes: C, >= 2.
@@ -31,12 +31,12 @@ class GuideHead(nn.Module):
         initial: approximate initial g in (0, 1), set by the last bias; None for torch's initialization, near .5.
 
     Shape:
-        teacher_logits (N, C) or (N, C, d1, ...); teacher_features (N, D), shared by all positions of a sample, or
+        teacher_logits (N, C) or (N, C, d1, ...); teacher_features (N, D), shared by all pixels of a sample, or
         (N, D, d1, ...); returns guide logits (N,) or (N, d1, ...).
 
     Raises:
-        ValueError: ``num_classes`` < 2, ``feature_dim`` < 0, an unknown norm, ``initial`` outside (0, 1), no input, an
-            empty ``hidden_dims``; in ``forward`` inputs of another width or shape than it was built for.
+        ValueError: ``num_classes`` < 2, ``feature_dim`` < 0, an unknown norm, ``initial`` outside (0, 1), neither
+            logits nor features as input, an empty ``hidden_dims``; in ``forward`` inputs of another width or shape.
         TypeError: values or inputs of another type.
 
     Examples:
@@ -87,7 +87,7 @@ class GuideHead(nn.Module):
         self.mlp = nn.Sequential(*layers, last)
 
     def forward(self, teacher_logits: Tensor, teacher_features: Tensor | None = None) -> Tensor:
-        """Return the guide before its sigmoid, one value per position."""
+        """Return the guide before its sigmoid, (N,) or (N, d1, ...)."""
         self._check(teacher_logits, teacher_features)
         positions = teacher_logits.shape[2:]
         dtype = next(layer.weight.dtype for layer in self.mlp if isinstance(layer, nn.Linear))

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from . import _checks
 from ._state import moving, write
 
-SHARE, OVER = 0.8, 0.2  # of the automatic target: chosen by examples/gain.py, see docs/evidence/default.md
-MOST = 0.5  # bound of the automatic target: above it the student has hardly begun to follow
+SHARE, OVER = 0.8, 0.2  # of the "auto" target; chosen by examples/gain.py, see docs/evidence/default.md
+MOST = 0.5  # upper bound of the "auto" target: above it the student has hardly begun to follow the teacher
 _SMALLEST, _LONGEST_STEP = -16.0, 0.5  # of log g; a Newton step from far away overshoots
 _NONE_YET = -1.0  # agreement before the first batch
-# for a number as target; 0 is g = 0, and "auto" starts near it, so that training begins as plain distillation
+# with a number > 0 as target; 0 is g = 0, and "auto" starts near 0: training begins as plain distillation
 _FIRST = math.log(0.01)
 _INITIAL = {
     "log_guide": _FIRST,
@@ -22,31 +22,31 @@ _INITIAL = {
     "progress": 0.0,
     "gate": 1.0,
 }
-PATIENCE = 6.0  # the target waits while an epoch removes a sixth of the disagreement
-_MOMENTUM = 0.3  # of the running agreement; a small one lags behind a student trained from scratch
-_FLAT = 1e-4  # slopes below it are not informative: the step has its maximal length
-_RANGE = 0.5  # a guide's ranking multiplies the odds of g by e^-.5 to e^.5: a wider one removes samples
-_HIGHEST = -1e-3  # of log g; above it a ranking would not show
+PATIENCE = 6.0  # the target stays 0 while an epoch removes a sixth of the disagreement
+_MOMENTUM = 0.3  # of the running agreement; a smaller one lags behind a student trained from scratch
+_FLAT = 1e-4  # smaller slopes are not informative: the step has its maximal length
+_RANGE = 0.5  # the guide multiplies the odds of g by e^-.5 to e^.5; a wider range drops whole samples
+_HIGHEST = -1e-3  # of log g; above it the ranking would be lost
 
 
 class DiscountLevel(nn.Module):
-    r"""One number, log g, that follows a target of the mean discount d: the share of the teacher's pull taken off.
+    r"""One number, log g, set so that the mean discount d, the share of the teacher's pull taken off, meets a target.
 
-    After each training batch it makes one Newton step,
+    Not in the paper. After each training batch it makes one Newton step towards the target d*:
 
     $$\Delta \log g = (d^* - d) \Big/ \tfrac1N \sum_i \sum_y \frac{t_y s_y g}{(s_y + g)^2}, \qquad
     |\Delta \log g| \le 1/2$$
 
-    A number is the target d* itself; 0 is plain distillation, g = 0. ``"auto"`` follows the student: d* =
-    ``share * (1 - agreement)``, at most 1/2, with agreement the running share of training samples on which the
-    student's argmax is the teacher's. It is ramped up from 0 over the first ``over`` of training, and held back while
-    an epoch still removes a sixth or more of the disagreement (times ``1 - 6 * (agreement - last) / (1 - last)``, at
-    least 0).
+    - A number is the target itself. 0 is plain distillation, g = 0.
+    - ``"auto"`` follows the student: d* = ``share * (1 - agreement)``, at most 1/2. ``agreement`` is the running share
+      of training samples on which the student's argmax is the teacher's. The target is ramped up from 0 over the first
+      ``over`` of training. It is held back while an epoch still removes a sixth or more of the disagreement: it is
+      multiplied by ``1 - 6 * (agreement - last) / (1 - last)``, at least 0, with ``last`` the agreement an epoch ago.
 
     Args:
         discount: target in [0, 1), or ``"auto"``.
-        share: factor of the automatic target, in (0, 1].
-        over: share of training over which the automatic target is ramped, in (0, 1].
+        share: factor of the ``"auto"`` target, in (0, 1].
+        over: share of training over which the ``"auto"`` target is ramped, in (0, 1].
 
     Raises:
         ValueError: values out of range.
@@ -70,7 +70,7 @@ class DiscountLevel(nn.Module):
         _checks.number("over", over, above=0, at_most=1)
         self.discount, self.share, self.over = discount, float(share), float(over)
         self.patience = PATIENCE
-        self.unheard: int | None = 0  # training batches without ``set_progress``; None once it was called
+        self.batches_without_progress: int | None = 0  # training batches; None once ``set_progress`` was called
         self._initial = dict(_INITIAL)
         self._lowest = -math.inf if discount == 0 else _SMALLEST
         if discount in ("auto", 0):
@@ -80,9 +80,9 @@ class DiscountLevel(nn.Module):
 
     @torch.no_grad()
     def set_progress(self, progress: float) -> None:
-        """Set the share of training that is done, in [0, 1], once per epoch; ``DualScheduler`` calls it."""
+        """Set the training progress, from 0 to 1 (more counts as 1), once per epoch; ``DualScheduler`` calls it."""
         _checks.number("progress", progress, at_least=0)
-        self.unheard = None
+        self.batches_without_progress = None
         progress, last = min(progress, 1.0), self.last_agreement
         new = (self.progress != progress) & (self.agreement != last)  # else the same call again, on a resume
         gain = (self.agreement - last) / (1 - last).clamp(min=_FLAT)
@@ -97,11 +97,11 @@ class DiscountLevel(nn.Module):
         Args:
             discount: mean share of the teacher's pull that was taken off, a scalar.
             slope: its derivative w.r.t. log g, a scalar.
-            agreement: share of the batch on which the student's argmax is the teacher's, a scalar.
+            agreement: share of samples on which the student's argmax is the teacher's, a scalar.
             mean_logit: mean of the guide's own logits, a scalar; used by ``GuideLevel`` only.
 
         Raises:
-            RuntimeError: under a transform of ``torch.func`` without the buffers.
+            RuntimeError: under a ``torch.func`` transform without the buffers.
         """
         discount, slope, agreement = (value.to(self.log_guide.dtype) for value in (discount, slope, agreement))
         finite = (discount + slope + agreement).isfinite()
@@ -121,7 +121,7 @@ class DiscountLevel(nn.Module):
 
     @property
     def follows_progress(self) -> bool:
-        """Whether ``set_progress`` changes anything."""
+        """Whether the target depends on the training progress."""
         return self.discount == "auto"
 
     @property
@@ -134,7 +134,7 @@ class DiscountLevel(nn.Module):
             buffer = getattr(self, name)
             if not write(buffer, torch.where(finite, value, buffer)):
                 raise RuntimeError(
-                    "a discount that is aimed at moves a buffer in training mode, which this transform of torch.func "
+                    "a target of the discount updates a buffer in training mode, which this transform of torch.func "
                     "does not allow: call disk.eval(), which uses g as it is, or pass the buffers to "
                     "torch.func.functional_call"
                 )
@@ -166,7 +166,7 @@ def to_shown(value: Tensor) -> Any:
 
 
 class GuideLevel(DiscountLevel):
-    """The level of a guide that ranks samples: its logits, centred and bounded, are added to the level."""
+    """The level for a guide that ranks samples: the guide's logits, centred and bounded, are added to it."""
 
     centre: Tensor
 
@@ -176,7 +176,7 @@ class GuideLevel(DiscountLevel):
         self.register_buffer("centre", torch.tensor(0.0, dtype=torch.float64))
 
     def place(self, guide_logits: Tensor) -> Tensor:
-        """Return log g / (1 - g) per position, (N, d1, ...), of the guide's own logits."""
+        """Return log(g / (1 - g)) for the guide's own logits, both (N,) or (N, d1, ...)."""
         _checks.tensor("guide_logits", guide_logits)
         guide_logits = guide_logits.to(torch.promote_types(guide_logits.dtype, torch.float32))
         log_g = self.log_guide.clamp(max=_HIGHEST)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from ._form import format_settings, resolve_form, rest_of
+from ._form import format_settings, remaining_weight, resolve_form
 from ._modes import without_autocast
 from ._state import moving
 from ._training_batch import evaluate_batch
@@ -21,27 +21,31 @@ from .variants import Variant, resolve_variant
 class DiSKLoss(nn.Module):
     r"""DiSK as a criterion. **This loss has parameters**, those of its guide: give them to an optimizer.
 
+    The objective of Kag et al. (ICLR 2023), eq. (5):
+
     $$\alpha\,L_{CE}(s) + (1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+$$
 
-    is Kag et al. (ICLR 2023), eq. (5). In one backward, student and guide each receive only their own gradient
-    (stop-gradient on the other); Algorithm 1's alternation backpropagates ``terms(...).guide_loss`` and
-    ``terms(...).student_loss`` in turn. g is bounded in one of two ways:
+    In one backward, student and guide each receive only their own gradient (stop-gradient on the other). For Algorithm
+    1's alternation, backpropagate ``terms(...).guide_loss`` and ``terms(...).student_loss`` in turn. g is bounded in
+    one of two ways:
 
-    - by default the mean **discount**, the share of the teacher's pull that is taken off (ours): the guide ranks the
-      samples, and the loss sets the level of g after each batch (``disk_plugin.level.DiscountLevel``); there is no
-      hinge and ``multiplier`` is 0.
-    - the paper's **budget** in nats: with ``multiplier`` or ``budget`` given, or ``discount=None``. Both are buffers,
-      so a loaded checkpoint overrides the constructor's.
+    - **discount** (the default, not in the paper): the guide ranks the samples, and after each batch the loss adjusts
+      the level of g so that the mean discount, the share of the teacher's pull that is taken off, meets a target
+      (``disk_plugin.level.DiscountLevel``). There is no hinge and ``multiplier`` is 0.
+    - **budget** (the paper's), in nats: if ``multiplier`` or ``budget`` is given, or ``discount=None``. Both are
+      buffers, so a loaded checkpoint overrides the constructor's.
 
-    ``DualScheduler`` sets the training progress for the first and schedules the second.
+    ``DualScheduler`` sets the training progress for the first and schedules the second. A
+    ``disk_plugin.uniform.UniformGuide`` bounds its own g.
 
-    A ``disk_plugin.uniform.UniformGuide`` bounds its g itself. Where the authors' code differs from the paper,
-    ``variant`` selects the rule. By default all classes are scaffolded: others would keep their full pull.
+    Where the authors' code differs from the paper, ``variant`` selects the rules. By default all classes receive g;
+    with ``top_k`` the others keep their full pull.
 
     Autocast is disabled inside and half-precision inputs are upcast to float32. NaN in an input, or inf in the
-    teacher's logits, propagates to the loss, except at ignored positions, which do not contribute to any gradient.
-    Under ``torch.func`` statistics are updated only if the transform is given the buffers (``functional_call``). In
-    ``AveragedModel(disk)`` leave ``use_buffers`` False, as multiplier and statistics are not weights, and call eval().
+    teacher's logits, propagates to the loss, unless its target is ignored. Double backward is not supported
+    (``functional.reference_terms`` is). Under ``torch.func`` statistics are updated only if the transform is given the
+    buffers (``functional_call``). For ``AveragedModel(disk)`` leave ``use_buffers`` False, as multiplier and statistics
+    are not weights, and call eval().
 
     Args:
         guide: a module (teacher_logits[, teacher_features]) -> guide logits (N,) or (N, d1, ...).
@@ -51,20 +55,22 @@ class DiSKLoss(nn.Module):
         student_temperature: divides the student's logits, > 0; None for ``temperature``; ``"fit"`` for the paper's
             argmin of the KL divergence, tracked by one Newton step per training batch and kept in a buffer.
         top_k: number of the teacher's largest classes that receive g, >= 1; None for all (paper: K).
-        discount: target of the mean discount in [0, 1), or ``"auto"``, which follows the student; None for the budget.
+        discount: target of the mean discount, in [0, 1), or ``"auto"``, which follows the student; None for a budget.
         multiplier: weight of the budget's hinge, >= 0; None for 50 (paper: lambda).
-        budget: nats per sample, >= 0; None for .3 (paper: delta, ``disk_plugin.schedule.estimate_budget``).
+        budget: bound of the mean usage g * CE, nats per sample, >= 0; None for .3 (paper: delta; its heuristic is
+            ``disk_plugin.schedule.estimate_budget``).
         variant: ``"paper"``, ``"official_cifar"``, ``"official_imagenet"`` or a ``Variant``.
-        guide_gradient_scale: > 0, with a budget: keeps the guide alive under the student's SGD, see
-            ``disk_plugin.functional.disk_terms``. None: the gradient w.r.t. the guide logit, as in the paper.
+        guide_gradient_scale: with a budget, a factor > 0 that keeps the guide alive under the student's SGD, see
+            ``disk_plugin.functional.disk_terms``. None: the gradient w.r.t. the guide's logit, as in the paper.
         ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
-        weight: of each class in the cross-entropy, (C,); None for 1. Means divide by positions, not by their weights.
-        label_smoothing: of the cross-entropy alone, in [0, 1), as in ``nn.CrossEntropyLoss``.
+        weight: weight of each class in the cross-entropy, (C,); None for 1. Means divide by the number of non-ignored
+            targets, not by the sum of their weights.
+        label_smoothing: smoothing of the cross-entropy alone, in [0, 1), as in ``nn.CrossEntropyLoss``.
 
     Attributes:
         level: the module that holds the discount, or None with a budget.
-        reduce_mean: None, or a function that averages a scalar over the parts of a batch, such as
-            ``disk_plugin.distributed.mean_over_processes``: the whole batch's usage decides the hinge.
+        reduce_mean: None, or a function that averages a scalar over the ranks that share a batch, such as
+            ``disk_plugin.distributed.mean_over_processes``: the full batch's usage decides the hinge.
 
     Shape:
         student_logits, teacher_logits (N, C) or (N, C, d1, ...); target int64 (N, d1, ...) or probabilities of the
@@ -72,7 +78,7 @@ class DiSKLoss(nn.Module):
 
     Raises:
         ValueError: values out of range, an unknown variant; in ``forward`` shapes that do not fit.
-        TypeError: ``guide`` is not a module, values or tensors of another type.
+        TypeError: ``guide`` is not a module; values or tensors of another type.
 
     Examples:
         >>> import torch
@@ -114,7 +120,7 @@ class DiSKLoss(nn.Module):
         form = resolve_form(guide, discount, multiplier, budget)
         settings = Settings(
             ce_weight=ce_weight,
-            distill_weight=rest_of(ce_weight) if distill_weight is None else distill_weight,
+            distill_weight=remaining_weight(ce_weight) if distill_weight is None else distill_weight,
             temperature=temperature,
             student_temperature=temperature if isinstance(student_temperature, str | None) else student_temperature,
             top_k=top_k,
@@ -131,7 +137,7 @@ class DiSKLoss(nn.Module):
         self.guide_gradient_scale, self.label_smoothing = settings.guide_gradient_scale, settings.label_smoothing
         self.ce_weight, self.distill_weight, self.temperature = settings[:3]
         self.variant, self.top_k, self.ignore_index = settings.variant, settings.top_k, settings.ignore_index
-        self.fit_student_temperature, self.told = fitted, set[str]()  # kinds of warnings given
+        self.fit_student_temperature, self.warned = fitted, set[str]()  # kinds of warnings given
         # float64, so that a schedule's 0.3 stays 0.3 in a float64 objective
         self._initial: dict[str, Any] = {"multiplier": form.multiplier, "budget": form.budget}
         if fitted:
@@ -153,7 +159,7 @@ class DiSKLoss(nn.Module):
         *,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """Return the scalar objective (5): ``terms(...).loss``."""
+        """Return the objective (5), a scalar: ``terms(...).loss``."""
         return self.terms(student_logits, teacher_logits, target, teacher_features, sample_weight=sample_weight).loss
 
     def terms(
@@ -167,11 +173,20 @@ class DiSKLoss(nn.Module):
         sample_weight: Tensor | None = None,
         reduction: Reduction = "mean",
     ) -> DiSKTerms:
-        """Evaluate everything once: the loss, its two halves and what to log (see ``functional.DiSKTerms``).
+        """Evaluate everything once: the loss, its two halves and what to log, see ``functional.DiSKTerms``.
 
-        In training mode each call updates ``statistics()`` and, with ``student_temperature="fit"``, the temperature.
-        Pass ``guide_logits``, the result of ``guide_logits``, if the guide runs elsewhere, such as inside a module
-        wrapped in DistributedDataParallel; ``teacher_features`` is then not read.
+        In training mode each call updates ``statistics()``, the level of g and, with ``student_temperature="fit"``, the
+        temperature. Inputs are those of ``forward``.
+
+        Args:
+            student_logits: before softmax.
+            teacher_logits: before softmax; no gradient reaches them.
+            target: class indices, or probabilities.
+            teacher_features: for a guide that reads them.
+            guide_logits: what the method ``guide_logits`` returned, (N,) or (N, d1, ...), if the guide runs elsewhere,
+                such as inside a module wrapped in DistributedDataParallel; ``teacher_features`` is then not read.
+            sample_weight: weight per sample or target; means still divide by the number of non-ignored targets.
+            reduction: ``"none"`` for values per target, ``"mean"`` for their ``mean()``, ``"sum"`` for their ``sum()``.
         """
         _checks.logits(student_logits, teacher_logits)
         _checks.choice("reduction", reduction, REDUCTIONS)
@@ -187,7 +202,7 @@ class DiSKLoss(nn.Module):
     ) -> Tensor:
         """Return the guide's own logits, (N,) or (N, d1, ...); the teacher's outputs are detached.
 
-        With a target, the guide's inputs are zeroed at ignored positions: a NaN there would reach its gradient.
+        With a target, the guide's inputs are zeroed where it is ignored, as a NaN there would reach the gradient.
         """
         inputs = [teacher_logits.detach()]
         if teacher_features is not None:
@@ -209,7 +224,7 @@ class DiSKLoss(nn.Module):
         return float(self.temperature if fixed is None else fixed)
 
     def statistics(self) -> EpochStatistics:
-        """Return statistics of the training batches since the last reset (synchronizes with the device)."""
+        """Return statistics of the training batches since the last reset; synchronizes with the device."""
         return EpochStatistics.read(self.epoch_statistics)
 
     @torch.no_grad()
@@ -228,7 +243,7 @@ class DiSKLoss(nn.Module):
         return format_settings(self, student_temperature=self._fixed_student_temperature)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load; statistics of an older checkpoint are converted to the current layout."""
+        """Load, converting the statistics of an older checkpoint to the current layout."""
         name = f"{prefix}epoch_statistics"
         if name in state_dict:
             state_dict[name] = upgraded(state_dict[name])  # load_state_dict has copied the caller's dict

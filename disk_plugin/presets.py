@@ -1,11 +1,11 @@
-"""Published settings as plain dicts, to splat: every value with its source.
+"""Published settings as plain dicts to unpack; every value has its source.
 
 ``p = presets.PAPER``, then ``GuideHead(C, D, **p["guide"])``, ``DiSKLoss(guide, **p["loss"])``,
 ``DualScheduler(loss, epochs=..., **p["dual"])``; ``p["recipe"]`` is the rest of the published training recipe.
 "A.4", "A.5": appendices of Kag et al. (ICLR 2023). "script": the authors' public CIFAR or ImageNet training script.
 ``CIFAR100_SEARCHED`` is not published: it comes from this repository's own search, see
-docs/evidence/cifar100_settings.md.
-``PAPER`` names no budget: pass the loss ``budget=disk_plugin.schedule.estimate_budget(student, held_out)``.
+docs/evidence/cifar100_settings.md. ``PAPER`` has no budget, as the paper gives a heuristic and no number: pass the loss
+``budget=disk_plugin.schedule.estimate_budget(student, held_out)``.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Schedules of the discount's target, or of the budget and its multiplier, and checks of the guide's health."""
+"""Schedules of the discount's target, or of budget and multiplier, and warnings about the guide."""
 
 import math
 import warnings
@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from . import _checks, _watch
-from ._form import asks_for_budget, multiplier_bounds, pair, take_budget
+from ._form import asks_for_budget, multiplier_bounds, pair, switch_to_budget
 from ._untrained import GuideMoves
 from .estimate import estimate_budget
 from .level import DiscountLevel
@@ -17,28 +17,45 @@ __all__ = ["DualScheduler", "estimate_budget"]
 
 
 class DualScheduler:
-    r"""Schedule the bound of g in a ``DiSKLoss``, as ``LRScheduler`` does the learning rate: step once per epoch.
+    r"""Schedule the bound of g in a ``DiSKLoss``, as ``LRScheduler`` does the learning rate: ``step()`` once per epoch.
 
-    A loss with a **discount** (the default) is told the training progress, on which its ``"auto"`` target and a
-    ``UniformGuide``'s ramp depend; only ``epochs`` has to be set.
+    With a **discount** (the default) it tells the loss the training progress, on which the ``"auto"`` target and a
+    ``UniformGuide``'s ramp depend. Only ``epochs`` has to be given.
 
-    The paper's **budget** has a multiplier that rises within each period, between the bounds given here (a
-    ``multiplier`` given to the loss stays constant if none are):
+    With the paper's **budget** the multiplier rises from the smaller to the larger bound within each period. This is
+    line 8 of Algorithm 1, Kag et al. (ICLR 2023):
 
     $$\lambda(r) = \lambda_{min} + (\lambda_{max} - \lambda_{min})\,(1 - \cos(\pi\,(r \bmod A)/A))/2$$
 
-    is line 8 of Algorithm 1, Kag et al. (ICLR 2023): ``CosineAnnealingWarmRestarts`` with T_0 = A = ``period``, but
-    rising. A restart that would leave less than a full period is skipped: ``epochs=8, period=4`` restarts at epochs 0
-    and 4, and so does ``epochs=10, period=4``, whose last cosine takes 6 epochs. Construction writes epoch 0's values,
-    each ``step()`` the next epoch's: the last one leaves exactly ``multiplier[1]``, and the last epoch trained sees the
-    cosine one epoch earlier. The loss's own ``budget`` is kept. Any of ``multiplier``, ``period``, ``budget``,
-    ``budget_period`` or another ``rule`` switches a default loss to the budget.
+    It is ``CosineAnnealingWarmRestarts`` with T_0 = A = ``period``, but rising. A restart that would leave less than a
+    full period is skipped:
 
-    ``step()`` warns, once each, if half of the epoch's batches had a NaN or inf loss; if gradients reached the guide
-    but its parameters are in no optimizer; if it is called more than ``epochs`` times (once per batch?); and if the
-    guide is dead: g > .99 on every sample; g < .01 on every sample with a mean discount below .01; or, with the
-    multiplier above the middle of its range, a standard deviation of g below .002 while all g exceed .9 or the mean
-    discount exceeds .95. Construction warns if ``epochs`` are too few for the multiplier to rise.
+    | ``epochs`` | ``period`` (T_0) | restarts at epoch | last cosine |
+    |---|---|---|---|
+    | 8 | 4 | 4 | 4 epochs |
+    | 10 | 4 | 4 | 6 epochs |
+    | 200 | 50 | 50, 100, 150 | 50 epochs |
+
+    Construction writes epoch 0's values, each ``step()`` the next epoch's. The last ``step()`` writes exactly
+    ``multiplier[1]``, so the last epoch that is trained sees the cosine one epoch earlier.
+
+    The loss's own ``budget`` is kept unless one is given here. A ``multiplier`` given to the loss stays constant unless
+    ``multiplier``, ``period`` or another ``rule`` is given here. Any of these, ``budget`` or ``budget_period`` switches
+    a loss with the default discount to a budget.
+
+    ``step()`` warns, once each:
+
+    - if at least half of the epoch's batches had a NaN or inf loss;
+    - if gradients reached the guide but its parameters are in no optimizer;
+    - if it is called more than ``epochs`` times (once per batch?);
+    - with a budget, if the guide is dead: g > .99 on every sample; g < .01 on every sample with a mean discount of at
+      most .01; or, with the multiplier in the upper half of its range, a standard deviation of g below .002 while all g
+      exceed .9 or the mean discount exceeds .95.
+
+    Construction warns if ``epochs`` are too few for the multiplier to rise.
+
+    Under ``"adaptive"`` and ``"ascent"`` every rank must have the same statistics
+    (``disk_plugin.distributed.share_statistics``).
 
     Args:
         loss: the loss to schedule.
@@ -50,20 +67,19 @@ class DualScheduler:
             lower within each ``budget_period``, as the authors' CIFAR script has it.
         budget_period: epochs from one restart of the budget to the next; None for ``period``.
         budget_decay: the upper budget is multiplied by this at each restart, in (0, 1], but never below the lower.
-        rule: ``"cosine"``; ``"adaptive"``: the same, and the largest multiplier doubles at the end of a period whose
-            last epoch exceeded the budget (the paper updates its bounds "to enforce the constraint" without saying how;
-            this is our reading), up to ``multiplier_cap``; ``"ascent"``: dual ascent, multiplier += ascent_rate * (mean
-            usage - budget) of the finished epoch, clamped to ``multiplier``, from its smaller end.
-        ascent_rate: step of the ascent, per nat, > 0.
-        multiplier_cap: upper bound of the doubling.
+        rule: ``"cosine"``: as above. ``"adaptive"``: the same, but the largest multiplier doubles, up to
+            ``multiplier_cap``, at the end of a period whose last epoch exceeded the budget (our reading: the paper
+            updates its bounds "to enforce the constraint" without saying how). ``"ascent"``: dual ascent, multiplier +=
+            ascent_rate * (mean usage - budget) of the finished epoch, clamped to ``multiplier``, starting at its
+            smaller end.
+        ascent_rate: step of ``"ascent"``, multiplier per nat, > 0.
+        multiplier_cap: upper bound of the doubling in ``"adaptive"``.
 
     Attributes:
         note: the warning given at construction, or None.
 
-    Under ``"adaptive"`` and ``"ascent"`` every rank must have the same statistics (``share_statistics``).
-
     Raises:
-        ValueError: values out of range, settings of a budget for a loss that was given a number as its discount.
+        ValueError: values out of range; settings of a budget for a loss that was given a number as its discount.
         TypeError: ``loss`` is not a ``DiSKLoss``, or values of another type.
         RuntimeError: ``dual(epoch)`` under ``"ascent"``, where the multiplier depends on the run; ``step()`` under
             ``"adaptive"`` or ``"ascent"`` without a training batch since the last one.
@@ -123,28 +139,28 @@ class DualScheduler:
         self._warned: set[str] = set()
         self._moves = GuideMoves(loss.guide)
         if budget_asked and loss.level is not None:
-            take_budget(loss)
+            switch_to_budget(loss)
         loss.reset_statistics()
         self._write()
         self.note = self._note()
         self._warn("low", self.note)
 
     def __call__(self, epoch: int) -> tuple[float, float]:
-        """Return (multiplier, budget) of an epoch counted from 0: a pure function of ``epoch`` and the bounds."""
+        """Return (multiplier, budget) of an epoch, counted from 0; a pure function of ``epoch`` and the bounds."""
         if self.rule == "ascent":
             raise RuntimeError("under rule='ascent' the multiplier depends on the run: read loss.multiplier instead")
         _checks.integer("epoch", epoch, at_least=0)
         return self._cosine_multiplier(epoch), self._budget(epoch)
 
     def step(self) -> None:
-        """End an epoch: check the guide, write the next epoch's multiplier and budget in place."""
+        """End an epoch: check the guide, then write the next epoch's multiplier, budget and progress into the loss."""
         self._warn("late", _watch.past_the_end(self.epoch, self.epochs))
         self._warn("untrained", self._moves.judge(self.epoch))
         seen, (batches, bad) = self.loss.statistics(), self.loss.epoch_batches.tolist()
         self._warn("not finite", _watch.not_finite(batches, bad, self.epoch))
         middle = (self.multiplier_min + self.multiplier_max) / 2
         pulled_down = 1.1 * self.loss.multiplier.item() >= middle  # a period of two epochs reaches the middle
-        if self.loss.level is None and any(True for _ in self.loss.guide.parameters()):  # else nothing can die
+        if self.loss.level is None and any(True for _ in self.loss.guide.parameters()):  # a trained guide
             self._warn("dead", _watch.dead_guide(seen, self.epoch, pulled_down=pulled_down))
         if self.rule != "cosine" and not seen.positions:
             came = f"{bad:.0f}, all with a NaN or inf loss" if bad else "none"
@@ -160,7 +176,7 @@ class DualScheduler:
         self.loss.reset_statistics()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the progress and the budget as numbers; other settings are the constructor's."""
+        """Return the progress, the budget and what the rule may change; the rest is the constructor's."""
         return {
             "epoch": self.epoch,
             "multiplier_max": self.multiplier_max,
@@ -170,7 +186,7 @@ class DualScheduler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the progress and write its multiplier and budget into the loss; a budget given to the constructor stays.
+        """Load the progress and write its values into the loss; a budget given to the constructor stays.
 
         Raises:
             RuntimeError: entries missing or unknown.

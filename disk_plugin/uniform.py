@@ -1,4 +1,4 @@
-"""One g for all samples, without a network: a guide of its own, and the baseline for every trained guide."""
+"""One g for all samples, without a network: a guide of its own, and the baseline for any trained guide."""
 
 from typing import Literal
 
@@ -10,21 +10,21 @@ from .level import OVER, SHARE, DiscountLevel
 
 
 class UniformGuide(DiscountLevel):
-    r"""A guide that gives every sample the same g: plugs into ``DiSKLoss(guide)``, has no parameters.
+    r"""A guide that gives every sample the same g: pass it to ``DiSKLoss``. It has no parameters.
 
-    Even a constant g is selective: by t s / (s + g) a class with s far below g is dropped, the others keep their pull.
-    The gain of a trained guide is measured against this one. Not in the paper.
+    Even a constant g is selective: with the target t s / (s + g), classes with s far below g are dropped and the others
+    keep their pull. It is the baseline for a trained guide. Not in the paper.
 
     g is set in one of three ways:
 
-    - a number: constant. 0 is plain distillation.
-    - two numbers: linear from the first to the second over the first ``over`` of training.
-    - ``discount``: the mean share of the teacher's pull that is taken off, which is comparable across numbers of
-      classes, temperatures and epochs: a target for ``disk_plugin.level.DiscountLevel``, or ``"auto"``.
-      ``DiSKLoss(GuideHead(...))`` does the same with a guide that ranks.
+    - ``value``, a number: constant. 0 is plain distillation.
+    - ``value``, two numbers: linear from the first to the second over the first ``over`` of training.
+    - ``discount``: a target for the mean share of the teacher's pull that is taken off, or ``"auto"``; see
+      ``disk_plugin.level.DiscountLevel``. It is comparable across numbers of classes, temperatures and epochs.
+      ``DiSKLoss(GuideHead(...))`` does the same with a guide that ranks the samples.
 
-    ``DualScheduler(disk, epochs=...)`` sets the training progress; in a loop without one call ``set_progress``.
-    With several ranks (``attach``) and under ``AccumulatedBatch`` the means are over the whole batch.
+    ``DualScheduler(disk, epochs=...)`` sets the training progress; in a loop without one, call ``set_progress``.
+    With several ranks (``attach``) and with ``AccumulatedBatch`` the means are over the full batch.
 
     Args:
         value: g in [0, 1], or (first, last); None where ``discount`` is given.
@@ -33,7 +33,8 @@ class UniformGuide(DiscountLevel):
         over: share of training over which two values, or the ``"auto"`` target, are ramped, in (0, 1].
 
     Shape:
-        teacher_logits (N, C) or (N, C, d1, ...); teacher_features are not read; returns (N,) or (N, d1, ...).
+        teacher_logits (N, C) or (N, C, d1, ...); teacher_features are not read; returns guide logits (N,) or
+        (N, d1, ...).
 
     Raises:
         ValueError: values out of range; both or neither of ``value`` and ``discount``.
@@ -73,7 +74,7 @@ class UniformGuide(DiscountLevel):
         self.ends = None if value is None else (float(ends[0]), float(ends[1]))  # type: ignore[arg-type]
 
     def forward(self, teacher_logits: Tensor, teacher_features: Tensor | None = None) -> Tensor:
-        """Return logit g = log(g / (1 - g)), one value for all positions."""
+        """Return log(g / (1 - g)), the same for all samples, (N,) or (N, d1, ...)."""
         log_g = self._log_guide()
         # at g = 1, log(1 - g) is -inf and the logit inf, as intended
         logit = log_g - torch.log(-torch.expm1(log_g))
@@ -83,7 +84,7 @@ class UniformGuide(DiscountLevel):
 
     @property
     def follows_progress(self) -> bool:
-        """Whether ``set_progress`` changes anything."""
+        """Whether g depends on the training progress."""
         return super().follows_progress or (self.ends is not None and self.ends[0] != self.ends[1])
 
     def extra_repr(self) -> str:

@@ -6,17 +6,18 @@ from typing import Literal, NamedTuple
 class Variant(NamedTuple):
     """The choices in which the paper and the authors' CIFAR and ImageNet scripts differ.
 
-    ``VARIANTS["paper"]._replace(teacher_target="scaffolded")`` changes one choice for an ablation.
+    Defaults are the paper's. ``VARIANTS["paper"]._replace(teacher_target="scaffolded")`` changes one choice for an
+    ablation.
 
     Attributes:
-        scaffold_label: whether the label's class is scaffolded even outside the teacher's top-K.
+        scaffold_label: whether the label's class receives g even outside the teacher's top-K.
         teacher_target: ``"all"``: softmax over all classes. ``"scaffolded"``: the classes outside the scaffold enter
             the softmax at the row's smallest (undivided) logit and are then set to zero, without renormalising.
         budget_label: class of the budget's cross-entropy, the true ``"label"`` or the ``"teacher"``'s argmax.
         budget_clamp: upper bound of that cross-entropy, nats; ``None`` for none.
         budget_denominator: ``"samples"`` or ``"errors"``, the number of samples the student misclassifies (at least 1;
             the authors divide by zero on a batch without errors).
-        guide_penalty: weight of the extra term mean log(1 + K g).
+        guide_penalty: weight of an extra term, the mean of log(1 + K g).
         student_feels_budget: whether the budget's gradient reaches the student.
     """
 
@@ -48,7 +49,11 @@ _CHOICES = {
 
 
 def resolve_variant(variant: str | Variant) -> Variant:
-    """Return the record of a name, or the record itself after validating its choices."""
+    """Return the record of a name, or the record itself after validating its choices.
+
+    Raises:
+        ValueError: an unknown name or choice.
+    """
     if isinstance(variant, Variant):
         for field, known in _CHOICES.items():
             if getattr(variant, field) not in known:

@@ -98,7 +98,7 @@ def test_a_loss_that_is_none_and_a_method_that_reads_maps_are_refused():
     with pytest.raises(TypeError, match="loss must be a DiSKLoss or a Guided, got CrossEntropyLoss"):
         Distiller(*models(), nn.CrossEntropyLoss())
     simkd = SimKD(3, 8, pooled_classifier(nn.Linear(8, 5)), teacher_size=(4, 4))
-    with pytest.raises(ValueError, match=r"SimKD reads \['last'\], of which any classifier shows features alone"):
+    with pytest.raises(ValueError, match=r"SimKD reads \['last'\], of which only features can be found in any"):
         Distiller(*models(), Guided(DiSKLoss(GuideHead(5)), simkd))
 
 

@@ -163,7 +163,7 @@ def test_it_costs_no_operation_over_the_classes():
     plain = {"ce_weight": 0.1, "temperature": 4.0, "student_temperature": 4.0}
     parts = scaffold.scaffold(student, teacher, guide, torch.zeros(N, 2, dtype=torch.int64), None, **plain)
     with _Sizes(4 * N) as seen:
-        scaffold.divergence_of(parts, guide.sigmoid(), C)
+        scaffold.get_divergence(parts, guide.sigmoid(), C)
     assert seen.count == 0
     with _Sizes(4 * N) as control:
         cross_entropy.label_cross_entropy(student.log_softmax(1), torch.zeros(N, dtype=torch.int64))

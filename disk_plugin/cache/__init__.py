@@ -1,4 +1,4 @@
-"""Run the teacher once: augmentation as a pure function of (sample, view), and a cache of the teacher's outputs."""
+"""Run the teacher only once: augmentation as a function of (sample, view), and a cache of the teacher's outputs."""
 
 from .teacher_cache import TeacherCache
 from .views import SeededViews

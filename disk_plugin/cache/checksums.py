@@ -1,6 +1,6 @@
 """CRC-32 of a cache's files: detects every flipped byte and all but 2**-32 of other corruption, not tampering.
 
-``data.bin`` has a checksum per block of about 64 KiB, in whole rows: small enough to check a row when it is first read,
+``data.bin`` has a checksum per block of whole rows, about 64 KiB: small enough to check a row when it is first read,
 large enough for the checksums to take less than 1 byte in 10,000.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .files import CHECKSUMS, CURE, DATA
+from .files import CHECKSUMS, DATA, REMEDY
 
 if TYPE_CHECKING:
     from .description import Meta
@@ -28,7 +28,7 @@ def rows_in_block(row_bytes: int) -> int:
 
 
 def extend(tail: int, filled: int, content: bytes, block_bytes: int) -> tuple[bytes, int]:
-    """Continue after the ``filled`` bytes of an incomplete block, whose checksum so far is ``tail``.
+    """Add content after the ``filled`` bytes of an incomplete block, whose checksum so far is ``tail``.
 
     Returns:
         The concatenated checksums of the blocks completed now, and that of the incomplete one.
@@ -38,13 +38,13 @@ def extend(tail: int, filled: int, content: bytes, block_bytes: int) -> tuple[by
         end = start + block_bytes - filled
         tail = zlib.crc32(view[start:end], tail)
         if end <= len(view):
-            finished += as_bytes(tail)
+            finished += to_bytes(tail)
             tail = filled = 0
         start = end
     return finished, tail
 
 
-def as_bytes(checksum: int) -> bytes:
+def to_bytes(checksum: int) -> bytes:
     """Return a checksum as stored bytes."""
     return checksum.to_bytes(BYTES, "little")
 
@@ -57,7 +57,7 @@ def check_file(path: Path, content: bytes, expected: int) -> None:
     """
     came = zlib.crc32(content)
     if came != expected:
-        raise RuntimeError(f"{path} must have CRC-32 {expected:08x}, got {came:08x}: it is damaged; {CURE}")
+        raise RuntimeError(f"{path} must have CRC-32 {expected:08x}, got {came:08x}: it is damaged; {REMEDY}")
 
 
 class BlockChecks:
@@ -73,7 +73,7 @@ class BlockChecks:
         self._folder, self._meta, self._data = folder, meta, data
         self._expected = (folder / CHECKSUMS).read_bytes() if meta.checksum_bytes else b""
         if meta.block_rows and meta.rows % meta.block_rows:
-            self._expected += as_bytes(meta.tail)
+            self._expected += to_bytes(meta.tail)
         count = len(self._expected) // BYTES
         self._unread: Tensor | None = torch.ones(count, dtype=torch.bool) if count else None
 
@@ -104,7 +104,7 @@ class BlockChecks:
         """
         if not self._meta.block_rows:
             warnings.warn(
-                f"{self._folder} was written without checksums: damaged rows are found among the recomputed ones only. "
+                f"{self._folder} was written without checksums: only damaged rows among the recomputed ones are found. "
                 "share=1 recomputes all; a cache written anew has checksums",
                 stacklevel=4,  # to the caller of verify, whose decorator has a frame
             )
@@ -123,5 +123,5 @@ class BlockChecks:
             raise RuntimeError(
                 f"{self._folder / DATA} must have CRC-32 {expected:08x} in its block {block} (from byte "
                 f"{start * meta.row_bytes}, {rows.nbytes} bytes: index {first[1]}, view {first[0]} to index {last[1]}, "
-                f"view {last[0]}), got {came:08x}: it or its {CHECKSUMS} is damaged; {CURE}"
+                f"view {last[0]}), got {came:08x}: it or its {CHECKSUMS} is damaged; {REMEDY}"
             )

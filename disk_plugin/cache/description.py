@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checksums
-from .files import META, STRANGERS_CURE, replace, size_of
+from .files import FOREIGN_REMEDY, META, get_size, replace
 from .fingerprint import Fingerprint
 
 FORMATS = 1, 2  # without checksums, with
@@ -59,13 +59,13 @@ class Meta:
         )
 
     def identity(self) -> Fingerprint:
-        """Everything that must be equal to resume writing."""
+        """Return all that must be equal to resume writing."""
         shape = {name: getattr(self, name) for name in ("mode", "layer", "num_classes", "feature_dim")}
         return {**shape, **self.fingerprint}
 
 
 def read_meta(folder: Path) -> Meta:
-    """Read a folder's description, validating nothing else.
+    """Read and validate a folder's ``meta.json``, not its other files.
 
     Raises:
         FileNotFoundError: there is no cache.
@@ -80,9 +80,9 @@ def read_meta(folder: Path) -> Meta:
         if found in FORMATS:
             return _checked(entries)
     except (ValueError, TypeError, KeyError) as error:
-        came = f"{size_of(path)} bytes, damaged or another program's ({type(error).__name__}: {error})"
-        raise RuntimeError(f"{path} must be a cache's description, got {came}: {STRANGERS_CURE}") from error
-    raise RuntimeError(f"{path} must have format {' or '.join(map(str, FORMATS))}, got {found!r}: {STRANGERS_CURE}")
+        came = f"{get_size(path)} bytes, damaged or another program's ({type(error).__name__}: {error})"
+        raise RuntimeError(f"{path} must be a cache's description, got {came}: {FOREIGN_REMEDY}") from error
+    raise RuntimeError(f"{path} must have format {' or '.join(map(str, FORMATS))}, got {found!r}: {FOREIGN_REMEDY}")
 
 
 def write_meta(folder: Path, meta: Meta) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import IO
 
 META, DATA, HEAD, CHECKSUMS = "meta.json", "data.bin", "head.pt", "checksums.bin"
-CURE = "delete the folder and write it anew"
-STRANGERS_CURE = "choose another folder, or delete this one and write it anew"
+REMEDY = "delete the folder and write it anew"
+FOREIGN_REMEDY = "choose another folder, or delete this one and write it anew"
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -29,26 +29,26 @@ def flush(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def size_of(path: Path) -> int:
+def get_size(path: Path) -> int:
     """Return a file's size in bytes, 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
 def check_size(path: Path, expected: int) -> None:
     """Raise RuntimeError if the file has another size."""
-    size = size_of(path)
+    size = get_size(path)
     if size != expected:
-        raise RuntimeError(f"{path} must have {expected} bytes, got {size}: {CURE}")
+        raise RuntimeError(f"{path} must have {expected} bytes, got {size}: {REMEDY}")
 
 
-def refuse_strangers(folder: Path, head: bytes) -> None:
-    """Raise FileExistsError if there are files not ours; a writer killed at its start may have left the same head.
+def check_no_foreign_files(folder: Path, head: bytes) -> None:
+    """Raise FileExistsError if other files are in the way; a head equal to ``head``, of a killed writer, is not.
 
     Raises:
         FileExistsError: naming the file.
     """
     for name, ours in ((DATA, b""), (CHECKSUMS, b""), (HEAD, head)):
         path = folder / name
-        size = size_of(path)
+        size = get_size(path)
         if size and (size != len(ours) or path.read_bytes() != ours):
-            raise FileExistsError(f"{path} must not exist without its {META}, got {size} bytes: {STRANGERS_CURE}")
+            raise FileExistsError(f"{path} must not exist without its {META}, got {size} bytes: {FOREIGN_REMEDY}")

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..taps import FeatureTap
-from .views import PlainView, SeededViews, image_of
+from .views import PlainView, SeededViews, get_image
 
 Fingerprint = dict[str, str | int | None]
-_PROBES = 8  # images that are read and compared bit for bit
+_PROBES = 8  # number of images that are compared bit for bit
 
 
-def of_teacher(teacher: nn.Module) -> Fingerprint:
-    """Hash the names, dtypes, shapes and bytes of the state; a tap or torch.compile's wrapper is unwrapped first."""
+def hash_teacher(teacher: nn.Module) -> Fingerprint:
+    """Hash names, dtypes, shapes and bytes of a teacher's state, without its tap or torch.compile's wrapper."""
     model = teacher.model if isinstance(teacher, FeatureTap) else teacher
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
@@ -27,8 +27,8 @@ def of_teacher(teacher: nn.Module) -> Fingerprint:
     return {"teacher weights": digest.hexdigest()}
 
 
-def of_views(views: SeededViews | PlainView) -> Fingerprint:
-    """Describe dataset, transform and views; hashes of a few images distinguish equal descriptions."""
+def describe_views(views: SeededViews | PlainView) -> Fingerprint:
+    """Describe dataset, transform and views; hashes of a few images tell equal descriptions apart."""
     return {
         "data set": " of ".join(_describe(dataset) for dataset in _wrapped(views.dataset)),
         "transform": "; ".join(_transform(dataset) for dataset in _wrapped(views.dataset)),
@@ -38,8 +38,8 @@ def of_views(views: SeededViews | PlainView) -> Fingerprint:
     }
 
 
-def refuse_random(views: SeededViews | PlainView, found: Fingerprint) -> None:
-    """Read the probed images again: random numbers from the dataset's own generator are not repeatable.
+def check_repeatable(views: SeededViews | PlainView, found: Fingerprint) -> None:
+    """Read the probed images again: a dataset with a generator of its own gives others.
 
     Raises:
         ValueError: they differ.
@@ -83,7 +83,7 @@ def _describe(dataset: Any) -> str:
 
 
 def _transform(dataset: Any) -> str:
-    """Return the transform's repr, without memory addresses and their module names."""
+    """Return the transform's repr, without memory addresses and the modules of objects shown by them."""
     found = getattr(dataset, "transforms", None)
     found = getattr(dataset, "transform", None) if found is None else found
     # a class of the writing script is in __main__, but elsewhere for the reading script
@@ -96,7 +96,7 @@ def _images(views: SeededViews | PlainView) -> str:
     digest = hashlib.sha256()
     for probe in range(_PROBES):
         index, view = (probe * (size - 1) // (_PROBES - 1) for size in (len(views), views.views))
-        _add(digest, image_of(views.item(index, view)))
+        _add(digest, get_image(views.item(index, view)))
     return digest.hexdigest()
 
 
@@ -106,10 +106,10 @@ def _add(digest: Any, value: Any) -> None:
         digest.update(repr(value).encode())
         return
     digest.update(f"{value.dtype} {tuple(value.shape)} ".encode())
-    digest.update(as_bytes(value))
+    digest.update(to_bytes(value))
 
 
-def as_bytes(tensor: Tensor) -> bytes:
+def to_bytes(tensor: Tensor) -> bytes:
     """Copy a tensor's bytes without numpy, which is optional."""
     tensor = tensor.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)

@@ -18,8 +18,8 @@ from ..taps import FeatureTap, logits_of, with_features
 from ..taps.hooks import linear_names
 from . import checksums
 from .description import Meta
-from .files import CURE
-from .views import PlainView, SeededViews, image_of
+from .files import REMEDY
+from .views import PlainView, SeededViews, get_image
 
 MODES = ("features", "logits", "logits+features")
 
@@ -46,7 +46,9 @@ class TeacherOutputs:
         model = teacher.model if isinstance(teacher, FeatureTap) else teacher
         if layer is None and isinstance(teacher, FeatureTap):
             layer = teacher.layer
-        if layer is None and mode == "features":  # by name, as then the tap leaves the comparison with the logits to us
+        if (
+            layer is None and mode == "features"
+        ):  # a named layer's output is compared with the logits here, not in the tap
             layer = next((name for name in reversed(linear_names(model))), None)
         self.mode = mode
         self._model = model if mode == "logits" else with_features(model, layer)
@@ -104,7 +106,7 @@ def read_head(path: Path, meta: Meta) -> tuple[Tensor, Tensor | None] | None:
         came, cause = type(error).__name__, error
     if came not in (expected, expected[:1]):
         layer = f"the teacher's last layer, tensors of shape {expected[0]} and {expected[1]}"
-        raise RuntimeError(f"{path} must hold {layer}, got {came}: {CURE}") from cause
+        raise RuntimeError(f"{path} must hold {layer}, got {came}: {REMEDY}") from cause
     return weight, bias
 
 
@@ -119,7 +121,7 @@ def progress_bar(loader: Iterable[Any], shown: bool) -> Iterable[Any]:
 def batches(
     views: SeededViews | PlainView, rows: Sequence[int], batch_size: int, num_workers: int
 ) -> DataLoader[tuple[Tensor, int]]:
-    """Load the images of rows, in that order, as batches (images, rows); row = view * samples + index."""
+    """Load the images of rows, in the given order, as batches (images, rows); row = view * samples + index."""
     _checks.integer("batch_size", batch_size, at_least=1)
     return DataLoader(
         _Rows(views),
@@ -131,10 +133,10 @@ def batches(
 
 
 def to_half(rows: Tensor, places: Tensor, meta: Meta) -> Tensor:
-    """Round to float16; raise for values out of its range (bfloat16's is wider), naming the place.
+    """Round to float16; values out of its range raise (bfloat16's is wider).
 
     Raises:
-        ValueError: a value is not finite in float16.
+        ValueError: a value is not finite in float16; the message names its place.
     """
     rounded = rows.half()
     misfits = (~rounded.isfinite()).nonzero()
@@ -158,7 +160,7 @@ class _Rows(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
         view, index = divmod(row, len(self._views))
-        return image_of(self._views.item(index, view)), row
+        return get_image(self._views.item(index, view)), row
 
 
 def _check_head(head: nn.Linear, logits: Tensor, features: Tensor) -> None:

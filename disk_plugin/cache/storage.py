@@ -1,7 +1,7 @@
-"""Writes a cache's files so that an interruption costs one batch at most.
+"""Writes a cache's files so that an interruption loses at most one batch.
 
 Rows and their checksums are fsynced before they are counted, and the count is replaced atomically: whenever the writer
-dies, all counted rows are on the disk. Caches of format 1, without checksums, are resumed as they are.
+is killed, all counted rows are on the disk. Caches of format 1, without checksums, are resumed as they are.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from . import checksums
 from .description import FORMATS, Meta, read_meta, write_meta
-from .files import CHECKSUMS, DATA, HEAD, META, check_size, flush, refuse_strangers, replace, size_of
-from .fingerprint import as_bytes, differences
+from .files import CHECKSUMS, DATA, HEAD, META, check_no_foreign_files, check_size, flush, get_size, replace
+from .fingerprint import differences, to_bytes
 
 
 class Writer:
@@ -28,7 +28,7 @@ class Writer:
 
     def append(self, rows: Tensor) -> None:
         """Write and fsync rows (N, width), float16, then count them."""
-        content, meta = as_bytes(rows), self.meta
+        content, meta = to_bytes(rows), self.meta
         self._file.write(content)
         flush(self._file)
         tail = self._add_checksums(content) if meta.block_rows else 0
@@ -61,10 +61,10 @@ def open_writer(folder: Path, meta: Meta, head: bytes) -> Iterator[Writer]:
         if (folder / META).exists():
             meta = _resumed(folder, meta)
             file.truncate(meta.written * meta.row_bytes)  # drop the uncounted rest: an interrupted batch
-            if size_of(folder / CHECKSUMS) > meta.checksum_bytes:
+            if get_size(folder / CHECKSUMS) > meta.checksum_bytes:
                 os.truncate(folder / CHECKSUMS, meta.checksum_bytes)
         else:
-            refuse_strangers(folder, head)
+            check_no_foreign_files(folder, head)
             meta = meta.with_checksums(head)
             if head:
                 replace(folder / HEAD, head)
@@ -96,7 +96,7 @@ def _resumed(folder: Path, meta: Meta) -> Meta:
         raise RuntimeError(f"{folder} was written for something else, choose another folder or delete it:{different}")
     complete = found.written == found.rows
     for name, expected in ((DATA, found.written * found.row_bytes), (CHECKSUMS, found.checksum_bytes)):
-        if complete or size_of(folder / name) < expected:
+        if complete or get_size(folder / name) < expected:
             check_size(folder / name, expected)
     check_size(folder / HEAD, found.head_bytes)
     # a cache begun without checksums has none for its first rows, and continues without
@@ -104,7 +104,7 @@ def _resumed(folder: Path, meta: Meta) -> Meta:
 
 
 def _lock(file: IO[bytes], folder: Path) -> None:
-    """Become the only writer; the lock is released with the process, however that ends."""
+    """Lock the file for this process; the lock is released when the process ends, however it ends."""
     try:
         import fcntl
     except ImportError:  # Windows: two writers are not detected there

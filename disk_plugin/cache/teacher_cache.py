@@ -19,7 +19,7 @@ from .description import Meta, read_meta
 from .files import DATA, HEAD
 from .outputs import TeacherOutputs, batches, check_mode, progress_bar, read_head, to_half
 from .verification import largest_difference
-from .views import PlainView, SeededViews, as_views, places
+from .views import PlainView, SeededViews, places, to_views
 
 Mode = Literal["features", "logits", "logits+features"]
 
@@ -27,20 +27,23 @@ Mode = Literal["features", "logits", "logits+features"]
 class TeacherCache:
     """A teacher's outputs for every (sample, view), written once and read from a memory-mapped file in float16.
 
-    Written by ``write``. Opening checks that it is complete and, given the teacher or the dataset, that it was made
-    from these: weights, targets, transform, views, seed and, bit for bit, a few images. Rows are compared with their
-    checksum (CRC-32 of about 64 KiB) when a process first reads them, which detects corruption, not tampering. Any
-    number of processes may read; a loader's workers open the files again.
+    It is written by ``TeacherCache.write``. Opening checks that it is complete and, given the teacher or the dataset,
+    that it was made from these: weights, targets, transform, views, seed and, bit for bit, a few images. Rows are
+    compared with their checksum (CRC-32 of about 64 KiB) when a process first reads them, which detects corruption, not
+    tampering. Any number of processes may read; the workers of a DataLoader open the files again.
 
     Args:
         folder: the cache's folder.
-        teacher: to check its weights; None to skip that.
-        dataset: to check the dataset: the ``SeededViews`` it was written from, or the plain dataset; None to skip that.
+        teacher: the teacher whose weights are compared; None to skip that.
+        dataset: the dataset that is compared: the ``SeededViews`` it was written from, or the plain dataset; None to
+            skip that.
 
     Attributes:
-        mode: what is stored.
-        samples, views: number of samples, and of views of each.
-        num_classes, feature_dim: C and D, for ``GuideHead``; D is 0 in mode ``"logits"``.
+        mode: what is stored, see ``write``.
+        samples: number of samples.
+        views: number of views of each sample.
+        num_classes: C, for ``GuideHead``.
+        feature_dim: D, for ``GuideHead``; 0 in mode ``"logits"``.
         layer: dotted name of the teacher's layer that reads the features; None in mode ``"logits"``.
 
     Shape:
@@ -50,9 +53,9 @@ class TeacherCache:
         FileNotFoundError: there is no cache.
         RuntimeError: it is incomplete, damaged (rows: when they are read), or has another source; the message says what
             differs.
-        ValueError: ``dataset`` is random and not in ``SeededViews``; in a call an index or view out of range, or shapes
-            that differ.
-        TypeError: in a call values of another type.
+        ValueError: ``dataset`` is random and not in ``SeededViews``; in a call, an index or view out of range, or
+            different shapes.
+        TypeError: in a call, values of another type.
 
     Examples:
         >>> import tempfile, torch
@@ -71,11 +74,11 @@ class TeacherCache:
         teacher: nn.Module | None = None,
         dataset: Dataset[Any] | None = None,
     ) -> None:
-        self.folder = Path(folder).absolute()  # a loader's worker opens it again, maybe from another directory
+        self.folder = Path(folder).absolute()  # a worker opens it again, maybe from another directory
         meta = self._meta = read_meta(self.folder)
         storage.check_complete(self.folder, meta)
-        found = {} if teacher is None else fingerprint.of_teacher(teacher)
-        found |= {} if dataset is None else fingerprint.of_views(as_views(dataset))
+        found = {} if teacher is None else fingerprint.hash_teacher(teacher)
+        found |= {} if dataset is None else fingerprint.describe_views(to_views(dataset))
         different = fingerprint.differences(meta.fingerprint, found)
         if different:
             raise RuntimeError(f"{self.folder} was written for something else:{different}")
@@ -123,35 +126,35 @@ class TeacherCache:
     ) -> "TeacherCache":
         """Run the teacher over every view of every sample, or resume an interrupted run.
 
-        Each batch is fsynced before the next begins. The same arguments resume; a complete cache is only opened. The
-        teacher runs in evaluation mode without gradients, under the caller's autocast. Outputs are stored in float16,
-        which represents float16 and bfloat16 outputs of at least 6e-5 exactly. One process writes at a time.
+        Each batch is fsynced before the next begins. A call with the same arguments resumes; a complete cache is only
+        opened. The teacher runs in evaluation mode without gradients, under the caller's autocast. Outputs are stored
+        in float16, which holds float16 and bfloat16 outputs of at least 6e-5 exactly. One process writes at a time.
 
         Args:
             folder: created if missing.
-            teacher: any classifier (``disk_plugin.taps.with_features``), or what ``with_features`` returned.
-            views: ``SeededViews``, or a dataset without random augmentation: its only view is 0.
-            mode: ``"features"``: the pooled features in float16, of which the teacher's last Linear, stored beside
-                them, recomputes the logits in float32; ``"logits"``: the logits in float16; ``"logits+features"``:
-                both. All of them equal the teacher up to float16's rounding.
+            teacher: any classifier, or what ``disk_plugin.taps.with_features`` returned.
+            views: ``SeededViews``, or a dataset without random augmentation, whose only view is 0.
+            mode: ``"features"``: the pooled features in float16, from which the teacher's last Linear, stored beside
+                them, recomputes the logits in float32. ``"logits"``: the logits in float16. ``"logits+features"``:
+                both. Each equals the teacher up to float16's rounding.
             layer: dotted name of the layer whose input is the features; None for the last ``nn.Linear``.
             batch_size: sample-views per batch; keep it on resuming for a cache that is bit-identical to an
                 uninterrupted one.
-            num_workers: of the loader.
+            num_workers: of the DataLoader.
             device: moves the teacher; None leaves it where it is.
             progress: show a bar if tqdm is installed.
 
         Raises:
-            ValueError: an unknown mode; a random dataset without ``SeededViews``, or one that is random all the same;
+            ValueError: an unknown mode; a random dataset without ``SeededViews``, or one that is random in spite of it;
                 outputs out of float16's range; with ``"features"``, logits that the last Linear does not reproduce.
             RuntimeError: the folder's cache has another source or is damaged, or another process is writing it.
-            FileExistsError: the folder holds a ``data.bin`` that is not ours.
+            FileExistsError: the folder holds files of the same names that are not a cache's.
             TypeError: a dataset or items of another kind.
         """
         check_mode(mode)
         _checks.integer("batch_size", batch_size, at_least=1)
         folder = Path(folder).absolute()  # the dataset may change the working directory
-        source, outputs = as_views(views), TeacherOutputs(teacher, mode, layer, device)
+        source, outputs = to_views(views), TeacherOutputs(teacher, mode, layer, device)
         with in_mode(teacher, training=False):
             meta = _describe(teacher, source, outputs)
             with storage.open_writer(folder, meta, outputs.head_bytes()) as writer:
@@ -175,32 +178,32 @@ class TeacherCache:
     ) -> float:
         """Compare every row with its checksum, then a random share with the teacher's current outputs.
 
-        The first is one pass over the file. The second compares values: rounding on another machine passes, other
-        weights do not. A cache written by a version without checksums has only the second, with a warning.
+        The first is one pass over the file. The second compares values up to ``tolerance``: rounding on another machine
+        passes, other weights do not. A cache from a version without checksums gets only the second, with a warning.
 
         Args:
             teacher: as for ``write``.
             views: as for ``write``.
-            share: of the sample-views to recompute, in (0, 1]; at least one.
+            share: share of the sample-views to recompute, in (0, 1]; at least one is.
             tolerance: largest difference allowed, as a share of the sample's largest absolute value.
-            seed: of the random share.
+            seed: of the choice of sample-views.
             batch_size: sample-views per batch.
-            num_workers: of the loader.
+            num_workers: of the DataLoader.
             device: moves the teacher; None leaves it where it is.
 
         Returns:
             The largest difference found, in the units of ``tolerance``.
 
         Raises:
-            RuntimeError: rows are damaged; a difference is larger (the message names the largest and its place); other
-                numbers of samples or views.
+            RuntimeError: rows are damaged; a difference is larger than ``tolerance`` (the message names the largest and
+                its place); another number of samples or views.
             ValueError: ``share``, ``tolerance`` or ``batch_size`` out of range.
             TypeError: values of another type.
         """
         _checks.number("share", share, above=0, at_most=1)
         _checks.number("tolerance", tolerance, at_least=0)
         _checks.integer("seed", seed)
-        source = as_views(views)
+        source = to_views(views)
         if (len(source), source.views) != (self.samples, self.views):
             expected = f"{self.samples} samples in {self.views} views"
             raise RuntimeError(f"{self.folder} must be verified with {expected}, got {len(source)} in {source.views}")
@@ -220,9 +223,9 @@ class TeacherCache:
 
 
 def _describe(teacher: nn.Module, views: SeededViews | PlainView, outputs: TeacherOutputs) -> Meta:
-    """Describe the cache to write, before any file is touched."""
-    found = fingerprint.of_views(views)
-    fingerprint.refuse_random(views, found)
+    """Describe the cache to write, before any file is written."""
+    found = fingerprint.describe_views(views)
+    fingerprint.check_repeatable(views, found)
     images, _ = next(iter(batches(views, range(1), 1, 0)))
     logits, features = outputs(images)
     return Meta(
@@ -233,5 +236,5 @@ def _describe(teacher: nn.Module, views: SeededViews | PlainView, outputs: Teach
         samples=len(views),
         views=views.views,
         head_bytes=len(outputs.head_bytes()),
-        fingerprint=fingerprint.of_teacher(teacher) | found,
+        fingerprint=fingerprint.hash_teacher(teacher) | found,
     )

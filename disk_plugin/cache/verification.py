@@ -14,7 +14,7 @@ def largest_difference(
     loader: Iterable[tuple[Tensor, Tensor]],
     samples: int,
 ) -> tuple[float, str]:
-    """Return the largest difference over a loader's (images, rows), as a share of its sample's largest value.
+    """Return the largest difference over a loader's (images, rows), as a share of the sample's largest value.
 
     ``read`` takes (index, view), ``recompute`` images; row = view * samples + index.
 

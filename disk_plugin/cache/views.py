@@ -21,12 +21,12 @@ class SeededViews(Dataset[tuple[Any, ...]]):
     """A dataset with ``views`` fixed augmentations of each sample, so that a teacher's outputs can be cached.
 
     While an item is read, the global generators of torch (CPU), numpy and ``random`` are seeded with a hash of (seed,
-    index, view); afterwards they are restored. So an item depends on nothing else: not on the order of reading, the
-    worker, the epoch or the run. Not covered: generators owned by the dataset or its transforms (``TeacherCache.write``
-    detects them), and mixing of samples after the dataset, such as mixup.
+    index, view); afterwards they are restored. So an item does not depend on the order of reading, the worker, the
+    epoch or the run. Not covered are generators owned by the dataset or its transforms (``TeacherCache.write`` detects
+    them), and what mixes samples after the dataset, such as mixup.
 
-    ``views[index]`` is the dataset's item in the epoch's view, with its place appended: (image, target, index, view).
-    Training cycles through the views: ``views.set_epoch(epoch)`` before each epoch, also with persistent workers.
+    ``views[index]`` is the dataset's item in the current view with its place appended: (image, target, index, view).
+    Training cycles through the views: call ``views.set_epoch(epoch)`` before each epoch, also with persistent workers.
 
     Args:
         dataset: map-style, with a length; its items are tuples or lists such as (image, target).
@@ -35,7 +35,7 @@ class SeededViews(Dataset[tuple[Any, ...]]):
 
     Raises:
         ValueError: ``views`` < 1, an empty dataset; in ``set_epoch`` an epoch < 0.
-        TypeError: ``dataset`` is not map-style, values or items of another type.
+        TypeError: ``dataset`` is not map-style; values or items of another type.
         IndexError: an index or view out of range.
 
     Examples:
@@ -72,11 +72,11 @@ class SeededViews(Dataset[tuple[Any, ...]]):
         index, view = place("index", index, len(self)), place("view", view, self.views)
         with seeded(self.seed, index, view):
             item = self.dataset[index]
-        return (*parts_of(item), index, view)
+        return (*to_tuple(item), index, view)
 
 
 class PlainView(Dataset[tuple[Any, ...]]):
-    """A dataset without random augmentation as its own single view; raises if it draws random numbers."""
+    """A dataset without random augmentation, as its only view; reading raises if it draws random numbers."""
 
     views, seed = 1, None
 
@@ -95,13 +95,13 @@ class PlainView(Dataset[tuple[Any, ...]]):
         if _states() != before:
             raise ValueError(
                 f"reading item {index} must not draw random numbers, as the student would see another image than the "
-                "teacher: wrap the data set, SeededViews(dataset, views=V), and train on the wrapper"
+                "teacher: wrap the dataset, SeededViews(dataset, views=V), and train on the wrapper"
             )
-        return (*parts_of(item), index, view)
+        return (*to_tuple(item), index, view)
 
 
-def as_views(dataset: Any) -> SeededViews | PlainView:
-    """Return ``SeededViews`` as they are, any other dataset as one view that must not be random."""
+def to_views(dataset: Any) -> SeededViews | PlainView:
+    """Return ``SeededViews`` unchanged, any other dataset as one view that must not be random."""
     return dataset if isinstance(dataset, SeededViews) else PlainView(dataset)
 
 
@@ -144,7 +144,7 @@ def place(name: str, value: Any, size: int) -> int:
 
 
 def places(name: str, value: Any, size: int) -> Tensor:
-    """Return an int (Python's or numpy's) or int64 positions as a CPU tensor; validate that they are in [0, size)."""
+    """Return an int (Python's or numpy's) or int64 indices as a CPU tensor; validate that they are in [0, size)."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         smallest = largest = int(value)
     elif isinstance(value, Tensor) and value.dtype == torch.int64:
@@ -158,17 +158,17 @@ def places(name: str, value: Any, size: int) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(smallest)
 
 
-def parts_of(item: Any) -> tuple[Any, ...]:
-    """Return an item as a tuple; raise TypeError if nothing can be appended to it."""
+def to_tuple(item: Any) -> tuple[Any, ...]:
+    """Return an item as a tuple; raise TypeError if it is not a tuple or list."""
     if not isinstance(item, tuple | list) or not item:
-        raise TypeError(f"the data set's items must be tuples such as (image, target), got {type(item).__name__}")
+        raise TypeError(f"the dataset's items must be tuples such as (image, target), got {type(item).__name__}")
     return tuple(item)
 
 
-def image_of(item: tuple[Any, ...]) -> Tensor:
+def get_image(item: tuple[Any, ...]) -> Tensor:
     """Return the teacher's input: the item's first part."""
     if not isinstance(item[0], Tensor):
-        raise TypeError(f"the data set's items must begin with the image as a Tensor, got {type(item[0]).__name__}")
+        raise TypeError(f"the dataset's items must begin with the image as a Tensor, got {type(item[0]).__name__}")
     return item[0]
 
 

@@ -43,7 +43,7 @@ def compare(
         for x, target in islice(_pairs(loader, name), max_batches):
             logits = {}
             for role, model in {"student": student, "teacher": teacher}.items():
-                where = _device_of(model) if device is None else device
+                where = _get_device(model) if device is None else device
                 logits[role] = logits_of(model(_to(x, where))).cpu()
             _check(logits["student"], logits["teacher"], target, name)
             classes = logits["student"].shape[1]
@@ -109,5 +109,5 @@ def _to(x: Any, device: Any) -> Any:
     return x.to(device) if hasattr(x, "to") else x
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def _get_device(model: nn.Module) -> torch.device:
     return next((value.device for value in [*model.parameters(), *model.buffers()]), torch.device("cpu"))

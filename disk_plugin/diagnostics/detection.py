@@ -45,9 +45,9 @@ def detection_auroc(table: "DataFrame", flipped: Tensor, *, epoch: int | None = 
         >>> scores["discount"], scores["guide"], scores["ce"]
         (1.0, 0.0, 0.5)
     """
-    rows = tables.rows_of(table, epoch)
+    rows = tables.select_rows(table, epoch)
     samples = tables.per_sample(rows)
-    flags = _flags(flipped, tables.size_of(rows))[torch.tensor(samples.index.to_numpy())]
+    flags = _flags(flipped, tables.get_size(rows))[torch.tensor(samples.index.to_numpy())]
     if flags.all() or not flags.any():
         raise ValueError(
             f"flipped must be True for some recorded samples and False for others, got all {bool(flags[0])}"

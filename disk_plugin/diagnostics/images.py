@@ -50,8 +50,8 @@ def gallery(
         '0\n0.90'
     """
     _checks.integer("count", count, at_least=1)
-    rows = tables.rows_of(table, epoch)
-    size = tables.size_of(rows)
+    rows = tables.select_rows(table, epoch)
+    size = tables.get_size(rows)
     if len(images) < size:
         raise ValueError(f"images must hold every recorded position, at least {size}, got {len(images)}")
     samples = tables.per_sample(rows).sort_values("discount", ascending=False, kind="stable").head(count)

@@ -42,7 +42,7 @@ def plot_over_epochs(table: "DataFrame") -> "Figure":
         >>> figure.axes[0].get_xlabel()
         'epoch'
     """
-    rows = tables.rows_of(table, None)
+    rows = tables.select_rows(table, None)
     figure = new_figure(9, 3.2)
     for axes, (name, label) in zip(figure.subplots(1, 2), LABELS.items(), strict=True):
         by_epoch = rows.groupby("epoch")[name]
@@ -84,7 +84,7 @@ def plot_against_ce(table: "DataFrame", *, epoch: int | None = None) -> "Figure"
         >>> figure.axes[0].get_xlabel()
         'cross-entropy (nats)'
     """
-    samples = tables.per_sample(tables.rows_of(table, epoch))
+    samples = tables.per_sample(tables.select_rows(table, epoch))
     group = (samples["ce"].rank(method="first") - 1) * CE_GROUPS // len(samples)
     means = samples.groupby(group)[["ce", *LABELS]].mean()
     figure = new_figure(9, 3.6)
@@ -123,7 +123,7 @@ def plot_per_class(table: "DataFrame", *, epoch: int | None = None, names: Names
         >>> [label.get_text() for label in figure.axes[1].get_xticklabels()]
         ['dog', 'cat']
     """
-    rows = tables.rows_of(table, epoch, "target")
+    rows = tables.select_rows(table, epoch, "target")
     means = rows.groupby("target")[list(LABELS)].mean().sort_values("discount", kind="stable")
     ticks = [class_name(names, label) for label in means.index]
     figure = new_figure(min(16, 3 + 0.25 * len(means)), 5)

@@ -57,7 +57,7 @@ def write(table: "DataFrame", path: str | Path) -> None:
     table.to_parquet(path, engine="pyarrow", index=False)
 
 
-def rows_of(table: "DataFrame", epoch: int | None, *more: str) -> "DataFrame":
+def select_rows(table: "DataFrame", epoch: int | None, *more: str) -> "DataFrame":
     """Return the rows of an epoch, or all for None, after validating that the table has rows and the columns."""
     if not isinstance(table, extra("pandas").DataFrame):
         raise TypeError(f"table must be a pandas.DataFrame, got {type(table).__name__}")
@@ -81,7 +81,7 @@ def per_sample(rows: "DataFrame") -> "DataFrame":
     return samples.mean().mask(unknown.any())
 
 
-def size_of(rows: "DataFrame") -> int:
+def get_size(rows: "DataFrame") -> int:
     """Return a lower bound of the dataset's size."""
     if rows["index"].min() < 0:
         raise ValueError(f"index must be >= 0, got {rows['index'].min()}")

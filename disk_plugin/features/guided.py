@@ -16,7 +16,7 @@ from .weighing import (
     GuidedTerms,
     Weighing,
     feature_weights,
-    of_disk,
+    from_disk_terms,
     weighed,
 )
 
@@ -144,7 +144,7 @@ class Guided(nn.Module):
             reduction="none",
         )
         if self.method is None:
-            return of_disk(terms)
+            return from_disk_terms(terms)
         how = Weighing(self.weight, self.method_weight, self.logit_loss, self.method.unguided)
         return weighed(terms, losses, logits, sample_weight, how)
 

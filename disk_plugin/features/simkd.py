@@ -94,7 +94,7 @@ class SimKD(Method):
             layers += [nn.BatchNorm2d(width_out), nn.ReLU(inplace=True)]
         self.projector = nn.Sequential(*layers)
         self.classifier = copy.deepcopy(classifier).eval().requires_grad_(False)
-        self.told: set[str] = set()  # of what has been warned
+        self.warned: set[str] = set()  # of what has been warned
 
     @classmethod
     def for_pair(cls, pair: Pair, **settings: Any) -> "SimKD":

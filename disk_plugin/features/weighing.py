@@ -34,7 +34,7 @@ class GuidedTerms(NamedTuple):
             return self
         disk = self.disk.mean()
         if self.feature is None:
-            return of_disk(disk)
+            return from_disk_terms(disk)
         total = self.disk.counted.sum().clamp(min=1)
         loss, student_loss, guide_loss = (value.sum() / total for value in self[:3])
         return GuidedTerms(
@@ -45,7 +45,7 @@ class GuidedTerms(NamedTuple):
 GuidedFeatureTerms = GuidedTerms  # its first name
 
 
-def of_disk(terms: DiSKTerms) -> GuidedTerms:
+def from_disk_terms(terms: DiSKTerms) -> GuidedTerms:
     """Return DiSK's terms, with no method beside them, as terms of the one kind."""
     return GuidedTerms(terms.loss, terms.student_loss, terms.guide_loss, None, terms.logged_loss, terms)
 

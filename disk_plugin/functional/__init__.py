@@ -1,4 +1,4 @@
-"""The equations of DiSK as pure functions, one per equation: no state, no modules.
+"""The equations of Kag et al. (ICLR 2023) as pure functions: no state, no modules.
 
 (1) ``kd_loss``; (3) ``usage``, ``violation``, ``budget_loss``; (4) ``scaffolded_kl``,
 ``scaffold_mask``, ``discount``, ``fit_student_temperature``, ``student_temperature_step``;

@@ -22,8 +22,8 @@ class _FirstOrder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
         raise RuntimeError(
-            "DiSK's gradients are first order: they are in closed form and cannot be differentiated again; take "
-            "functional.reference_terms, the same in plain autograd, where second derivatives are needed"
+            "double backward is not supported, as DiSK's gradients are in closed form: for second derivatives use "
+            "functional.reference_terms, the same in plain autograd"
         )
 
 

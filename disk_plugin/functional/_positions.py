@@ -1,4 +1,7 @@
-"""Valid positions, their labels and weights, and the reduction of per-position values."""
+"""Positions, their labels and weights, and the reduction of values per position.
+
+A position is one target: a sample, or with dense logits (N, C, d1, ...) one pixel of it. It is valid if not ignored.
+"""
 
 from typing import Literal, NamedTuple
 
@@ -19,7 +22,7 @@ def promote(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def as_dtype(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+def to_dtype(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """Cast a scalar tensor: a float64 one would promote a float32 loss, which is also a scalar.
 
     Always a copy: the graph must not hold a buffer that the next batch or the scheduler updates in place.
@@ -28,9 +31,9 @@ def as_dtype(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
 
 def valid_or_none(target: Tensor, ignore_index: int) -> Tensor | None:
-    """Return the mask of valid positions, (N, d1, ...); None if all are known to be valid without a synchronization.
+    """Return the mask of valid positions, (N, d1, ...), or None if all are valid and that is known for free.
 
-    On CPU tensors the check is free and avoids masking; on others it would synchronize with the device.
+    On CPU tensors it is; on others the check would synchronize with the device.
     """
     if target.is_floating_point():
         return None
@@ -50,7 +53,7 @@ def without_ignored(value: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def guide_input(value: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Zero the ignored positions; in features of another layout than the target, the fully ignored samples."""
+    """Zero the ignored positions, or, in features of another layout than the target, fully ignored samples."""
     valid = valid_or_none(target, ignore_index)
     if valid is None or value.shape[2:] == valid.shape[1:]:
         return without_ignored(value, valid)
@@ -59,7 +62,7 @@ def guide_input(value: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 
 def transformed() -> bool:
-    """Whether a ``torch.func`` transform (vmap, grad) is active, which forbids reading values."""
+    """Whether a ``torch.func`` transform (vmap, grad) is active, under which values cannot be read."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
@@ -93,10 +96,10 @@ class Positions(NamedTuple):
         return (self.plain(torch.stack(values)).flatten(1).sum(1) / self.total).unbind()
 
 
-def positions_of(
+def get_positions(
     student_logits: Tensor, target: Tensor, *, ignore_index: int = -100, sample_weight: Tensor | None = None
 ) -> Positions:
-    """Read labels (the argmax of probability targets), validity and weights; check target and sample_weight."""
+    """Return labels (the argmax of probability targets), validity and weights; validate target and sample_weight."""
     _checks.target(target, student_logits)
     masked = valid_or_none(target, ignore_index)
     if target.is_floating_point():

@@ -67,5 +67,5 @@ class Settings(NamedTuple):
 
 
 def _as_float(value: Any) -> Any:
-    """Return a number as a Python float: narrow numpy types would round what they are multiplied with."""
+    """Return a number as a Python float, as narrow numpy types would round products."""
     return value if value is None or isinstance(value, Tensor) else float(value)

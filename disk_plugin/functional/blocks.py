@@ -1,7 +1,7 @@
 """Cross-entropy and eq. (4), one block of rows of logits at a time, with closed-form gradients.
 
 Autograd would save a dozen (N, C) tensors and make a separate pass over each in forward and backward. Here a block's
-temporaries stay in the cache and its gradient is computed from them there: one (N, C) tensor is saved for backward.
+temporaries stay in the cache, where the gradient is computed from them; one (N, C) tensor is saved for backward.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from ._first_order import first_order
 from ._positions import transformed, without_ignored
 from .fused import BITS, fused_rows
 
-# Elements of a block: on a CPU it fits a core's cache, elsewhere it bounds the memory.
+# Elements of a block: on a CPU it fits into a core's cache, elsewhere it bounds the memory.
 _BLOCK = {"cpu": 2**17}
 _BLOCK_ELSEWHERE = 2**24
 
 
 class Rows(NamedTuple):
-    """What (5) needs of (N, C) logits, per row. Only ``objective`` is differentiable; no double backward."""
+    """What (5) needs of (N, C) logits, per row. Only ``objective`` is differentiable, once."""
 
     objective: Tensor  # ce_weight ce_0 + kl_weight kl, (N,)
     ce: Tensor  # -log softmax(student)_label for each of the L labels, nats, (N, L)
@@ -54,12 +54,12 @@ def rows(
         log_guide: log g, (N,).
         label: int64 (N, L).
         mask: bool (N, C), the scaffolded classes; None for all.
-        valid: bool (N,), the valid rows, the others are read as zeros; None for all.
+        valid: bool (N,); other rows are read as zeros. None for all.
         ce_weight: weight of the cross-entropy to the first label.
         kl_weight: weight of the divergence.
         temperature: divides the teacher's logits.
         student_temperature: divides the student's logits.
-        zero_outside: whether the teacher's target is zero outside ``mask``, as the authors have it.
+        zero_outside: whether the teacher's target is zero outside ``mask``, as in the authors' code.
     """
     arguments = (
         student_logits,
@@ -162,7 +162,7 @@ def _block(
     zero_outside: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, ...]:
-    """Evaluate the fields of ``Rows`` and, if wanted, the objective's gradient w.r.t. the student's logits, (n, C)."""
+    """Return the fields of ``Rows`` and, with ``with_gradient``, d objective / d student logits, (n, C)."""
     student, teacher = without_ignored(student, valid), without_ignored(teacher, valid)
     log_t, target = softened_teacher(teacher, mask, temperature, zero_outside)
     log_s = F.log_softmax(student / student_temperature, 1)

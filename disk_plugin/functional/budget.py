@@ -1,4 +1,4 @@
-"""Equation (3): the guide's usage, and by how much it exceeds the budget."""
+"""Equation (3): the guide's usage, and its excess over the budget."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch.nn.functional import log_softmax
 
 from .. import _checks
 from ..variants import Variant
-from ._positions import REDUCTIONS, Positions, Reduction, positions_of, promote, without_ignored
+from ._positions import REDUCTIONS, Positions, Reduction, get_positions, promote, without_ignored
 from .cross_entropy import label_cross_entropy
 
 
@@ -21,7 +21,7 @@ def usage(
     sample_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Return the guide's usage, Kag et al. (ICLR 2023), the sum in eq. (3): g times the cross-entropy at tau = 1.
+    r"""Return the guide's usage, the mean in eq. (3) of Kag et al. (ICLR 2023): g times the cross-entropy at tau = 1.
 
     $$\frac1N \sum_i g(x_i)\,(-\log s_{y_i}(x_i))$$
 
@@ -30,34 +30,34 @@ def usage(
         target: class indices, or probabilities of the logits' shape, whose argmax is used.
         guide_logits: the guide before its sigmoid.
         ignore_index: target value that is ignored and does not contribute to the gradient.
-        sample_weight: weight per sample or position; the mean still divides by the count of positions.
-        reduction: ``"mean"`` over valid positions, ``"sum"`` or ``"none"``.
+        sample_weight: weight per sample or target; the mean still divides by the number of non-ignored targets.
+        reduction: ``"mean"`` over the non-ignored targets, ``"sum"`` or ``"none"``.
 
     Shape:
-        student_logits (N, C) or (N, C, d1, ...); guide_logits (N,) or (N, d1, ...); returns a scalar in nats per
-        sample, or (N, d1, ...) with 0 where ignored.
+        student_logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; guide_logits (N,) or
+        (N, d1, ...). Returns a scalar in nats per sample, or (N, d1, ...) with 0 for ignored targets.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit; an unknown reduction.
         TypeError: logits not floating-point, or a target that is neither int64 nor floating-point.
     """
     _checks.logits(student_logits, student_logits)
     _checks.per_position("guide_logits", guide_logits, student_logits)
     _checks.choice("reduction", reduction, REDUCTIONS)
     s, g = promote(student_logits, guide_logits)
-    where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
+    where = get_positions(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
     s = without_ignored(s, where.masked)
     spent = where.plain(g).sigmoid() * label_cross_entropy(log_softmax(s, 1), where.label)
     return where.reduce(where.weighted(spent), reduction)
 
 
 def violation(usage: Tensor, budget: float | Tensor) -> Tensor:
-    """Return usage - budget, nats per sample: positive where the budget is exceeded."""
+    """Return usage - budget, nats per sample, of any shape: positive if the budget is exceeded."""
     return usage - budget
 
 
 def budget_loss(usage: Tensor, budget: float | Tensor) -> Tensor:
-    """Return (usage - budget)_+, nats per sample: Kag et al. (ICLR 2023), eq. (3)."""
+    """Return (usage - budget)_+, nats per sample, Kag et al. (ICLR 2023), eq. (3); ``usage`` is the mean, a scalar."""
     return violation(usage, budget).relu()
 
 
@@ -75,7 +75,7 @@ def over_denominator(
 ) -> Tensor:
     """Scale the budget's cross-entropy so that its mean over positions has the variant's denominator.
 
-    With ``reduce_mean`` the errors are those of the whole batch, divided by its number of parts.
+    With ``reduce_mean`` the number of errors is the mean over the parts of the full batch.
     """
     if variant.budget_denominator == "samples":
         return ce
@@ -87,7 +87,7 @@ def over_denominator(
 
 
 def hinge(spent: Tensor, where: Positions, budget: float | Tensor, mean_usage: Tensor, reduction: Reduction) -> Tensor:
-    """Return (3) from g * CE per position; with "none" a vector whose sum / count is the whole batch's hinge."""
+    """Return (3) from g * CE per position; with "none", values whose mean is the full batch's hinge."""
     # one gate for all positions, as (3) is one hinge over a mean; a NaN mean propagates
     exceeded = torch.where(mean_usage <= budget, 0.0, violation(spent, budget))
     return where.reduce(where.plain(exceeded), reduction)

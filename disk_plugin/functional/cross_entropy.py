@@ -14,7 +14,7 @@ def cross_entropy(
 ) -> Tensor:
     """Return ``F.cross_entropy(reduction="none")``, nats, for probabilities ``target``, else for the class ``label``.
 
-    That function's ``ignore_index`` is -100 even if the caller's is another: it would silently ignore such a label.
+    That function would silently ignore a label of -100, even if the caller's ``ignore_index`` is another.
     """
     log_probs = log_softmax(student_logits, 1)
     if weight is not None:

@@ -1,9 +1,9 @@
 """The computation of ``blocks``, written for ``torch.compile``, which fuses loops over the classes.
 
-The cost is in writing (N, C) tensors, so backward recomputes the classes from the logits: the compiler may do that, or
-compute the gradient in the forward and save that one tensor. Exponentials are powers of 2, because on a CPU inductor
-materializes results of ``exp`` and ``sigmoid`` that are used twice, but not those of ``exp2``. Constant scalars stay
-constant. The compiler does not support double backward.
+Writing (N, C) tensors is what costs, so backward recomputes values per class from the logits; the compiler may do that,
+or compute the gradient in the forward and save it. Exponentials are powers of 2, because on a CPU inductor materializes
+results of ``exp`` and ``sigmoid`` that are used twice, but not those of ``exp2``. Constant scalars stay constant. The
+compiler does not support double backward.
 """
 
 import math
@@ -37,7 +37,7 @@ class _Norms(NamedTuple):
 
 
 class _Classes(NamedTuple):
-    """What the guide leaves of the target and takes off, (N, C)."""
+    """What the guide leaves of the target and what it takes off, (N, C)."""
 
     target: Tensor  # t
     log_ratio: Tensor  # log2 t / (s + g)

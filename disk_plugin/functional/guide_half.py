@@ -1,4 +1,4 @@
-"""The guide's half of eq. (5) and its inputs: all that the guide needs while the student is fixed."""
+"""The guide's half of eq. (5), and its inputs from a fixed student."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,14 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._positions import Positions, Reduction, as_dtype
+from ._positions import Positions, Reduction, to_dtype
 from ._settings import Settings
 from .budget import hinge
 
 # Range of guide logits for the scaled gradient, g = .0009 to .953. It is asymmetric because g is compared with the
 # student's probabilities: .95 is as good as 1, while with s_k << .01 (many classes) g = .01 and .001 still differ.
 REACH = (-7.0, 3.0)
-LEAST_SLOPE = 1e-4  # of the mean discount w.r.t. log g: below it the batch does not determine the price of a discount
+LEAST_SLOPE = 1e-4  # of the mean discount w.r.t. log g; below it a batch does not determine the price of a discount
 SPRING = 0.1  # per unit of logit outside REACH, clamped to 1; the scaled gradient of (5) is of order 1 too
 
 
@@ -32,7 +32,7 @@ class GuideHalf(NamedTuple):
 
     guide: Tensor  # g per position
     spent: Tensor  # g times the budget's cross-entropy per position
-    over_budget: Tensor  # multiplier (usage - budget)_+; a scalar 0 where the discount is held
+    over_budget: Tensor  # multiplier (usage - budget)_+; a scalar 0 with ``hold_discount``
     penalty: Tensor  # the authors' extra term; a scalar 0 in the paper's variant
     gradient: Tensor  # value 0, with the gradient of scaffold, budget and penalty
 
@@ -40,7 +40,7 @@ class GuideHalf(NamedTuple):
 def guide_half(
     guide_logits: Tensor, student: StudentSide, where: Positions, settings: Settings, reduction: Reduction
 ) -> GuideHalf:
-    """Evaluate the guide's half of (5): under the budget's hinge, or at a mean discount that is held.
+    """Evaluate the guide's half of (5), under the budget's hinge or at a fixed mean discount (``hold_discount``).
 
     Values are detached from the guide, whose gradient is in closed form; the student's graph passes through
     ``budget_ce``.
@@ -54,7 +54,7 @@ def guide_half(
     if settings.hold_discount:
         slope = _held_slope(student, logits, where, settings.reduce_mean)
     else:
-        lam, delta = as_dtype(settings.multiplier, logits.dtype), as_dtype(settings.budget, logits.dtype)
+        lam, delta = to_dtype(settings.multiplier, logits.dtype), to_dtype(settings.budget, logits.dtype)
         mean_usage = where.reduce(spent.detach(), "mean")
         if settings.reduce_mean is not None:
             mean_usage = settings.reduce_mean(mean_usage)
@@ -78,8 +78,8 @@ def guide_half(
 def _distill_slope(student: StudentSide, guide_logits: Tensor) -> Tensor:
     """Return d L_dist / d guide logit per position, in closed form.
 
-    d L_dist / d log g = -tau tau_s sum_k t_k g / (s_k + g), which the discount needs anyway, times d log g / d logit,
-    which is 1 - g: the scaffold is evaluated and differentiated once, for the student; the guide's half adds O(N).
+    It is d L_dist / d log g = -tau tau_s sum_k t_k g / (s_k + g), which the discount needs anyway, times d log g / d
+    logit = 1 - g. So the scaffold is evaluated once, for the student, and the guide's half adds O(N).
     """
     return -student.factor * student.removed * (-guide_logits).sigmoid()
 
@@ -89,14 +89,14 @@ def _held_slope(
 ) -> Tensor:
     r"""Return the gradient w.r.t. the guide's logit of L_dist / (tau tau_s) + mu * discount, a Lagrangian.
 
-    -D + mu V, with D and V the gradients of -L_dist / (tau tau_s) and of the discount, and mu = mean D / mean V the
-    price of a discount: raising g pays if it takes off more of the divergence than its share of the discount costs. The
-    mean over the batch is 0, as whoever holds the discount decides the level of g. Clamped to [-1, 1], so that no
+    That is -D + mu V, with D and V the gradients of -L_dist / (tau tau_s) and of the discount, and mu = mean D / mean V
+    the price of a discount: g rises where it takes off more of the divergence than its share of the discount costs. The
+    mean over the batch is 0, as the level of g is set elsewhere (``DiscountLevel``). Clamped to [-1, 1], so that no
     sample dominates a batch.
     """
     left = (-guide_logits).sigmoid()  # d log g / d logit
     gain, cost = student.removed * left, student.slope * left
-    sound = (gain + cost).isfinite()  # a row that is not finite reaches the loss, but not the price for the others
+    sound = (gain + cost).isfinite()  # a row that is not finite does not affect the price for others
     means = torch.stack([where.reduce(torch.where(sound, where.weighted(each), 0.0), "mean") for each in (gain, cost)])
     if reduce_mean is not None:
         means = reduce_mean(means)
@@ -106,11 +106,11 @@ def _held_slope(
 def _well_scaled(slope: Tensor, guide_logits: Tensor, scale: float | Tensor) -> Tensor:
     """Rescale the logit gradient to one w.r.t. g (equal at g = 1/2); add a linear restoring force outside REACH.
 
-    The gradient w.r.t. the logit has the sigmoid's derivative g (1 - g) as a factor. At a small multiplier (5) is
-    minimal at g = 1 on every sample, where that factor is 0 and no multiplier brings g back: the guide is dead. The
-    gradient w.r.t. g keeps its strength (mirror descent with the binary entropy); it changes the size of each sample's
-    gradient, not the g at which it is zero. The restoring force is for logits carried outside REACH by momentum, or by
-    (5) while its minimum is there.
+    The gradient w.r.t. the logit has a factor g (1 - g), the sigmoid's derivative. At a small multiplier (5) is minimal
+    at g = 1 on every sample, where that factor is 0 and no multiplier brings g back: the guide is dead. The gradient
+    w.r.t. g does not vanish (mirror descent with the binary entropy). It changes the size of each sample's gradient,
+    not the g at which it is zero. The restoring force is for logits that momentum, or (5) while its minimum is there,
+    carries outside REACH.
     """
     held = guide_logits.clamp(*REACH)
     g = held.sigmoid()

@@ -7,9 +7,9 @@ from .. import _checks
 from ._positions import (
     REDUCTIONS,
     Reduction,
-    as_dtype,
-    positions_of,
+    get_positions,
     promote,
+    to_dtype,
     without_ignored,
 )
 from .cross_entropy import cross_entropy
@@ -44,18 +44,18 @@ def kd_loss(
         temperature: divides the teacher's logits, dimensionless, > 0.
         student_temperature: divides the student's logits, > 0; None for ``temperature``.
         ignore_index: target value that is ignored and does not contribute to the gradient.
-        weight: of each class in the cross-entropy, (C,), as in ``F.cross_entropy``; None for 1. The mean still divides
-            by the count of valid positions, that function by the sum of their weights.
-        label_smoothing: of the cross-entropy, in [0, 1), as in ``F.cross_entropy``.
-        sample_weight: weight per sample or position; the mean still divides by the count of valid positions.
-        reduction: ``"mean"`` over valid positions, ``"sum"`` or ``"none"``.
+        weight: weight of each class in the cross-entropy, (C,); None for 1. The mean still divides by the number of
+            non-ignored targets, in ``F.cross_entropy`` by the sum of their weights.
+        label_smoothing: smoothing of the cross-entropy, in [0, 1), as in ``F.cross_entropy``.
+        sample_weight: weight per sample or target; the mean still divides by the number of non-ignored targets.
+        reduction: ``"mean"`` over the non-ignored targets, ``"sum"`` or ``"none"``.
 
     Shape:
         logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; sample_weight (N,) or (N, d1, ...);
-        returns a scalar, or (N, d1, ...) with 0 where ignored.
+        returns a scalar, or (N, d1, ...) with 0 for ignored targets.
 
     Raises:
-        ValueError: shapes that do not fit, temperatures <= 0, weights < 0.
+        ValueError: shapes that do not fit, values out of range.
         TypeError: logits not floating-point, or a target that is neither int64 nor floating-point.
     """
     _checks.logits(student_logits, teacher_logits)
@@ -66,10 +66,10 @@ def kd_loss(
     _checks.choice("reduction", reduction, REDUCTIONS)
     tau_s = temperatures(temperature, student_temperature)
     s, t = promote(student_logits, teacher_logits.detach())
-    where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
+    where = get_positions(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
     s, t = without_ignored(s, where.masked), without_ignored(t, where.masked)
     ce = cross_entropy(s, target, where.label, weight, label_smoothing)
     log_t = log_softmax(t / temperature, 1)
     kl = (log_t.exp() * (log_t - log_softmax(s / tau_s, 1))).sum(1)
-    distill = temperature * as_dtype(tau_s, s.dtype) * kl
+    distill = temperature * to_dtype(tau_s, s.dtype) * kl
     return where.reduce(where.weighted(ce_weight * ce + distill_weight * distill), reduction)

@@ -1,6 +1,6 @@
 """Equation (5): the objective, its two halves and values to monitor.
 
-``evaluate`` is longer than a function should be because it evaluates each (N, C) quantity once for all of them.
+``evaluate`` is one long function because it evaluates each (N, C) quantity once, for all of them.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,16 @@ from ..variants import Variant, resolve_variant
 from ._positions import (
     REDUCTIONS,
     Reduction,
-    as_dtype,
-    positions_of,
+    get_positions,
     promote,
+    to_dtype,
     without_ignored,
 )
 from ._settings import Settings
 from .budget import clamped, over_denominator
 from .cross_entropy import cross_entropy, label_cross_entropy
 from .guide_half import StudentSide, guide_half
-from .scaffold import discount_of, discount_slope_of, divergence_of, mask_and_size, scaffold
+from .scaffold import get_discount, get_discount_slope, get_divergence, mask_and_size, scaffold
 from .terms import DiSKTerms
 
 
@@ -56,14 +56,14 @@ def disk_terms(
     $$\alpha\,L_{CE}(s) + (1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+$$
 
     In one backward through ``loss``, student and guide each receive only their own gradient (stop-gradient on the
-    other): the student that of CE and scaffold, the guide that of scaffold and budget (Algorithm 1: "not optimizing the
-    student model on budget loss gives more stable results"). The default is the paper's;
+    other): the student that of CE and scaffold, the guide that of scaffold and budget. (Algorithm 1: "not optimizing
+    the student model on budget loss gives more stable results".) The default is the paper's;
     ``disk_plugin.variants.Variant`` lists where the authors' scripts differ.
 
-    Gradients are in closed form and double backward is not supported: for that, or to read and fork the method, take
+    Double backward is not supported, as gradients are in closed form. For that, or to read and fork the method, use
     ``disk_plugin.functional.reference_terms``, the same in plain autograd.
 
-    The hinge is over the batch of this call: micro-batches and replicas each have their own, unless ``reduce_mean``
+    The hinge is over the batch of this call. Micro-batches and replicas each have their own unless ``reduce_mean``
     averages over them.
 
     Args:
@@ -79,25 +79,29 @@ def disk_terms(
         multiplier: weight of the budget's hinge, >= 0 (paper: lambda).
         budget: nats per sample, >= 0 (paper: delta).
         variant: ``"paper"``, ``"official_cifar"``, ``"official_imagenet"`` or a ``Variant``.
-        guide_gradient_scale: c > 0 keeps the guide alive under the student's optimizer: its logit receives c / (4 (tau
-            tau_s + multiplier)) times the gradient w.r.t. g, and outside g in [.0009, .953] a linear restoring force.
-            Values, and each sample's optimum in that range, stay. None: the gradient w.r.t. the logit (the paper).
-        hold_discount: the guide minimises L_dist at a given mean discount, which the caller holds (ours, not the
-            paper's), instead of under the budget: its logit receives the gradient of the Lagrangian, whose mean over
-            the batch is 0, and ``multiplier`` and ``budget`` are not read.
+        guide_gradient_scale: c > 0, which keeps the guide alive under the student's optimizer: its logit receives
+            c / (4 (tau tau_s + multiplier)) times the gradient w.r.t. g, and for g outside [.0009, .953] a linear
+            restoring force. Values, and each sample's optimum in that range, are unchanged. None: the gradient w.r.t.
+            the logit, as in the paper.
+        hold_discount: instead of under the budget, the guide minimises L_dist at a fixed mean discount, which the
+            caller keeps (not in the paper). The guide's logit receives the gradient of the Lagrangian, whose mean over
+            the batch is 0; ``multiplier`` and ``budget`` are not read.
         ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
-        weight: of each class in the cross-entropy, (C,), as in ``F.cross_entropy``; None for 1. Means still divide by
-            the count of valid positions, that function by the sum of their weights: per-position values exist before
-            any reduction. It does not enter scaffold or budget, and so not the guide.
-        label_smoothing: of the cross-entropy alone, in [0, 1), as in ``F.cross_entropy``.
-        sample_weight: weight per sample or position; means still divide by the count of valid positions.
-        reduce_mean: averages a detached scalar of this batch over the parts of the whole batch (ranks, micro-batches),
-            whose usage decides whether the budget is exceeded. None if this batch is the whole.
-        reduction: ``"none"`` for per-position values, ``"mean"`` for their ``mean()``, ``"sum"`` for their ``sum()``.
+        weight: weight of each class in the cross-entropy, (C,); None for 1. Means still divide by the number of
+            non-ignored targets, in ``F.cross_entropy`` by the sum of their weights. Scaffold, budget and so the guide
+            do not depend on it.
+        label_smoothing: smoothing of the cross-entropy alone, in [0, 1), as in ``F.cross_entropy``.
+        sample_weight: weight per sample or target; means still divide by the number of non-ignored targets.
+        reduce_mean: averages a detached scalar over the parts of the full batch (ranks, micro-batches), whose usage
+            then decides whether the budget is exceeded. None if this is the full batch.
+        reduction: ``"none"`` for values per target, ``"mean"`` for their ``mean()``, ``"sum"`` for their ``sum()``.
 
     Shape:
         logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; guide_logits (N,) or (N, d1, ...);
-        sample_weight (N,) or (N, d1, ...).
+        sample_weight (N,) or (N, d1, ...). Returns scalars, or (N, d1, ...) with ``"none"``.
+
+    Returns:
+        The loss, its halves and values to monitor, see ``DiSKTerms``.
 
     Raises:
         ValueError: shapes that do not fit, values out of range, an unknown variant.
@@ -141,11 +145,11 @@ def evaluate(
     reduction: Literal["mean", "none"] = "none" if per_position else "mean"
     temperature, distill_weight, variant = settings.temperature, settings.distill_weight, settings.variant
     s, t, guide_logits = promote(student_logits, teacher_logits.detach(), guide_logits)
-    tau_s = as_dtype(settings.student_temperature, s.dtype)
-    where = positions_of(s, target, ignore_index=settings.ignore_index, sample_weight=sample_weight)
+    tau_s = to_dtype(settings.student_temperature, s.dtype)
+    where = get_positions(s, target, ignore_index=settings.ignore_index, sample_weight=sample_weight)
     guide_logits = where.plain(guide_logits)
     teacher_label = t.argmax(1)
-    # a cross-entropy that ``rows`` does not evaluate
+    # whether the cross-entropy is one that ``rows`` does not evaluate
     own_ce = target.is_floating_point() or settings.weight is not None or settings.label_smoothing != 0
     budget_label = teacher_label if variant.budget_label == "teacher" else where.label
     mask, size = mask_and_size(t, settings.top_k, where.label if variant.scaffold_label else None)
@@ -178,10 +182,10 @@ def evaluate(
     core = where.reduce(where.weighted(core), reduction)
     student = StudentSide(parts.removed, parts.slope, budget_ce, temperature * tau_s, settings.scaffolded(s.shape[1]))
     half = guide_half(guide_logits, student, where, settings, reduction)
-    divergence = temperature * tau_s * divergence_of(parts, half.guide, size)
+    divergence = temperature * tau_s * get_divergence(parts, half.guide, size)
     weighted = [*(value * where.weight for value in (ce, distill, divergence)), half.spent.detach()]
     matches = (parts.prediction == where.label, parts.prediction == teacher_label, teacher_label == where.label)
-    plain = [half.guide, discount_of(parts), *(match.to(s.dtype) for match in matches), discount_slope_of(parts)]
+    plain = [half.guide, get_discount(parts), *(match.to(s.dtype) for match in matches), get_discount_slope(parts)]
     ce, distill, divergence, usage, guide, discount, correct, agreement, teacher_correct, discount_slope = (
         where.reduce_each([*weighted, *plain], reduction)
     )
@@ -208,5 +212,5 @@ def evaluate(
 def disk_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, guide_logits: Tensor, **settings: object
 ) -> Tensor:
-    """Return ``disk_terms(...).loss``: Kag et al. (ICLR 2023), eq. (5), with the arguments of ``disk_terms``."""
+    """Return ``disk_terms(...).loss``, Kag et al. (ICLR 2023), eq. (5); ``settings`` are those of ``disk_terms``."""
     return disk_terms(student_logits, teacher_logits, target, guide_logits, **settings).loss  # type: ignore[arg-type]

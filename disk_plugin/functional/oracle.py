@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, softmax
 
 from .. import _checks
-from ._positions import positions_of, promote
+from ._positions import get_positions, promote
 from .budget import usage
 from .cross_entropy import label_cross_entropy
 from .scaffold import scaffold_mask, temperatures
@@ -27,14 +27,14 @@ def optimal_guide(
     student_temperature: float | Tensor | None = None,
     top_k: int | None = None,
 ) -> Tensor:
-    r"""Return the g in [0, 1] that minimises (1-alpha) L_dist + multiplier * g * CE independently per position.
+    r"""Return the g in [0, 1] that minimises (1-alpha) L_dist + multiplier * g * CE, independently per target.
 
     $$\tau\tau_s (1-\alpha) \sum_{k \in K} t_k / (s_k + g) = \mu\, CE$$
 
     The left side decreases in g, so bisection finds the root; g is 1 if the left side is always larger, 0 if it is
-    always smaller. The hinge of (3) acts as this multiplier while the budget binds. For the paper's variant. An oracle,
-    not a replacement for the guide, which is smooth in the teacher's features. There is no ``ignore_index``: leave such
-    positions out.
+    always smaller. While the budget binds, the hinge of (3) acts as this multiplier. It is for the paper's variant, and
+    an oracle, not a replacement for the guide, which is smooth in the teacher's features. There is no
+    ``ignore_index``: pass no ignored targets.
 
     Args:
         student_logits: before softmax.
@@ -47,7 +47,7 @@ def optimal_guide(
         top_k: number of the teacher's largest classes that receive g; None for all.
 
     Shape:
-        logits (N, C) or (N, C, d1, ...); returns (N,) or (N, d1, ...).
+        logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; returns (N,) or (N, d1, ...).
 
     Raises:
         ValueError: shapes that do not fit, values out of range.
@@ -60,7 +60,7 @@ def optimal_guide(
     student, teacher = promote(student_logits, teacher_logits)
     s = softmax(student / tau_s, 1)
     t = softmax(teacher / temperature, 1) * scaffold_mask(teacher, top_k)
-    label = positions_of(student, target).label
+    label = get_positions(student, target).label
     price = multiplier * label_cross_entropy(log_softmax(student, 1), label)
 
     low, high = torch.zeros_like(price), torch.ones_like(price)
@@ -83,9 +83,9 @@ def optimal_multiplier(
     student_temperature: float | Tensor | None = None,
     top_k: int | None = None,
 ) -> Tensor:
-    """Return the multiplier under which ``optimal_guide`` spends exactly the budget; 0 if g = 1 spends less.
+    """Return the multiplier under which ``optimal_guide`` uses exactly the budget; 0 if g = 1 uses less.
 
-    The optimum's usage decreases in the multiplier, so bisection over its logarithm finds it, between 1e-6 and 1e6.
+    The optimum's usage decreases in the multiplier, so bisection over the logarithm finds it, between 1e-6 and 1e6.
 
     Args and Shape are those of ``optimal_guide``, with ``budget`` in nats per sample, > 0, instead of
     ``multiplier``; returns a scalar tensor.

@@ -1,6 +1,6 @@
-"""Equations (3) to (5) as printed, in plain autograd: the file to read and to fork, with double backward.
+"""Equations (3) to (5) as printed, in plain autograd: to read, to fork, and for double backward.
 
-``disk_terms`` evaluates the same in blocks, with closed-form gradients. Here every ``detach`` is a stop-gradient of the
+``disk_terms`` evaluates the same in blocks, with closed-form gradients. Every ``detach`` here is a stop-gradient of the
 method.
 """
 
@@ -13,7 +13,7 @@ from ..variants import Variant, resolve_variant
 from ._positions import (
     REDUCTIONS,
     Reduction,
-    positions_of,
+    get_positions,
     promote,
     without_ignored,
 )
@@ -47,7 +47,7 @@ def reference_terms(
 
     Values and gradients are those of ``disk_terms(..., guide_gradient_scale=None)`` up to rounding, in all variants.
     Student and guide each receive only their own gradient (stop-gradient on the other); double backward is supported.
-    A scaled gradient and ``hold_discount`` are left out: those are not gradients of a value.
+    The scaled gradient and ``hold_discount`` are left out, as they are not the gradient of any value.
 
     Args and Shape are those of ``disk_plugin.functional.disk_terms``.
 
@@ -62,7 +62,7 @@ def reference_terms(
     _checks.choice("reduction", reduction, REDUCTIONS)
     rules, tau, tau_s = resolve_variant(variant), temperature, temperatures(temperature, student_temperature)
     s, t, guide_logits = promote(student_logits, teacher_logits.detach(), guide_logits)
-    where = positions_of(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
+    where = get_positions(s, target, ignore_index=ignore_index, sample_weight=sample_weight)
     s, t, guide_logits = without_ignored(s, where.masked), without_ignored(t, where.masked), where.plain(guide_logits)
     prediction, teacher_label = s.argmax(1), t.argmax(1)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .. import _checks
-from ._positions import REDUCTIONS, Reduction, as_dtype, by_position, promote
+from ._positions import REDUCTIONS, Reduction, by_position, promote, to_dtype
 from .blocks import Rows, rows
 
 TeacherTarget = Literal["all", "scaffolded"]
@@ -22,9 +22,9 @@ def temperatures(temperature: float, student_temperature: float | Tensor | None)
 
 
 def scaffold_mask(teacher_logits: Tensor, top_k: int | None = None, label: Tensor | None = None) -> Tensor:
-    """Mark the classes that receive the guide: the teacher's top-K, and the label if given.
+    """Mark the classes that receive g: exactly the teacher's top-K, and the label if given.
 
-    Exactly ``top_k`` classes; ties go to the lowest class index, on every device.
+    Ties go to the lowest class index, on every device.
 
     Args:
         teacher_logits: (N, C) or (N, C, d1, ...).
@@ -54,7 +54,7 @@ def _check_mask(teacher_logits: Tensor, top_k: int | None, label: Tensor | None)
 def mask_and_size(
     teacher_logits: Tensor, top_k: int | None, label: Tensor | None
 ) -> tuple[Tensor | None, int | Tensor]:
-    """Return the mask, None for all classes, and its size: per position if the label may add a class."""
+    """Return the mask, None for all classes, and the number of its classes, per position if the label may add one."""
     if top_k is None or top_k >= teacher_logits.shape[1]:
         return None, teacher_logits.shape[1]
     threshold = teacher_logits.topk(top_k, dim=1).values[:, -1:]  # the K-th largest logit
@@ -115,8 +115,8 @@ def scaffolded_kl(
 
     $$\frac{\tau\tau_s}{N}\sum_i\sum_y t^\tau_y \log\frac{t^\tau_y}{s^{\tau_s}_y + 1[y \in K]\, g}$$
 
-    It may be negative, as s + g sums to more than 1. The authors' code adds the label to K and zeroes the teacher's
-    target outside it (``label``, ``teacher_target="scaffolded"``); the defaults are the paper's.
+    It may be negative, as s + g sums to more than 1. The defaults are the paper's; the authors' code adds the label to
+    K (``label``) and zeroes the teacher's target outside K (``teacher_target="scaffolded"``).
 
     Args:
         student_logits: before softmax.
@@ -125,9 +125,9 @@ def scaffolded_kl(
         temperature: divides the teacher's logits, dimensionless, > 0.
         student_temperature: divides the student's logits, > 0; None for ``temperature``.
         top_k: number of the teacher's largest classes that receive g; None for all.
-        label: class indices added to the top-K.
-        teacher_target: ``"all"`` classes, or zero outside the ``"scaffolded"`` ones.
-        reduction: ``"mean"`` over positions, ``"sum"`` or ``"none"``.
+        label: class indices that are added to the top-K.
+        teacher_target: ``"all"``: softmax over all classes; ``"scaffolded"``: zero outside K, see ``Variant``.
+        reduction: ``"mean"`` over samples (pixels), ``"sum"`` or ``"none"``.
 
     Shape:
         logits (N, C) or (N, C, d1, ...); guide_logits and label (N,) or (N, d1, ...); returns a scalar or (N, d1, ...).
@@ -156,12 +156,13 @@ def discount(
     label: Tensor | None = None,
     teacher_target: TeacherTarget = "all",
 ) -> Tensor:
-    r"""Return the share of the teacher's pull on the student that the scaffold takes off, per position, in [0, 1].
+    r"""Return the discount, the share of the teacher's pull that the scaffold takes off, per sample, in [0, 1].
 
     $$d = 1 - \sum_y w_y / \sum_y t_y, \qquad w_y = t_y s_y / (s_y + 1[y \in K]\, g)$$
 
-    The student's gradient under (4) is that of a target w instead of t. 0: plain distillation. 1: the sample is
-    dropped. If s is far below g, a small g takes off nearly everything, so read this together with g. Not in the paper.
+    The student's gradient under (4) is that of the target w instead of t: at 0 plain distillation, at 1 the sample is
+    dropped. Where s is far below g even a small g takes off nearly everything, so read it together with g. Not in
+    the paper.
 
     Args and Shape are those of ``scaffolded_kl``; returns (N, d1, ...), detached.
 
@@ -171,7 +172,7 @@ def discount(
     """
     tau_s = temperatures(temperature, student_temperature)
     with torch.no_grad():
-        return discount_of(
+        return get_discount(
             _parts(student_logits, teacher_logits, guide_logits, temperature, tau_s, top_k, label, teacher_target)
         )
 
@@ -199,31 +200,31 @@ def _parts(
         t.argmax(1, keepdim=True),
         mask_and_size(t, top_k, label)[0],
         temperature=temperature,
-        student_temperature=as_dtype(student_temperature, s.dtype),
+        student_temperature=to_dtype(student_temperature, s.dtype),
         teacher_target=teacher_target,
     )
 
 
-def discount_of(parts: Rows) -> Tensor:
+def get_discount(parts: Rows) -> Tensor:
     """Divide the removed mass by the target's; 0 for a target that underflowed to 0."""
-    return _of_target(parts.removed, parts)
+    return _divide_by_mass(parts.removed, parts)
 
 
-def discount_slope_of(parts: Rows) -> Tensor:
+def get_discount_slope(parts: Rows) -> Tensor:
     """Return d discount / d log g."""
-    return _of_target(parts.slope, parts)
+    return _divide_by_mass(parts.slope, parts)
 
 
-def _of_target(part: Tensor, parts: Rows) -> Tensor:
+def _divide_by_mass(part: Tensor, parts: Rows) -> Tensor:
     return part / parts.target_mass.clamp(min=torch.finfo(part.dtype).tiny)
 
 
-def divergence_of(parts: Rows, guide: Tensor, size: int | Tensor) -> Tensor:
+def get_divergence(parts: Rows, guide: Tensor, size: int | Tensor) -> Tensor:
     r"""Return the Kullback-Leibler divergence of the target from the scaffolded student, nats, at least 0.
 
-    s + g on the ``size`` scaffolded classes sums to Z = 1 + size g, so that (s + 1[y in K] g) / Z is a distribution;
-    the divergence of t from it is (4) plus log Z, a constant for the student. For a target of mass m < 1, the authors'
-    zeroed one, it is m KL(t / m || .), that is (4) plus m log(Z / m).
+    s + g on the ``size`` scaffolded classes sums to Z = 1 + size g, so (s + 1[y in K] g) / Z is a distribution. The
+    divergence of t from it is (4) plus log Z, a constant for the student. For a target of mass m < 1 (the authors' code
+    zeroes some classes) it is m KL(t / m || .), that is (4) plus m log(Z / m).
     """
     mass = parts.target_mass.clamp(min=torch.finfo(guide.dtype).tiny)
     return (parts.kl + mass * (torch.log1p(size * guide) - mass.log())).clamp(min=0)  # less is rounding

@@ -1,7 +1,7 @@
 """The student temperature of eq. (4): argmin over tau_s of sum_i KL(t^tau || s^tau_s), with beta = 1 / tau_s.
 
 The objective is convex in beta. Its slope is the mean of E_s[l_S] - E_t[l_S] and its curvature the mean variance of
-the student's logits l_S under s (spec: the sum over y of s_y l_y^2 minus the square of the sum of s_y l_y).
+the student's logits l_S under s.
 An untrained or anti-correlated student has its minimum at beta <= 0, so beta is clamped to [1 / (4 tau), 4 / tau].
 """
 
@@ -46,8 +46,8 @@ def fit_student_temperature(student_logits: Tensor, teacher_logits: Tensor, *, t
     Newton steps in 1 / tau_s inside a bracket that shrinks at every step. NaN in the logits propagates.
 
     Args:
-        student_logits: of the training set, before softmax.
-        teacher_logits: of the same samples, before softmax.
+        student_logits: before softmax, of the training set.
+        teacher_logits: before softmax, of the same samples.
         temperature: divides the teacher's logits, dimensionless, > 0.
 
     Shape:
@@ -107,17 +107,17 @@ def student_temperature_step(
     ``fit_student_temperature``. The mean of the batches' own roots would be biased for small batches.
 
     Args:
-        student_logits: of one batch, before softmax.
-        teacher_logits: of one batch, before softmax.
+        student_logits: before softmax, of one batch.
+        teacher_logits: before softmax, of the same batch.
         moments: (2,) running means of f'' and f'' beta - f'; zeros at the start.
         student_temperature: the current one, a scalar tensor; start at ``temperature``.
         temperature: divides the teacher's logits, dimensionless, > 0.
         momentum: weight of the new batch in the running means, in (0, 1].
-        valid: bool, (N,) or (N, d1, ...): the valid positions; None for all.
+        valid: bool, (N,) or (N, d1, ...), False for what is ignored; None for all True.
 
     Returns:
-        The new student temperature and the new moments, as new detached tensors. Both are unchanged if the batch has no
-        valid position or is not finite.
+        The new student temperature and the new moments, as new detached tensors, unchanged in value if the batch is
+        not finite or all of it is ignored.
 
     Raises:
         ValueError: shapes that do not fit, temperature <= 0, momentum outside (0, 1].

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
 
-from ..functional._positions import Positions, as_dtype, by_position, positions_of, promote
+from ..functional._positions import Positions, by_position, get_positions, promote, to_dtype
 from ..functional._settings import Settings
 from ..functional.blocks import softened_teacher, with_guide
 from ..functional.budget import clamped, over_denominator
@@ -39,8 +39,8 @@ def guide_constants(
     """Evaluate the constants of M = N d1 ... positions, with the arguments of ``disk_terms``."""
     temperature, top_k, variant = settings.temperature, settings.top_k, settings.variant
     s, t = promote(student_logits, teacher_logits)
-    tau_s = as_dtype(settings.student_temperature, s.dtype)
-    where = positions_of(s, target, ignore_index=settings.ignore_index, sample_weight=sample_weight)
+    tau_s = to_dtype(settings.student_temperature, s.dtype)
+    where = get_positions(s, target, ignore_index=settings.ignore_index, sample_weight=sample_weight)
     mask, _ = mask_and_size(t, top_k, where.label if variant.scaffold_label else None)
     s, t = by_position(s), by_position(t)
     label = where.label.flatten()

@@ -11,7 +11,7 @@ from .. import _checks
 from .._modes import in_mode, without_autocast
 from ..distributed import Group, average_gradients, mean_over_processes, share_student_temperature
 from ..loss import DiSKLoss
-from .record import loss_of, rows_of
+from .record import get_loss, get_rows
 from .reservoir import Reservoir
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -130,7 +130,7 @@ class GuideReplay:
         Positions of dense logits are recorded individually, so the guide has to treat them independently, as
         ``GuideHead`` does. With logits (N, C), features may have any shape (N, ...).
         """
-        rows = rows_of(self.disk, student_logits, teacher_logits, target, teacher_features, sample_weight, self.dtype)
+        rows = get_rows(self.disk, student_logits, teacher_logits, target, teacher_features, sample_weight, self.dtype)
         self._record.add(rows)
 
     @torch.enable_grad()
@@ -164,7 +164,7 @@ class GuideReplay:
 
     def guide_loss(self, index: Tensor) -> Tensor:
         """Return the guide's loss over the recorded positions ``index`` (B,), int64, with the guide's gradient."""
-        return loss_of(self.disk, self._record.rows(index))
+        return get_loss(self.disk, self._record.rows(index))
 
     def clear(self) -> None:
         """Clear the record; its memory stays allocated."""

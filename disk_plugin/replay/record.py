@@ -17,7 +17,7 @@ _WIDE = (*_INPUTS, "target", "log_student")  # columns stored in ``dtype``; the 
 
 
 @torch.no_grad()
-def rows_of(
+def get_rows(
     disk: DiSKLoss,
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -43,7 +43,7 @@ def rows_of(
     return {name: _stored(name, value[index], dtype) for name, value in rows.items()}
 
 
-def loss_of(disk: DiSKLoss, rows: dict[str, Tensor]) -> Tensor:
+def get_loss(disk: DiSKLoss, rows: dict[str, Tensor]) -> Tensor:
     """Return ``disk.terms(...).guide_loss`` of the rows' positions, with the current settings."""
     dtype = torch.promote_types(rows["offset"].dtype, torch.float32)
     values = {name: value if name == "wrong" else value.to(dtype) for name, value in rows.items()}

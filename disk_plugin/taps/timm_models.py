@@ -62,7 +62,7 @@ class TeacherHead(nn.Module):
 
     def __init__(self, teacher: Any, layout: Layout, teacher_map: Tensor) -> None:
         super().__init__()
-        _refuse_ignored_map(teacher, layout, teacher_map)
+        _check_map_is_read(teacher, layout, teacher_map)
         self.layout = layout
         self.head: Any = _without_body(copy.deepcopy(teacher).eval(), layout.from_map(teacher_map))
 
@@ -72,7 +72,7 @@ class TeacherHead(nn.Module):
         return logits
 
 
-def _refuse_ignored_map(teacher: Any, layout: Layout, teacher_map: Tensor) -> None:
+def _check_map_is_read(teacher: Any, layout: Layout, teacher_map: Tensor) -> None:
     """Raise ValueError if the head ignores the feature map: the student would get no gradient."""
     probe = teacher_map.detach().clone().requires_grad_()
     with torch.enable_grad():

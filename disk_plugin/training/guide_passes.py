@@ -159,7 +159,7 @@ def repeated(loader: Iterable[Any]) -> Passes:
     """
 
     def passes(count: int) -> Iterator[Iterable[Any]]:
-        with random_numbers_put_back():
+        with preserved_random_state():
             for _ in range(count):
                 yield loader
 
@@ -167,7 +167,7 @@ def repeated(loader: Iterable[Any]) -> Passes:
 
 
 @contextmanager
-def random_numbers_put_back() -> Iterator[None]:
+def preserved_random_state() -> Iterator[None]:
     """Leave the generators of Python, NumPy and torch afterwards as they were."""
     python, numpy = random.getstate(), sys.modules.get("numpy")  # which a loader draws from only if it is loaded
     array = None if numpy is None else numpy.random.get_state()

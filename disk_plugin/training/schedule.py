@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .._watch import low_multiplier_unwarned
+from .._watch import ignoring_low_multiplier
 from ..distributed import share_statistics
 from ..loss import DiSKLoss
 from ..schedule import DualScheduler
@@ -34,7 +34,7 @@ class Schedule:
         dual = dict(dual or {})
         if disk.level is None and dual.get("budget") is None:
             dual["budget"] = float(disk.budget)  # given here it is not overridden by a checkpoint's
-        with low_multiplier_unwarned():  # a host says in its own log what ``note`` holds
+        with ignoring_low_multiplier():  # a host says in its own log what ``note`` holds
             scheduler = DualScheduler(disk, epochs=math.ceil(epochs / epochs_per_iteration), **dual)
         return cls(scheduler, epochs_per_iteration)
 

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             runpy.run_path(script, run_name="__main__")
         finally:
-            _tell(folder.settle())
+            _tell(folder.finalize())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,7 +144,7 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
         raise ValueError("--teacher-checkpoint needs a distiller with a teacher, got NONE")
     host.use_data(cfg, args.data_root)
     if args.evaluate in ("best", "latest"):
-        folder = Folder(cfg, settings.settings_of(cfg, data="", teacher="", warm_start=""))
+        folder = Folder(cfg, settings.get_settings(cfg, data="", teacher="", warm_start=""))
         folder.find()
         return cfg, folder
     if args.evaluate is not None:
@@ -154,8 +154,8 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
         raise ValueError("LOG.WANDB True needs wandb: pip install wandb, or set LOG.WANDB False")
     teacher = host.use_teacher(cfg, args.teacher_checkpoint, scratch, trust=args.trust_checkpoint)
     data, warm_start = host.fingerprint_data(cfg, args.data_root), host.check_warm_start(cfg)
-    defining = settings.settings_of(cfg, data=data, teacher=teacher, warm_start=warm_start)
-    notes = host.rehearse(cfg)
+    defining = settings.get_settings(cfg, data=data, teacher=teacher, warm_start=warm_start)
+    notes = host.validate(cfg)
     folder = Folder(cfg, defining)
     if args.resume:
         notes += folder.resume(chosen=args.chosen, allow_changed_settings=args.allow_changed_settings)

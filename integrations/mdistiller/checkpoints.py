@@ -70,7 +70,7 @@ def read_checkpoint(path: str, *, key: str, trust: bool = False) -> Weights:
             f"{key} must hold the weights of one network, got a whole run with its teacher and its student in {path}: "
             f"the student alone is in student_best and student_latest beside it"
         )
-    return _student_of(weights)
+    return _get_student(weights)
 
 
 def read_student(path: str, *, key: str, head: bool = True) -> Weights:
@@ -80,7 +80,7 @@ def read_student(path: str, *, key: str, head: bool = True) -> Weights:
         FileNotFoundError: no such file.
         ValueError: not a checkpoint, one without weights, or, with ``head``, of a student that cannot predict alone.
     """
-    return _student_of(_read(path, key=key, trust=False, head=head))
+    return _get_student(_read(path, key=key, trust=False, head=head))
 
 
 def warm_start_weights(cfg: CfgNode) -> Weights:
@@ -108,7 +108,7 @@ def _read(path: str, *, key: str, trust: bool, head: bool) -> Weights:
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
     names = _predicting()
-    found = [name for name in names if _is_of(name, content, Path(path))] or (list(names) if marked else [])
+    found = [name for name in names if _belongs_to(name, content, Path(path))] or (list(names) if marked else [])
     if head and found:
         files = " or ".join(f"{name}_best and {name}_latest" for name in found)
         owners = " or ".join(names[name].__name__ for name in found)
@@ -126,13 +126,13 @@ def _predicting() -> dict[str, type[Method]]:
     return {name: kind for name, kind in METHODS.items() if kind.own_prediction}
 
 
-def _is_of(name: str, weights: Weights, path: Path) -> bool:
+def _belongs_to(name: str, weights: Weights, path: Path) -> bool:
     """Whether the weights are from a method's whole run, its own files or, in their folder, unmarked student files."""
     older = path.name.startswith("student_") and path.with_name(f"{name}_latest").exists()
     return older or any(key.startswith(f"{name}.") for key in weights)
 
 
-def _student_of(weights: Weights) -> Weights:
+def _get_student(weights: Weights) -> Weights:
     """Return the student's part of a distiller's weights; a single network's are returned unchanged."""
     inner = {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
     return inner or weights

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from mdistiller.engine import trainer as host
 
-from disk_plugin._watch import past_the_end_unwarned
+from disk_plugin._watch import ignoring_past_the_end
 from disk_plugin.epoch_report import EpochReport
 from disk_plugin.features import GuidedTerms, Method
 from disk_plugin.functional import DiSKTerms
@@ -16,7 +16,7 @@ from disk_plugin.training import GuidedTraining, Schedule
 
 from .checkpoints import deployed_state, load_weights, marked_untrained, warm_start_weights
 from .distillers import GuidedDistiller, predicting_method, read
-from .epoch_files import Saves, collected, commit, settle
+from .epoch_files import Saves, collected, commit, finalize
 from .method_distiller import ce_loss
 from .seeds import restart_workers, seed_everything
 from .teacher_watch import TeacherWatch
@@ -64,7 +64,7 @@ class CompleteTrainer(host.BaseTrainer):
     def train(self, resume: bool = False) -> None:
         """Run the host's epochs; before a killed run goes on, bring its files in order."""
         if resume:
-            settle(self.log_path)
+            finalize(self.log_path)
         super().train(resume=resume)
 
     def train_epoch(self, epoch: int) -> None:
@@ -97,7 +97,7 @@ class CompleteTrainer(host.BaseTrainer):
         super().log(lr, epoch, log_dict)
         # the host saves next: "latest" is to hold the next epoch's schedule
         if self.core is not None:
-            with past_the_end_unwarned():  # DISK.DUAL.EPOCHS may be shorter than the run
+            with ignoring_past_the_end():  # DISK.DUAL.EPOCHS may be shorter than the run
                 self.core.schedule.end()
 
     def _complete(self, saves: Saves) -> Saves:

@@ -30,7 +30,7 @@ def collected() -> Iterator[Saves]:
 def commit(saves: Saves, folder: str, epoch: int) -> None:
     """Commit an epoch's files: write them beside the current ones, then rename them, ``latest`` first.
 
-    Before ``latest`` is renamed, a resumed run repeats the epoch; after that, ``settle`` completes the commit.
+    Before ``latest`` is renamed, a resumed run repeats the epoch; after that, ``finalize`` completes the commit.
     ``latest`` also holds the length of its part of the log.
     """
     saves = sorted(saves, key=lambda save: Path(save[1]).name != _COMMITTED)
@@ -43,7 +43,7 @@ def commit(saves: Saves, folder: str, epoch: int) -> None:
         os.replace(_staged(path, epoch), path)
 
 
-def settle(folder: str) -> None:
+def finalize(folder: str) -> None:
     """Finalize the files of a run that may have been killed: commit or roll back to the epoch of ``latest``."""
     state = load_file(str(Path(folder, _COMMITTED)), key="--resume")
     for path in Path(folder).iterdir():
@@ -57,7 +57,7 @@ def settle(folder: str) -> None:
         os.truncate(worklog, state[_LOGGED])  # an epoch that is repeated, or the end of a run that is extended
 
 
-def in_force(path: Path) -> Path:
+def current_file(path: Path) -> Path:
     """Return the path with a file's current content: the staged one if the run was killed during a commit."""
     committed = path.with_name(_COMMITTED)
     staged = list(path.parent.glob(f"{path.name}.*.partial")) if committed.is_file() else []

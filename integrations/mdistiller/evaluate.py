@@ -10,7 +10,7 @@ from disk_plugin.features import METHODS
 
 from .checkpoints import deployed_method, deployed_student, load_file, load_weights, read_student
 from .distillers import predicting_method
-from .epoch_files import in_force
+from .epoch_files import current_file
 from .host import build_model
 
 
@@ -18,7 +18,7 @@ def checkpoint_path(cfg: CfgNode, which: str, folder: Path | None) -> Path:
     """Return the file that ``--evaluate`` means: a path, or ``best`` or ``latest`` of the experiment's folder."""
     if folder is None:
         return Path(which)
-    return in_force(folder / f"{_method(cfg) or 'student'}_{which}")
+    return current_file(folder / f"{_method(cfg) or 'student'}_{which}")
 
 
 def evaluate(cfg: CfgNode, path: Path) -> tuple[float, float, float]:

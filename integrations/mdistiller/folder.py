@@ -42,7 +42,7 @@ class Folder:
         self._copied: tuple[Path, tuple[int, int]] | None = None  # source folder, stamp of the copied checkpoint
 
     def start(self, *, overwrite: bool) -> None:
-        """Start a run; with ``overwrite``, the old one is set aside until ``settle``.
+        """Start a run; with ``overwrite``, the old one is set aside until ``finalize``.
 
         Raises:
             FileExistsError: the folder, or one beside it, holds an earlier run, and ``overwrite`` is not set.
@@ -61,7 +61,7 @@ class Folder:
             )
         write_settings(self.path, self.settings)
 
-    def settle(self) -> list[str]:
+    def finalize(self) -> list[str]:
         """Finalize (commit or roll back): delete the overwritten run, or undo a start without a checkpoint.
 
         Returns:
@@ -78,7 +78,7 @@ class Folder:
         if (self.path / CHECKPOINT).is_file():
             shutil.rmtree(self._aside)
             return []
-        self._make_way()
+        self._clear_path()
         self._aside.rename(self.path)
         return [f"the new run came to no checkpoint: {self.path} holds the earlier one again"]
 
@@ -109,7 +109,7 @@ class Folder:
         if not same:
             self._copy(run, notes)
         elif run.path != self.path:
-            self._make_way()
+            self._clear_path()
             run.path.rename(self.path)
         write_settings(self.path, self.settings)
         return notes + self._new_length(run.settings)
@@ -179,7 +179,7 @@ class Folder:
 
     def _copy(self, run: Run, notes: list[str]) -> None:
         """Copy a run's folder here, atomically; checkpoints are copied, not linked, as both may change."""
-        self._make_way()
+        self._clear_path()
         partial = self.path.with_name(f"{self.path.name}.copying")
         shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted copy
         try:
@@ -193,7 +193,7 @@ class Folder:
             raise
         self._copied = run.path, _stamp(self.path)
 
-    def _make_way(self) -> None:
+    def _clear_path(self) -> None:
         """Delete what a start without a checkpoint left here."""
         if (self.path / CHECKPOINT).exists():
             raise FileExistsError(f"{self.path} holds a checkpoint without {SETTINGS}: move it elsewhere first")

@@ -181,7 +181,7 @@ def check_warm_start(cfg: CfgNode) -> str:
     return fingerprint(weights)
 
 
-def rehearse(cfg: CfgNode) -> list[str]:
+def validate(cfg: CfgNode) -> list[str]:
     """Validate by constructing the distiller as the host's script will, so that errors come before anything is written.
 
     Returns:

@@ -90,7 +90,7 @@ def check_names(cfg: CfgNode, models: dict[str, Any]) -> None:
         raise ValueError(f"SOLVER.TRAINER {trainer} needs DISTILLER.TYPE CRD, got {kind}")
 
 
-def settings_of(cfg: CfgNode, *, data: str, teacher: str, warm_start: str) -> Settings:
+def get_settings(cfg: CfgNode, *, data: str, teacher: str, warm_start: str) -> Settings:
     """Return what defines a run, by dotted key: the whole configuration except for a few keys without effect.
 
     Sections of other methods are included: a user's own method may read any of them. ``data``, ``teacher`` and

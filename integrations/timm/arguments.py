@@ -12,7 +12,7 @@ from torch import nn
 from disk_plugin import DiSKLoss, _checks
 from disk_plugin.features.method import Method
 
-from .flags import REFUSED
+from .flags import INCOMPATIBLE
 
 _TEMPERATURE = inspect.signature(DiSKLoss).parameters["temperature"].default
 _OF_CROSS_ENTROPY = {"weight", "label_smoothing"}  # of the loss's own, which has no weight here: the criterion is one
@@ -80,12 +80,12 @@ def check_criterion(criterion: nn.Module | None) -> None:
     if isinstance(criterion, BinaryCrossEntropy | nn.BCEWithLogitsLoss | nn.BCELoss):
         raise ValueError(
             f"criterion must be a cross-entropy over classes, got {type(criterion).__name__} (--bce-loss): "
-            f"{REFUSED['bce_loss']}"
+            f"{INCOMPATIBLE['bce_loss']}"
         )
     if isinstance(criterion, JsdCrossEntropy):
         raise ValueError(
             f"criterion must be a cross-entropy over classes, got {type(criterion).__name__} (--jsd-loss): "
-            f"{REFUSED['jsd_loss']}"
+            f"{INCOMPATIBLE['jsd_loss']}"
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead
-from disk_plugin._watch import low_multiplier_unwarned
+from disk_plugin._watch import ignoring_low_multiplier
 from disk_plugin.features import METHODS
 from disk_plugin.features.guided import FEATURE_WEIGHTS
 from disk_plugin.variants import VARIANTS
@@ -18,7 +18,7 @@ from disk_plugin.variants import VARIANTS
 from .method_flags import add_methods, chosen_method, method_settings
 from .recipe import Recipe
 
-REFUSED = {
+INCOMPATIBLE = {
     "bce_loss": "a sigmoid per class leaves the softmax, which scaffold and budget read, undetermined",
     "jsd_loss": "its cross-entropy is that of the first of each image's views alone, the others are only held to agree "
     "with it, while scaffold and budget stand beside a cross-entropy of every row; --aug-splits without it works",
@@ -155,7 +155,7 @@ def check(args: argparse.Namespace) -> None:
     guide = arguments["guide"]
     feature_dim = int(guide.pop("use_features"))
     loss = DiSKLoss(GuideHead(2, feature_dim, **guide), **_loss(args))
-    with low_multiplier_unwarned():  # of one epoch
+    with ignoring_low_multiplier():  # of one epoch
         DualScheduler(loss, epochs=arguments["epochs"], **arguments["dual"])
     Recipe(**arguments.get("alternating", {}))
 
@@ -200,7 +200,7 @@ def _check_host(args: argparse.Namespace) -> None:
         )
     if "adahessian" in str(getattr(args, "opt", "")).lower():
         raise ValueError(f"DiSK has first-order gradients only, got --opt {args.opt}, which needs the second")
-    for name, reason in REFUSED.items():
+    for name, reason in INCOMPATIBLE.items():
         if getattr(args, name, False):
             raise ValueError(f"DiSK does not go with --{name.replace('_', '-')}: {reason}")
 

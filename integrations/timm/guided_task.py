@@ -20,7 +20,7 @@ from . import arguments
 from .guide_module import build_guide, reads_features
 from .guide_optimizer import build_guide_optimizer, cosine
 from .model import MethodModel, Parts, build_method
-from .normalisation import of_images
+from .normalisation import get_image_statistics
 from .recipe import Recipe
 from .report import TaskReport
 from .state import load
@@ -70,7 +70,7 @@ class GuidedTask(StudentTask):
         size = image_size(student_model, input_size)
         wrapped = isinstance(teacher_model, DistillationTeacher)
         self.teacher = FrozenTeacher(self.teacher, size[0], from_config=not wrapped)
-        images = of_images(student_model, size[0], input_mean, input_std)
+        images = get_image_statistics(student_model, size[0], input_mean, input_std)
         self.student_mean, self.student_std = (each.to(self.device) for each in images)
         self.allow_fresh_guide = allow_fresh_guide
         guide = {} if guide is None else guide

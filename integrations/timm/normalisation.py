@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from disk_plugin import _checks
 
 
-def of_images(
+def get_image_statistics(
     student: nn.Module, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation (1, C, 1, 1) of the images: those given, else the student's configuration's.
@@ -28,7 +28,7 @@ def of_images(
     return _tensor(per_channel(mean, channels)), _tensor(per_channel(std, channels))
 
 
-def of_teacher(teacher: DistillationTeacher, channels: int, *, from_config: bool) -> tuple[Tensor, Tensor]:
+def get_teacher_statistics(teacher: DistillationTeacher, channels: int, *, from_config: bool) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation (1, C, 1, 1) of what a teacher was trained on.
 
     ``from_config``: its model's configuration says, in full precision; False where the user gave timm's wrapper.

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from . import flags
 from .guided_task import GuidedTask
 from .state import holds_guide
-from .teacher_checkpoint import arguments_of, read
+from .teacher_checkpoint import get_arguments, read
 
 _logger = logging.getLogger("train")
 # of the host's arguments: those that its optimizer's state brings along, and those that decide its parameter groups
@@ -27,7 +27,7 @@ def resume_task(resume: Callable[..., Any], args: argparse.Namespace, task: Guid
         RuntimeError: a checkpoint without DiSK's state, or of another mode.
     """
     checkpoint = read(path)
-    before = arguments_of(checkpoint)
+    before = get_arguments(checkpoint)
     stranger = not holds_guide(checkpoint.get("task_state"))
     if stranger and args.disk_allow_fresh_guide and task.recipe is None and how.get("optimizer") is not None:
         _logger.warning("The checkpoint's optimizer knows no guide: its state is not restored.")

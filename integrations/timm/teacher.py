@@ -8,7 +8,7 @@ from timm.task import DistillationTeacher
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .normalisation import of_teacher
+from .normalisation import get_teacher_statistics
 
 _RELATIVE_TOLERANCE = 1e-2  # a wrong head is off by its whole size; half precision is not
 
@@ -78,7 +78,7 @@ class FrozenTeacher(DistillationTeacher):
 
     def __init__(self, teacher: DistillationTeacher, channels: int, *, from_config: bool) -> None:
         super().__init__(teacher.model, device=teacher.mean_kd.device)
-        mean, std = of_teacher(teacher, channels, from_config=from_config)
+        mean, std = get_teacher_statistics(teacher, channels, from_config=from_config)
         self.mean_kd, self.std_kd = mean.to(self.mean_kd), std.to(self.std_kd)
         self.requires_grad_(False)
         self._outputs = teacher_outputs

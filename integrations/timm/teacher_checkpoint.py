@@ -29,7 +29,7 @@ def load_teacher(name: str, checkpoint: str, student: nn.Module, **factory: Any)
         raise FileNotFoundError(f"expected the teacher's weights, found no file {checkpoint}")
     student = unwrap_model(student)
     try:
-        weights, trained = read_state_dict(checkpoint), arguments_of(read(checkpoint))
+        weights, trained = read_state_dict(checkpoint), get_arguments(read(checkpoint))
     except (RuntimeError, UnpicklingError) as error:
         raise ValueError(
             f"expected the teacher's weights, got {checkpoint}, which cannot be loaded: {error}"
@@ -59,7 +59,7 @@ def read(path: str) -> dict[str, Any]:
     return checkpoint if isinstance(checkpoint, dict) else {}
 
 
-def arguments_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def get_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the run that wrote a checkpoint, empty if it holds none."""
     arguments = checkpoint.get("args")
     if isinstance(arguments, argparse.Namespace):
