@@ -856,7 +856,7 @@ def test_a_file_in_float16_is_read_in_another_type(tmp_path):
 @pytest.mark.parametrize(
     ("images", "options", "error", "message"),
     [
-        (torch.rand(3, 4, 4), {}, ValueError, "images must hold every recorded position, at least 4, got 3"),
+        (torch.rand(3, 4, 4), {}, ValueError, "images must hold every recorded sample, at least 4, got 3"),
         (torch.rand(4, 2, 4, 4), {}, ValueError, "shape (H, W), (1, H, W) or (3, H, W), got (2, 4, 4)"),
         (torch.rand(4, 5), {}, ValueError, "shape (H, W), (1, H, W) or (3, H, W), got (5,)"),
         (torch.rand(4, 4, 4), {"count": 0}, ValueError, "count must be >= 1, got 0"),

@@ -46,9 +46,7 @@ class TeacherOutputs:
         model = teacher.model if isinstance(teacher, FeatureTap) else teacher
         if layer is None and isinstance(teacher, FeatureTap):
             layer = teacher.layer
-        if (
-            layer is None and mode == "features"
-        ):  # a named layer's output is compared with the logits here, not in the tap
+        if layer is None and mode == "features":  # named: then _check_head compares it with the logits, not the tap
             layer = next((name for name in reversed(linear_names(model))), None)
         self.mode = mode
         self._model = model if mode == "logits" else with_features(model, layer)

@@ -1,4 +1,4 @@
-"""Diagnose what limits the student, and what the guide does, from a record of each sample in training.
+"""What limits the student (``capacity_gap``), and what the guide does to each sample (``SampleRecord``).
 
 ``capacity_gap`` and recording need only torch; tables and figures need ``pip install 'disk-plugin[plots]'``.
 """

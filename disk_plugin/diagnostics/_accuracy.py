@@ -14,7 +14,7 @@ from ..taps import logits_of
 
 
 class Counts(NamedTuple):
-    """Number of valid samples (positions, with dense logits), of correct ones and of those that agree."""
+    """Numbers of non-ignored targets, of correct predictions and of those that agree."""
 
     samples: int
     student_right: int
@@ -55,7 +55,7 @@ def compare(
 
 
 def _count(logits: dict[str, Tensor], target: Tensor, name: str, ignore_index: int) -> Tensor:
-    """Return one batch's counts: valid samples, those correct by student and by teacher, and those that agree."""
+    """Return one batch's counts: non-ignored targets, correct ones of student and teacher, and those that agree."""
     valid = target != ignore_index
     classes = logits["student"].shape[1]
     outside = valid & ((target < 0) | (target >= classes))
@@ -98,7 +98,7 @@ def _check(student_logits: Tensor, teacher_logits: Tensor, target: Any, name: st
 
 
 def _pairs(loader: Iterable[Any], name: str) -> Iterator[tuple[Any, Any]]:
-    """Yield x and target, the first two entries of each batch; others (an index) are dropped."""
+    """Yield x and target, the first two entries of each batch; others, such as an index, are dropped."""
     for batch in loader:
         if not isinstance(batch, tuple | list) or len(batch) < 2:
             raise TypeError(f"{name} must yield (x, target, ...), got {type(batch).__name__}")

@@ -5,7 +5,7 @@ from types import ModuleType
 
 
 def extra(name: str) -> ModuleType:
-    """Import a module of the extra.
+    """Import a module of the extra ``plots``.
 
     Raises:
         ImportError: it cannot be imported; the message holds the pip line.

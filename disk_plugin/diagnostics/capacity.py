@@ -1,4 +1,4 @@
-"""Should I use it here? What limits the student, capacity or data, and the recommendation that follows."""
+"""Should I use DiSK here? What limits the student, capacity or data, and the recommendation that follows."""
 
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
@@ -11,16 +11,16 @@ from ._accuracy import compare
 
 Verdict = Literal["DiSK", "KD"]
 
-# the rule of examples/results/regime_map.json, which examples/regime/rule.py derives; percent points
+# percent points, of the rule in examples/results/regime_map.json, derived by examples/regime/rule.py
 SMALLEST_CAPACITY_GAP, LARGEST_DATA_GAP = 35.0, 30.0
-NEAR_CHANCE = 1.5  # times 1 / C: below it the student was hardly trained
+NEAR_CHANCE = 1.5  # times 1 / C: a student below it was hardly trained
 _GROUNDS = (
     "This rests on a map of small MLPs (examples/results/regime_map.png): the gain is largest with few features for "
     "many classes; convolutional networks have shown none so far. One look cannot tell a student without capacity "
     "from one that has not converged, as both fit little: look at one that has stopped improving."
 )
 
-# what each verdict means for the loss: the arguments of DiSKLoss beside its guide
+# arguments of DiSKLoss for each verdict
 SETTINGS: dict[str, dict[str, Any]] = {
     "DiSK": {"ce_weight": 0.0, "discount": "auto"},
     "KD": {"ce_weight": 0.0, "discount": 0.0},  # a discount of 0 is plain distillation
@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class CapacityGap(NamedTuple):
-    """Result of ``capacity_gap``: shares in [0, 1]. ``print`` it for the recommendation in words.
+    """Result of ``capacity_gap``; accuracies are in [0, 1]. ``print`` it for the recommendation in words.
 
     Attributes:
         student_train: accuracy of the student on the training data.
@@ -39,7 +39,7 @@ class CapacityGap(NamedTuple):
         train_samples: number of training samples read.
         held_out_samples: number of held-out samples read.
         num_classes: C.
-        feature_dim: input width of the student's last Linear; None if it has no last Linear with C outputs.
+        feature_dim: input width of the student's last Linear; None if that has not C outputs.
     """
 
     student_train: float
@@ -64,14 +64,14 @@ class CapacityGap(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        """``"DiSK"`` where our experiments show a gain; ``"KD"`` if they show none, or if it is too early to tell."""
+        """``"DiSK"`` if our experiments show a gain there; ``"KD"`` if they show none, or it is too early to tell."""
         return self._judge()[0]
 
     @property
     def kwargs(self) -> dict[str, Any]:
         """The recommendation as arguments: ``DiSKLoss(guide, **gap.kwargs, temperature=...)``.
 
-        For ``"KD"`` they give plain distillation. The temperature is whichever is best for KD.
+        For ``"KD"`` they give plain distillation. Use the temperature that is best for KD.
         """
         return dict(SETTINGS[self.verdict])
 
@@ -105,7 +105,7 @@ class CapacityGap(NamedTuple):
         )
 
     def __str__(self) -> str:
-        """Format the figures, the recommendation and its basis."""
+        """Format the accuracies, the gaps, the recommendation and its basis."""
         parts = (self.student_train, self.train_samples), (self.student_held_out, self.held_out_samples)
         error = sum(share * (1 - share) / count for share, count in parts) ** 0.5
         capacity, data, error = (100 * value for value in (self.by_capacity, self.by_data, error))
@@ -138,20 +138,21 @@ def capacity_gap(
     """Measure what limits a trained student; recommend DiSK or plain distillation (KD).
 
     DiSK drops what the student cannot fit, so that it fits the rest better. That helps if capacity limits the student:
-    its training accuracy is far below the teacher's and close to its own held-out accuracy. If data limits it, it
-    hurts.
+    its training accuracy is then far below the teacher's and close to its own held-out accuracy. If data limit the
+    student, it hurts. The thresholds are those of docs/evidence/regime_map.md.
 
-    Train the student with cross-entropy or KD **to convergence** first: a student that is still learning has a small
-    training accuracy too, and one measurement cannot tell the two apart. Measure again some epochs later; as long as
-    ``by_capacity`` shrinks, it is not capacity. Use the evaluation transform for both loaders, as random augmentation
-    lowers training accuracy, and shuffle the training loader if ``max_batches`` truncates it.
+    Train the student with cross-entropy or KD **to convergence** first. A student that is still learning has a low
+    training accuracy too, and one measurement cannot tell the two apart. Measure again some epochs later: as long as
+    ``by_capacity`` shrinks, capacity is not the limit. Use the evaluation transform for both loaders, as random
+    augmentation lowers training accuracy, and shuffle the training loader if ``max_batches`` truncates it.
 
     Both models run in evaluation mode without gradients, on the same batches; each module's mode is restored.
 
     Args:
         student: a trained classifier; for its outputs see ``disk_plugin.taps.logits_of``.
-        teacher: of the same classes.
-        train_loader: batches (x, target, ...) of the data the student was trained on; target are class indices.
+        teacher: a classifier of the same classes.
+        train_loader: batches (x, target, ...) of the data the student was trained on; target are class indices (N,) or
+            (N, d1, ...).
         held_out_loader: batches of data that neither was trained on.
         device: where the batches are moved to; None for each model's device.
         max_batches: number of batches to read from each loader; None for all.
@@ -163,8 +164,8 @@ def capacity_gap(
     Raises:
         ValueError: a loader without samples, or the same one twice; logits of different shapes or with NaN; targets
             of another shape, or outside the classes; ``max_batches`` < 1.
-        TypeError: models that are not modules or return no logits; batches of another kind; targets that are not class
-            indices.
+        TypeError: models that are not modules or return no logits; batches that are not tuples; targets that are not
+            class indices.
 
     Examples:
         >>> import torch

@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 def detection_auroc(table: "DataFrame", flipped: Tensor, *, epoch: int | None = None) -> dict[str, float]:
     """Score each recorded quantity as a label-error detector, by the area under its ROC curve.
 
-    That is the probability that of a flipped and a clean sample, drawn at random, the flipped one has the larger value
-    (ties count one half): 1 ranks all flipped samples on top, 0.5 is chance. The baselines, which need no guide, are
-    ``ce`` and ``1 - correct``, the share of epochs in which the student was wrong.
+    That is the probability that a random flipped sample has a larger value than a random clean one (ties count one
+    half): 1 ranks all flipped samples on top, 0.5 is chance. The baselines, which need no guide, are ``ce`` and
+    ``1 - correct``, the share of epochs in which the student was wrong.
 
     Args:
-        table: of ``SampleRecord.table`` or ``read``, with any samples of the dataset.
-        flipped: whether the label is wrong, for every position of the dataset.
-        epoch: the epoch to score; None for each sample's mean over the recorded ones. For some of them pass only their
+        table: result of ``SampleRecord.table`` or ``read``, with any samples of the dataset.
+        flipped: whether the label is wrong, for every index of the dataset.
+        epoch: the epoch to score; None for each sample's mean over the recorded ones. For some of these pass only their
             rows, ``table[table["epoch"] >= 10]``.
 
     Shape:
         flipped (N_dataset,), bool.
 
     Returns:
-        ``guide``, ``1 - guide``, ``discount``, ``ce``, ``1 - correct`` and the extras (larger means wrong); NaN if a
-        value is NaN (``table.dropna()`` drops such rows).
+        The score of ``guide``, ``1 - guide``, ``discount``, ``ce``, ``1 - correct`` and the extras (larger means
+        wrong); NaN if a value is NaN (``table.dropna()`` drops such rows).
 
     Raises:
         ValueError: ``flipped`` is too short, or the recorded samples are all flipped or all clean; no row, or none of
@@ -60,7 +60,7 @@ def detection_auroc(table: "DataFrame", flipped: Tensor, *, epoch: int | None = 
 
 
 def _flags(flipped: Tensor, size: int) -> Tensor:
-    """Validate one flag for each of at least ``size`` positions."""
+    """Validate flags (N,), N >= ``size``."""
     if not isinstance(flipped, Tensor) or flipped.dtype != torch.bool:
         came = flipped.dtype if isinstance(flipped, Tensor) else type(flipped).__name__
         raise TypeError(f"flipped must be a bool Tensor, got {came}")

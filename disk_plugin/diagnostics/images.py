@@ -22,21 +22,21 @@ def gallery(
     r"""Show the images with the largest discount, the largest first; misclassified ones have a red title.
 
     Args:
-        table: of ``SampleRecord.table`` or ``read``.
-        images: ``images[i]`` is that of sample i, or a tuple that begins with it: a tensor, or the dataset itself. A
-            tensor is uint8, or floating-point in [0, 1]; one outside of that is rescaled to its own range.
+        table: result of ``SampleRecord.table`` or ``read``.
+        images: a tensor of all images, or the dataset itself: ``images[i]`` is that of sample i, or a tuple that begins
+            with it. Tensors are uint8, or floating-point in [0, 1]; other ranges are rescaled.
         count: number of images, >= 1.
         epoch: the epoch to show; None for each sample's mean over the recorded ones.
-        names: of the classes, by their index, for the titles; None for the index itself.
+        names: class names for the titles, by class index; None for the index itself.
 
     Shape:
-        images[i]: (H, W), (1, H, W) or (3, H, W); other types as matplotlib shows them.
+        images[i] (H, W), (1, H, W) or (3, H, W); other types than tensors as in matplotlib's ``imshow``.
 
     Returns:
-        A figure with one panel for each image: class, if the target was recorded, above the discount.
+        A figure with one panel for each image, titled by its class, if the target was recorded, and its discount.
 
     Raises:
-        ValueError: fewer images than recorded positions; ``count`` < 1; no row, or none of this epoch; columns are
+        ValueError: fewer images than recorded samples; ``count`` < 1; no row, or none of this epoch; columns are
             missing; a class without a name; an image of another shape.
         TypeError: ``table`` is not a DataFrame, ``count`` or ``epoch`` not an int.
         ImportError: pandas or matplotlib is absent; the message holds the pip line.
@@ -53,7 +53,7 @@ def gallery(
     rows = tables.select_rows(table, epoch)
     size = tables.get_size(rows)
     if len(images) < size:
-        raise ValueError(f"images must hold every recorded position, at least {size}, got {len(images)}")
+        raise ValueError(f"images must hold every recorded sample, at least {size}, got {len(images)}")
     samples = tables.per_sample(rows).sort_values("discount", ascending=False, kind="stable").head(count)
     labels = rows.groupby("index")["target"].first() if "target" in rows else None
     across = math.ceil(math.sqrt(len(samples)))

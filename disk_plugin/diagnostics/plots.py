@@ -1,6 +1,7 @@
 """Figures of recorded samples: g and discount over epochs, against CE and per class.
 
-They are matplotlib ``Figure`` objects made without pyplot: ``figure.savefig(path)``, or a notebook cell's last line.
+They are matplotlib ``Figure`` objects made without pyplot: call ``figure.savefig(path)``, or end a notebook cell with
+one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,10 +22,10 @@ READABLE_CLASSES = 120  # more names do not fit on an axis
 
 
 def plot_over_epochs(table: "DataFrame") -> "Figure":
-    """Draw the means of g and discount over epochs: all samples (and their middle 80 %), correct ones, incorrect ones.
+    """Draw the means of g and discount over epochs: of all samples (and their middle 80 %), correct and incorrect.
 
     Args:
-        table: of ``SampleRecord.table`` or ``read``.
+        table: result of ``SampleRecord.table`` or ``read``.
 
     Returns:
         A figure with a panel for g and one for the discount.
@@ -64,7 +65,7 @@ def plot_against_ce(table: "DataFrame", *, epoch: int | None = None) -> "Figure"
     The line is the mean over 20 equally large groups of samples with neighbouring CE.
 
     Args:
-        table: of ``SampleRecord.table`` or ``read``.
+        table: result of ``SampleRecord.table`` or ``read``.
         epoch: the epoch to show; None for each sample's mean over the recorded ones, correct if it was so in at least
             half of them.
 
@@ -103,9 +104,9 @@ def plot_per_class(table: "DataFrame", *, epoch: int | None = None, names: Names
     """Draw the class means of g and discount, from small to large discount.
 
     Args:
-        table: of ``SampleRecord.table`` or ``read``, recorded with the target.
+        table: result of ``SampleRecord.table`` or ``read``, recorded with the target.
         epoch: the epoch to show; None for the mean over the recorded ones.
-        names: of the classes, by their index; None for the index itself.
+        names: class names, by class index; None for the index itself.
 
     Returns:
         A figure with a panel for g and one for the discount, the classes in the same order.
@@ -155,12 +156,12 @@ def class_name(names: Names, label: int) -> str:
 
 
 def period(table: "DataFrame", epoch: int | None) -> str:
-    """Return the words for the epochs that a figure shows."""
+    """Describe the epochs that a figure shows."""
     first, last = (table["epoch"].min(), table["epoch"].max()) if epoch is None else (epoch, epoch)
     return f"epoch {first}" if first == last else f"mean over epochs {first} to {last}"
 
 
 def _by_outcome(rows: "DataFrame") -> dict[str, "DataFrame"]:
-    """Split rows into correct and incorrect; a sample's mean is correct from one half."""
+    """Split rows into correct and incorrect; a mean over epochs counts as correct from one half on."""
     right = rows["correct"].astype("float64") >= 0.5
     return {"right": rows[right], "wrong": rows[~right]}

@@ -22,15 +22,15 @@ DTYPES = {name: getattr(torch, dtype) for name, dtype in tables.DTYPES.items()}
 class SampleRecord:
     """One row per sample and epoch: g, discount, CE and correctness, collected from any training loop.
 
-    ``add`` copies its inputs on their device, without synchronizing; an epoch's rows move to the CPU with the first
+    ``add`` copies its inputs on their device, without synchronizing. An epoch's rows move to the CPU with the first
     batch of another epoch, or when they are read. A row takes 25 bytes, plus 4 for a target and 4 per floating-point
     extra, whatever the precision of the training.
 
-    Pass ``target`` to ``add`` to leave out ignored positions: without it they stay, with g, discount, CE and correct 0.
-    Each rank records its own samples; write one file each and join the tables with ``pandas.concat``.
+    Pass ``target`` to ``add`` to leave out ignored targets; without it they stay, with g, discount, CE and correct 0.
+    Each rank records its own samples: write one file each and join the tables with ``pandas.concat``.
 
     Args:
-        ignore_index: target value of positions to leave out, as in ``DiSKLoss``.
+        ignore_index: target value that is ignored, as in ``DiSKLoss``.
 
     Raises:
         TypeError: ``ignore_index`` is not an int.
@@ -63,13 +63,14 @@ class SampleRecord:
     ) -> None:
         """Add a batch's terms, evaluated with ``reduction="none"``; a batch that raises leaves the record unchanged.
 
-        Dense prediction gives one row per position. With ``index`` (N,) positions share their sample's index, and
+        Dense prediction gives one row per target (pixel). With ``index`` (N,) these share their sample's index, and
         figures show their mean per sample; with (N, d1, ...) each has its own.
 
         Args:
-            index: position of each sample in the dataset, int64, >= 0; the loader has to yield it.
+            index: index of each sample in the dataset, int64, >= 0; the loader has to yield it.
             epoch: whole epochs, counted from 0.
-            terms: of ``DiSKLoss.terms`` or ``guided_feature_terms``; ``ce`` includes a sample weight if there was one.
+            terms: result of ``DiSKLoss.terms``, ``Guided.terms`` or ``guided_feature_terms``; their ``ce`` includes the
+                sample weight.
             target: class indices, or probabilities (recorded as their argmax).
             **extras: further columns by name, such as ``teacher_ce=...`` or ``distill=terms.distill``; floating-point
                 values are kept as float32, integers as int64. Every batch must have the same columns.
@@ -124,7 +125,7 @@ class SampleRecord:
         self._parts = [part] if part else []
 
     def table(self) -> "DataFrame":
-        """Return a row per sample and epoch, in the order of recording.
+        """Return the rows, one per sample and epoch, in the order of recording.
 
         Returns:
             Columns ``index`` (int64), ``epoch`` (int32), ``target`` (int32, if recorded), ``guide``, ``discount``,
@@ -153,7 +154,7 @@ class SampleRecord:
             raise ValueError(f"every batch must bring the columns of the first {expected}, got {came}")
 
     def _to_cpu(self) -> None:
-        """Move the epoch's batches to the CPU as one part, without the ignored positions."""
+        """Move the epoch's batches to the CPU as one part, without ignored targets."""
         if not self._batches:
             return
         part = {name: column.to("cpu") for name, column in _joined(self._batches).items()}
@@ -165,7 +166,7 @@ class SampleRecord:
 
 
 def _per_position(terms: DiSKTerms | GuidedTerms) -> DiSKTerms:
-    """Validate DiSK's terms per position."""
+    """Return DiSK's terms; validate that they are per target."""
     disk = terms.disk if isinstance(terms, GuidedTerms) else terms
     if not isinstance(disk, DiSKTerms):
         raise TypeError(f"terms must be DiSKTerms or GuidedTerms, got {type(terms).__name__}")
@@ -175,7 +176,7 @@ def _per_position(terms: DiSKTerms | GuidedTerms) -> DiSKTerms:
 
 
 def _is_whole(state: Mapping[str, Tensor]) -> bool:
-    """Return whether these are all the columns, of one length."""
+    """Return whether all columns are there, of one length."""
     if not all(isinstance(column, Tensor) and column.ndim == 1 for column in state.values()):
         return False
     return state.keys() >= set(tables.COLUMNS) and len({len(column) for column in state.values()}) == 1
@@ -187,7 +188,7 @@ def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _column(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Return a detached copy with one value per position, (positions,), on the same device."""
+    """Return a detached copy with one value per target, flattened, on the same device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     if value.is_complex():

@@ -1,4 +1,4 @@
-"""Tables of recorded samples: files, validation, and the means per sample for figures and scores."""
+"""Tables of recorded samples: files, validation, and means per sample."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ COLUMNS = [name for name in DTYPES if name != "target"]  # of every table
 
 
 def read(path: str | Path) -> "DataFrame":
-    """Read a file of ``SampleRecord.write``, with the same dtypes: a .csv has none, so its floats become float32.
+    """Read a file of ``SampleRecord.write``, with the same dtypes; floats of a .csv become float32.
 
     Args:
         path: ends in .parquet or .csv.

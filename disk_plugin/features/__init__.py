@@ -1,4 +1,4 @@
-"""Distillation methods beside DiSK itself, one file each, all weighted by the guide in the same way (``guided``)."""
+"""Distillation methods beside DiSK itself, one file each, and ``Guided``, which weights any of them by the guide."""
 
 from .dkd import DKD
 from .guided import Guided, GuidedTerms
@@ -7,4 +7,4 @@ from .simkd import SimKD
 
 __all__ = ["DKD", "METHODS", "Guided", "GuidedTerms", "Method", "Outputs", "Pair", "SimKD"]
 
-METHODS: dict[str, type[Method]] = {"simkd": SimKD, "dkd": DKD}  # by the name that launchers know
+METHODS: dict[str, type[Method]] = {"simkd": SimKD, "dkd": DKD}  # by their name in flags and configurations

@@ -12,30 +12,30 @@ from .method import Method, Outputs
 
 
 class DKD(Method):
-    r"""Decoupled knowledge distillation, Zhao et al. (CVPR 2022), eq. (7), and the cross-entropy beside it.
+    r"""Decoupled knowledge distillation, Zhao et al. (CVPR 2022), eq. (7), and the cross-entropy added to it.
 
     $$\tau^2\,\big(\alpha\,KL(b^T || b^S) + \beta\,KL(\hat p^T || \hat p^S)\big)$$
 
-    with b the probabilities of (label, any other class), and p-hat those of the other classes among themselves. The
-    guide does not weigh the cross-entropy. Half-precision logits are upcast to float32; everything stays in log space,
-    where the authors' code subtracts 1000 from the label's logit.
+    Here b are the probabilities of (label, any other class), and p-hat those of the other classes, renormalized. The
+    guide does not weight the cross-entropy. Half-precision logits are upcast to float32. All is computed in log space;
+    the authors' code subtracts 1000 from the label's logit instead.
 
     Args:
         ce_weight: weight of the cross-entropy, >= 0.
         alpha: weight of the target-class part, >= 0.
         beta: weight of the non-target-class part, >= 0.
         temperature: divides both logits, dimensionless, > 0.
-        warmup_epochs: epochs over which the distillation's weight rises to 1, as in the authors' code; 0 for none. Only
-            ``begin_epoch`` tells it of an epoch: without a call the weight is 1.
+        warmup_epochs: epochs over which the distillation's weight rises to 1, as in the authors' code; 0 for none. It
+            takes effect where ``begin_epoch`` is called; otherwise the weight is 1.
 
     Shape:
-        logits (N, C) or (N, C, d1, ...), C >= 2; target class indices (N, d1, ...), those outside 0 to C - 1 with loss
-        0, or probabilities of the logits' shape, of which the argmax is the target class; the losses ``ce`` and ``dkd``
-        are (N, d1, ...).
+        logits (N, C) or (N, C, d1, ...), C >= 2; target class indices (N, d1, ...), or probabilities of the logits'
+        shape, whose argmax is the target class. Returns the losses ``ce`` and ``dkd``, (N, d1, ...), 0 for class
+        indices outside 0 to C - 1.
 
     Raises:
-        ValueError: values out of range; in ``forward`` shapes that do not fit.
-        TypeError: values of another type; in ``forward`` a target that is neither int64 nor floating-point.
+        ValueError: values out of range; in ``forward``, shapes that do not fit.
+        TypeError: values of another type; in ``forward``, a target that is neither int64 nor floating-point.
 
     Examples:
         >>> import torch
@@ -66,11 +66,11 @@ class DKD(Method):
         self.register_buffer("share", torch.tensor(1.0), persistent=False)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Bring the warm-up to an epoch counted from 0."""
+        """Set the warm-up's weight for an epoch, counted from 0."""
         self.share.fill_(min((epoch + 1) / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Return ``ce`` and ``dkd``, already weighted."""
+        """Return the losses ``ce`` and ``dkd`` per sample, multiplied by their weights."""
         _checks.logits(student.logits, teacher.logits)
         _checks.target(target, student.logits)
         s, t = promote(student.logits, teacher.logits.detach())
@@ -92,7 +92,7 @@ class DKD(Method):
 
 
 def decoupled_kl(student: Tensor, teacher: Tensor, label: Tensor, alpha: float, beta: float) -> Tensor:
-    """Return alpha TCKD + beta NCKD per position, nats, of logits that are divided by the temperature."""
+    """Return alpha TCKD + beta NCKD per target, nats, of logits already divided by the temperature."""
     index = label.unsqueeze(1)
     others = torch.ones_like(student, dtype=torch.bool).scatter(1, index, False)
     log_s, log_t = student.log_softmax(1), teacher.log_softmax(1)

@@ -32,28 +32,30 @@ __all__ = [
 
 
 class Guided(nn.Module):
-    r"""DiSK as a learned reducer of any distillation loss: Kag et al. (ICLR 2023), A.7, eq. (6).
+    r"""Weights any distillation loss by the guide, per sample: Kag et al. (ICLR 2023), A.7, eq. (6).
 
     $$\beta\,\tfrac1N\sum_i w(g(x_i))\,\ell_i \;[+\;\text{DiSK's student half}]$$
 
-    with the method's losses per sample $\ell_i$; the guide learns from eq. (5) of the method's prediction, with
-    the student held fixed, and not from the method's losses (see ``guided_feature_terms``). Without a method it is
-    DiSK itself, with the same kind of terms. **This module has parameters**, the guide's and the method's: give
-    ``trainable_parameters()`` to the optimizer.
+    Here $\ell_i$ are the method's losses per sample. The guide learns from eq. (5) of the method's prediction, with the
+    student fixed, and not from the method's losses (see ``guided_feature_terms``). Without a method this is DiSK
+    itself, with the same kind of terms.
+
+    **This module has parameters**, the guide's and the method's: give ``trainable_parameters()`` to the optimizer.
 
     Args:
         disk: the loss that owns the guide.
         method: a ``Method``, or any callable (student_logits, teacher_logits, target) -> losses (N,); None for
             DiSK alone.
-        weight: which w, see ``feature_weights``.
+        weight: which w: ``"one_minus_guide"``, ``"one_minus_discount"``, ``"guide"`` or ``"uniform"`` (w = 1), see
+            ``feature_weights``.
         method_weight: beta, >= 0.
-        logit_loss: add ce_weight CE + distill_weight L_dist of the prediction to the student's loss.
+        logit_loss: whether to add ce_weight CE + distill_weight L_dist of the prediction to the student's loss.
 
     Shape:
         logits (N, C) or (N, C, d1, ...); losses (N,) or (N, d1, ...); returns a scalar.
 
     Raises:
-        ValueError: values out of range; in ``forward`` losses that are not one value per sample.
+        ValueError: values out of range; in ``forward``, losses that are not one value per sample.
         TypeError: ``disk`` is not a ``DiSKLoss``, ``method`` cannot be called.
 
     Examples:
@@ -93,7 +95,7 @@ class Guided(nn.Module):
         *,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """Return ``terms(...).loss``; logits alone will do for a method that reads nothing else."""
+        """Return ``terms(...).loss``; logits are enough for a method that reads nothing else."""
         return self.terms(student, teacher, target, sample_weight=sample_weight).loss
 
     def terms(
@@ -105,7 +107,7 @@ class Guided(nn.Module):
         sample_weight: Tensor | None = None,
         reduction: Literal["mean", "none"] = "mean",
     ) -> GuidedTerms:
-        """Evaluate method and guide; the guide reads the teacher's logits and, if there are any, its features."""
+        """Evaluate method and guide; the guide reads the teacher's logits and, if built so, its features."""
         _checks.choice("reduction", reduction, ("mean", "none"))
         student, teacher = to_outputs(student), to_outputs(teacher)
         terms = self.weigh(*self.evaluate(student, teacher, target), sample_weight=sample_weight)
@@ -114,7 +116,7 @@ class Guided(nn.Module):
     def evaluate(
         self, student: Outputs, teacher: Outputs, target: Tensor
     ) -> tuple[Tensor, Tensor, Outputs, dict[str, Tensor]]:
-        """Return the first arguments of ``weigh``: prediction, target, teacher's outputs, the method's losses."""
+        """Return the first arguments of ``weigh``: prediction, target, teacher's outputs and the method's losses."""
         if self.method is None:
             return student.logits, target, teacher, {}
         logits, losses = self.method.evaluate(student, teacher, target)
@@ -130,9 +132,9 @@ class Guided(nn.Module):
         guide_logits: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> GuidedTerms:
-        """Weigh the losses that ``Method.evaluate`` gave, per sample: for a host that calls it elsewhere.
+        """Weight the losses per sample that ``Method.evaluate`` returned, for a host that calls it elsewhere.
 
-        ``guide_logits`` is what ``disk.guide_logits`` gave, where that too has to be called elsewhere.
+        ``guide_logits`` is what ``disk.guide_logits`` returned, if that is called elsewhere too.
         """
         terms = self.disk.terms(
             logits,
@@ -149,11 +151,11 @@ class Guided(nn.Module):
         return weighed(terms, losses, logits, sample_weight, how)
 
     def features_of(self, teacher: Outputs) -> Tensor | None:
-        """Return the teacher's features where the guide reads them: they may be there for the method alone."""
+        """Return the teacher's features if the guide reads them, else None: they may be there for the method alone."""
         return teacher.features if self._reads_features else None
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return what an optimizer trains beside the student: the guide and what the method trains."""
+        """Return the parameters to train beside the student's: the guide's and the method's."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def extra_repr(self) -> str:
@@ -181,28 +183,32 @@ def guided_feature_terms(
 
     $$\beta\,\tfrac1N\sum_i w(g(x_i))\,\|\Psi(f_S(x_i)) - f_T(x_i)\|^2$$
 
-    normalised by N, not by the sum of w. Student and connector Psi feel this term, with g held fixed, and DiSK's own
-    student half if ``logit_loss``. The guide feels the scaffold and the budget of eq. (5), with the student held fixed,
-    and **not** the feature term, which would push g to where w = 0 for free. With ``"uniform"``, or wherever w = 1, the
-    student's gradient is that of the feature-matching method itself, bit for bit.
+    It is normalised by N, not by the sum of w. Student and connector Psi receive the gradient of this term with g
+    fixed, and that of DiSK's own student half if ``logit_loss``. The guide receives the gradient of the scaffold and
+    the budget of eq. (5) with the student fixed, and **not** that of the feature term, which it would minimise by w =
+    0. With ``"uniform"``, or where w = 1, the student's gradient is that of the feature-matching method itself, bit for
+    bit.
 
     Args:
         disk: the loss that owns the guide.
-        student_logits: the prediction that inference will use (it may be the teacher's classifier on Psi f_S).
+        student_logits: the logits of inference, before softmax (they may be the teacher's classifier on Psi f_S).
         teacher_logits: before softmax.
         target: class indices or probabilities.
-        teacher_features: what the guide reads beside the logits, or None.
+        teacher_features: for a guide that reads them, else None.
         feature_error: squared distance per sample, a mean over its elements; half precision is upcast to float32.
         weight: which w, see ``feature_weights``.
         feature_weight: beta, >= 0.
-        logit_loss: add ce_weight CE + distill_weight L_dist of ``student_logits`` to the student's loss.
-        guide_logits: what ``disk.guide_logits`` gave, where that has to be called elsewhere (see ``DiSKLoss.terms``).
-        sample_weight: weight per sample or position, of all terms; means still divide by the count.
-        reduction: ``"mean"`` over the samples that are not ignored, or ``"none"``.
+        logit_loss: whether to add ce_weight CE + distill_weight L_dist of ``student_logits`` to the student's loss.
+        guide_logits: what ``disk.guide_logits`` returned, if that is called elsewhere (see ``DiSKLoss.terms``).
+        sample_weight: weight per sample or target, of all terms; means still divide by the number of targets.
+        reduction: ``"mean"`` over the non-ignored targets, or ``"none"``.
 
     Shape:
         logits (N, C) or (N, C, d1, ...); target (N, d1, ...) or the logits'; teacher_features (N, D) or
         (N, D, d1, ...); feature_error (N,) or (N, d1, ...).
+
+    Returns:
+        The loss, its halves and values to log, see ``GuidedTerms``.
 
     Raises:
         ValueError: an unknown ``weight``, shapes that do not fit, ``feature_weight`` < 0.

@@ -1,4 +1,4 @@
-"""What a launcher makes of methods: their settings as flags or keys, and methods of the user's own by an import."""
+"""For launchers: a method's settings as flags or keys, and import of the user's own methods."""
 
 import importlib
 import inspect
@@ -8,12 +8,12 @@ from typing import Any
 
 from .method import Method
 
-# what the parts of a run are called, in flags, keys and checkpoints
+# names of the parts of a run in flags, keys and checkpoints
 _RESERVED = {"disk", "distiller", "guide", "method", "none", "student", "teacher"}
 
 
 def settings_of(kind: type) -> dict[str, Any]:
-    """Return the default of each setting: the keyword-only arguments of ``__init__`` that a flag can hold."""
+    """Return settings and their defaults: the keyword-only arguments of ``__init__`` that a flag can hold."""
     parameters = inspect.signature(kind).parameters.values()
     return {
         each.name: each.default
@@ -23,7 +23,7 @@ def settings_of(kind: type) -> dict[str, Any]:
 
 
 def explained(kind: type[Method], setting: str) -> str:
-    """Return the first sentence of what the docstring's ``Args`` say of a setting, its name where they say nothing."""
+    """Return the first sentence about a setting in the docstring's ``Args``, or its name if there is none."""
     found = re.search(rf"^\s+{setting}: (.+?)(?=\n\s*\n|\n\s+\w+: |\Z)", inspect.getdoc(kind) or "", re.M | re.S)
     if not found:
         return setting.replace("_", " ")
@@ -31,24 +31,24 @@ def explained(kind: type[Method], setting: str) -> str:
 
 
 def import_methods(modules: Iterable[str], known: Mapping[str, type[Method]], *, flag: str) -> dict[str, type[Method]]:
-    """Import modules of the user's own and return the methods that they define, by the class's name in lower case.
+    """Import the user's own modules and return the methods that they define, by the class's name in lower case.
 
     A module may also add models or datasets to the host's tables, or define no method at all.
 
     Args:
         modules: dotted names.
-        known: methods that there are, whose names cannot be taken.
-        flag: how the user named the modules, for the messages.
+        known: existing methods, whose names cannot be taken.
+        flag: the flag that named the modules, for messages.
 
     Raises:
-        ImportError: a module cannot be found, or fails.
-        ValueError: a method has a known name.
+        ImportError: a module cannot be found, or raises.
+        ValueError: a method has the name of an existing one.
     """
     found: dict[str, type[Method]] = {}
     for name in modules:
         try:
             module = importlib.import_module(name)
-        except Exception as error:  # whatever the module raises is the user's to read
+        except Exception as error:  # the user's own module may raise anything
             raise ImportError(f"{flag} must name a module that can be imported, got {name}: {error}") from error
         for value in vars(module).values():
             own = inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__

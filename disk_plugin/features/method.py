@@ -1,4 +1,4 @@
-"""What a distillation method is: losses per sample from what two models show of a batch. One method, one file."""
+"""The base class of distillation methods: losses per sample from the outputs of two models. One method, one file."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -9,21 +9,27 @@ LAST_MAP = "last"  # name of the feature map before the global pooling
 
 
 class Outputs(NamedTuple):
-    """What a model shows of a batch; a host fills in what the method reads.
+    """A model's outputs for a batch, as far as a method reads them.
 
-    Of a student whose own head takes no part (``Method.own_prediction``) the logits may be None.
+    Attributes:
+        logits: (N, C) or (N, C, d1, ...); may be None for a student whose own head is unused (``own_prediction``).
+        features: (N, D), the input of the last Linear.
+        maps: feature maps (N, D, H, W) by name; ``"last"`` is the one before the pooling.
     """
 
-    logits: Tensor  # (N, C) or (N, C, d1, ...)
-    features: Tensor | None = None  # (N, D), what its last Linear reads
-    maps: Mapping[str, Tensor] = {}  # feature maps by name, (N, D, H, W); "last" is the one before the pooling
+    logits: Tensor
+    features: Tensor | None = None
+    maps: Mapping[str, Tensor] = {}
 
 
 class Pair(NamedTuple):
-    """What a method is built for: outputs of both models for a probe batch, and the teacher's way from map to logits.
+    """A student and a teacher for which a method is built.
 
-    ``teacher_head()`` returns a module from the teacher's last map to its logits, checked to reproduce them; it raises
-    ValueError, saying why, where there is none.
+    Attributes:
+        student: the student's outputs for a probe batch.
+        teacher: the teacher's.
+        teacher_head: returns a module from the teacher's last map to its logits, checked to reproduce them; raises
+            ValueError with the reason if there is none.
     """
 
     student: Outputs
@@ -32,18 +38,18 @@ class Pair(NamedTuple):
 
 
 class Method(nn.Module):
-    """A distillation loss per sample, which a host trains a student with, alone or weighted by DiSK's guide.
+    """A distillation loss per sample, used alone or weighted by DiSK's guide.
 
-    A subclass writes ``forward`` and, where it needs them, the class attributes below; its own parameters are trained
-    beside the student's. It reads ``Outputs`` and knows no host: each of them builds it by ``for_pair``, makes
-    its settings (the keyword-only arguments of ``__init__`` whose default is a number, a word or a bool) into flags or
-    keys of its configuration, and calls ``evaluate``. docs/write_a_method.md walks through one.
+    A subclass defines ``forward`` and, if needed, the class attributes below. Its own parameters are trained with the
+    student's. It reads ``Outputs`` and is independent of any host. A host builds it by ``for_pair``, turns its settings
+    (the keyword-only arguments of ``__init__`` whose default is a number, a string or a bool) into flags or
+    configuration keys, and calls ``evaluate``. docs/write_a_method.md walks through one.
 
     Attributes:
         reads: what it reads of both models beside their logits: ``"features"``, and names of ``Outputs.maps``.
-        unguided: names of losses that the guide does not weigh, as they are no sample's difficulty.
-        own_prediction: whether inference needs the method (``predict``), and not the student's own logits.
-        weight_name: what hosts call the weight of its losses.
+        unguided: names of losses that the guide does not weight, such as the cross-entropy.
+        own_prediction: whether inference needs the method (``predict``) instead of the student's own logits.
+        weight_name: name of the weight of its losses in hosts.
         shape_settings: names of settings on which the shapes of its parameters depend.
 
     Examples:
@@ -61,7 +67,7 @@ class Method(nn.Module):
 
     @classmethod
     def for_pair(cls, pair: Pair, **settings: Any) -> "Method":
-        """Build it for a pair of models.
+        """Build the method for a pair of models.
 
         Raises:
             ValueError: it cannot be used with this pair.
@@ -69,37 +75,37 @@ class Method(nn.Module):
         return cls(**settings)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Return losses per sample by name, (N,) or, of dense logits, (N, d1, ...)."""
+        """Return losses per sample by name, (N,), or (N, d1, ...) for dense logits."""
         raise NotImplementedError(f"{type(self).__name__} needs forward(student, teacher, target) -> losses by name")
 
     def predict(self, student: Outputs) -> Tensor:
-        """Return the logits of inference, where there is no teacher."""
+        """Return the logits of inference, without a teacher."""
         if student.logits is None:
             raise ValueError(f"{type(self).__name__} predicts by the student's logits, got None")
         return student.logits
 
     def evaluate(self, student: Outputs, teacher: Outputs, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return prediction and losses of a training batch; overridden where both share an expensive part."""
+        """Return prediction and losses of a training batch; override it if both share an expensive part."""
         return self.predict(student), self(student, teacher, target)
 
     def about(self) -> dict[str, Any]:
-        """Return what ``from_state`` needs beside the parameters: numbers and lists of them."""
+        """Return what ``from_state`` needs beside the ``state_dict``: numbers and lists of them."""
         return {}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> "Method":
-        """Rebuild it for inference, without the teacher, from its ``state_dict`` and what ``about`` said.
+        """Rebuild the method for inference, without the teacher, from its ``state_dict`` and the result of ``about``.
 
         Raises:
-            NotImplementedError: a method with a prediction of its own has to say how.
+            NotImplementedError: not overridden; a method with a prediction of its own has to.
         """
         raise NotImplementedError(f"{cls.__name__} has a prediction of its own and needs from_state(state, about)")
 
     def begin_epoch(self, epoch: int) -> None:
-        """Learn which epoch begins, counted from 0: for weights that warm up. A host calls it."""
+        """Begin an epoch, counted from 0, for weights that warm up; hosts call it."""
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return what an optimizer trains beside the student."""
+        """Return the parameters to train beside the student's."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
 
@@ -111,10 +117,10 @@ class PlainLoss(Method):
         self.loss = loss
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
-        """Call it."""
+        """Call the loss on the logits."""
         return {"loss": self.loss(student.logits, teacher.logits, target)}
 
 
 def to_outputs(given: Tensor | Outputs) -> Outputs:
-    """Take logits alone for outputs."""
+    """Wrap logits into ``Outputs``."""
     return given if isinstance(given, Outputs) else Outputs(given)

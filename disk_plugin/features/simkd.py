@@ -18,7 +18,12 @@ __all__ = ["SimKD", "SimKDOutput", "check_classifier", "pooled_classifier"]
 
 
 class SimKDOutput(NamedTuple):
-    """A batch's ``logits`` (N, C) by the reused classifier and ``feature_error`` (N,), mean square over a map."""
+    """Result for a batch.
+
+    Attributes:
+        logits: of the reused classifier, (N, C).
+        feature_error: mean square difference of the maps per sample, (N,).
+    """
 
     logits: Tensor
     feature_error: Tensor
@@ -27,17 +32,17 @@ class SimKDOutput(NamedTuple):
 class SimKD(Method):
     """SimKD's projector and reused classifier (Chen et al., CVPR 2022).
 
-    **This module has parameters**, its projector's: give ``trainable_parameters()`` to an optimizer. That projector
-    (1x1, 3x3 and 1x1 convolutions, BatchNorm, ReLU) turns the student's last feature map into one with the teacher's
-    channels; the loss is the mean square of its difference from the teacher's map; the teacher's own classifier reads
-    the projected map, at inference too: ``student -> projector -> classifier`` is the model. Where the maps differ in
-    size, the larger is average-pooled to the smaller, as in the authors' code.
+    **This module has parameters**, its projector's: give ``trainable_parameters()`` to an optimizer. The projector
+    (1x1, 3x3 and 1x1 convolutions, BatchNorm, ReLU) maps the student's last feature map to the teacher's channels. The
+    loss is the mean square of its difference from the teacher's map. The teacher's own classifier reads the projected
+    map, at inference too: ``student -> projector -> classifier`` is the model. If the maps differ in size, the larger
+    is average-pooled to the smaller, as in the authors' code.
 
     Args:
         student_channels: channels of the student's last map.
-        teacher_channels: channels of the teacher's.
+        teacher_channels: channels of the teacher's last map.
         classifier: the teacher's classifier, a module from a map (N, teacher_channels, H, W) to logits (N, C), such as
-            ``pooled_classifier(teacher.fc)``. Copied and frozen; it stays in evaluation mode.
+            ``pooled_classifier(teacher.fc)``. It is copied and frozen, and stays in evaluation mode.
         teacher_size: (H, W) of the teacher's map, to which a larger student map is pooled, at inference too.
         factor: the projector's inner width is ``teacher_channels // factor``.
 
@@ -45,7 +50,7 @@ class SimKD(Method):
         student_map (N, student_channels, H, W); teacher_map (N, teacher_channels, *teacher_size).
 
     Raises:
-        ValueError: sizes that are not positive, or ``factor`` above ``teacher_channels``; in ``forward`` maps of
+        ValueError: sizes that are not positive, or ``factor`` above ``teacher_channels``; in ``forward``, maps of
             another shape.
         TypeError: ``classifier`` is not a module.
 
@@ -94,11 +99,11 @@ class SimKD(Method):
             layers += [nn.BatchNorm2d(width_out), nn.ReLU(inplace=True)]
         self.projector = nn.Sequential(*layers)
         self.classifier = copy.deepcopy(classifier).eval().requires_grad_(False)
-        self.warned: set[str] = set()  # of what has been warned
+        self.warned: set[str] = set()  # kinds of warnings given
 
     @classmethod
     def for_pair(cls, pair: Pair, **settings: Any) -> "SimKD":
-        """Build it from the pair's last maps and the teacher's head.
+        """Build the method for the pair's last maps and the teacher's head.
 
         Raises:
             ValueError: a last map of another shape, or a teacher's head that does not read its map alone.
@@ -113,13 +118,13 @@ class SimKD(Method):
         return cls(*channels, pair.teacher_head(), teacher_size=size, **settings)
 
     def forward(self, student: Outputs | Tensor, teacher: Outputs | Tensor, target: Tensor | None = None) -> Any:
-        """Return the losses by name; of two maps alone what ``match`` returns. No label is used."""
+        """Return the losses by name, or, given two maps, what ``match`` returns. The target is not used."""
         if isinstance(student, Tensor) or isinstance(teacher, Tensor):
             return self.match(student, teacher)  # type: ignore[arg-type]
         return {"feature": self.match(student.maps[LAST_MAP], teacher.maps[LAST_MAP]).feature_error}
 
     def evaluate(self, student: Outputs, teacher: Outputs, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return prediction and losses, of one projection."""
+        """Return prediction and losses from one projection."""
         logits, error = self.match(student.maps[LAST_MAP], teacher.maps[LAST_MAP])
         return logits, {"feature": error}
 
@@ -131,17 +136,17 @@ class SimKD(Method):
         warn_if_swapped(self, student_map, teacher_map, ("student_map", "teacher_map"))
         projected = self.project(student_map)
         height, width = projected.shape[2:]
-        # in float32 at least, before the difference: it would be rounded, and a sum of squares overflows float16
+        # upcast before the difference, which would be rounded; a sum of squares overflows float16
         found, wanted = promote(projected, teacher_map.detach())
         wanted = adaptive_avg_pool2d(wanted, (height, width))
-        # a map that is not finite, of an ignored sample say, has error NaN, but no gradient: 0 times NaN would be NaN
+        # a map that is not finite, maybe of an ignored sample, has error NaN but no gradient: 0 times NaN would be NaN
         finite = wanted.flatten(1).isfinite().all(1)
         difference = found - torch.where(finite.view(-1, 1, 1, 1), wanted, found.detach())
         error = torch.where(finite, difference.square().flatten(1).mean(1), torch.nan)
         return SimKDOutput(self.classifier(projected), error)
 
     def project(self, student_map: Tensor) -> Tensor:
-        """Return the student's map in the teacher's channels, at the smaller of both sizes."""
+        """Return the student's map with the teacher's channels, at the smaller of both sizes."""
         if student_map.ndim != 4 or student_map.shape[1] != self.student_channels:
             raise ValueError(
                 f"student_map must have shape (N, {self.student_channels}, H, W), got {tuple(student_map.shape)}"
@@ -152,7 +157,7 @@ class SimKD(Method):
         return projected
 
     def predict(self, student: Outputs | Tensor) -> Tensor:
-        """Return the logits (N, C) of inference, where there is no teacher, from outputs or the map alone."""
+        """Return the logits (N, C) of inference, without a teacher, from outputs or the last map."""
         student_map = student if isinstance(student, Tensor) else student.maps[LAST_MAP]
         logits: Tensor = self.classifier(self.project(student_map))
         return logits
@@ -163,7 +168,7 @@ class SimKD(Method):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> "SimKD":
-        """Rebuild it from its state; the classifier must be one of ``pooled_classifier``."""
+        """Rebuild the method from its state; the classifier must be one of ``pooled_classifier``."""
         first, last = state["projector.0.weight"], state["projector.6.weight"]
         linear = next(name for name in state if name.startswith("classifier.") and name.endswith(".weight"))
         classes, width = state[linear].shape

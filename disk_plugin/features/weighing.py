@@ -1,4 +1,4 @@
-"""How losses per sample become one, weighted by the guide: Kag et al. (ICLR 2023), A.7, eq. (6)."""
+"""Losses per sample weighted by the guide and summed: Kag et al. (ICLR 2023), A.7, eq. (6)."""
 
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -15,21 +15,28 @@ FEATURE_WEIGHTS: tuple[str, ...] = ("one_minus_guide", "one_minus_discount", "gu
 
 
 class GuidedTerms(NamedTuple):
-    """What ``Guided`` and ``guided_feature_terms`` give: scalars, or (N, d1, ...) with ``reduction="none"``.
+    """Result of ``Guided`` and ``guided_feature_terms``: scalars, or (N, d1, ...) with ``reduction="none"``.
 
-    ``feature`` and ``logged_loss`` are detached. Of per-sample terms take ``mean()``, which divides by the samples that
-    count.
+    Reduce values per sample with ``mean()``, which divides by the number of non-ignored targets.
+
+    Attributes:
+        loss: student_loss + guide_loss.
+        student_loss: the method's weighted losses [+ DiSK's student half], guide detached.
+        guide_loss: distill_weight L_dist + multiplier (usage - budget)_+, student detached.
+        feature: w(g) times the method's loss, before its weight; detached; None without a method.
+        logged_loss: what to log: the student's loss with DiSK's logged_loss; detached, >= 0 if the method's losses are.
+        disk: DiSK's terms of the prediction.
     """
 
-    loss: Tensor  # student_loss + guide_loss
-    student_loss: Tensor  # the method's weighted losses [+ DiSK's student half], guide detached
-    guide_loss: Tensor  # distill_weight L_dist + multiplier (usage - budget)_+, student detached
-    feature: Tensor | None  # w(g) times the method's loss per sample, before its weight; None without a method
-    logged_loss: Tensor  # the student's loss with DiSK's logged_loss, >= 0 where the method's is: what to log
-    disk: DiSKTerms  # of the student's prediction
+    loss: Tensor
+    student_loss: Tensor
+    guide_loss: Tensor
+    feature: Tensor | None
+    logged_loss: Tensor
+    disk: DiSKTerms
 
     def mean(self) -> "GuidedTerms":
-        """Return what ``reduction="mean"`` gives: sums over the samples by the number of those that count."""
+        """Return the terms of ``reduction="mean"``: sums divided by the number of non-ignored targets, at least 1."""
         if not self.loss.ndim:
             return self
         disk = self.disk.mean()
@@ -42,23 +49,23 @@ class GuidedTerms(NamedTuple):
         )
 
 
-GuidedFeatureTerms = GuidedTerms  # its first name
+GuidedFeatureTerms = GuidedTerms  # its previous name
 
 
 def from_disk_terms(terms: DiSKTerms) -> GuidedTerms:
-    """Return DiSK's terms, with no method beside them, as terms of the one kind."""
+    """Return DiSK's terms, without a method, as ``GuidedTerms``."""
     return GuidedTerms(terms.loss, terms.student_loss, terms.guide_loss, None, terms.logged_loss, terms)
 
 
 def feature_weights(terms: DiSKTerms, weight: FeatureWeight) -> Tensor:
-    """Return w(g) per sample, detached, in [0, 1]; 0 where a sample is ignored.
+    """Return w(g) per sample, detached, in [0, 1]; 0 for ignored targets.
 
-    The paper writes w(g(x)) and reads g near 1 as "discount this sample", hence ``"one_minus_guide"``. As a trained g
-    is high on easy samples, ``"one_minus_discount"`` (the share of the teacher's pull that is left) and ``"guide"``
-    are there to compare; ``"uniform"`` is w = 1, the host method itself.
+    The paper writes w(g(x)) and reads g near 1 as "discount this sample", hence ``"one_minus_guide"``. A trained g is
+    high on easy samples, so ``"one_minus_discount"`` (the share of the teacher's pull that is left) and ``"guide"`` are
+    there to compare with. ``"uniform"`` is w = 1, the method itself.
 
     Args:
-        terms: of ``DiSKLoss.terms(..., reduction="none")``.
+        terms: result of ``DiSKLoss.terms(..., reduction="none")``.
         weight: one of ``FEATURE_WEIGHTS``.
 
     Raises:
@@ -75,7 +82,7 @@ def feature_weights(terms: DiSKTerms, weight: FeatureWeight) -> Tensor:
 
 
 class Weighing(NamedTuple):
-    """How losses become one."""
+    """The settings of eq. (6)."""
 
     weight: FeatureWeight
     method_weight: float

@@ -1,4 +1,4 @@
-"""The inputs of the guide's half of eq. (5) from teacher and student, as constants, and the guide's loss from them."""
+"""What the guide's half of eq. (5) needs from teacher and student, as constants, and the guide's loss from it."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from ..functional.scaffold import mask_and_size
 
 
 class GuideConstants(NamedTuple):
-    """Inputs of the guide's half of (5) from teacher and student, for M positions; detached."""
+    """What the guide's half of (5) needs from teacher and student, for M positions; detached."""
 
     target: Tensor  # t_k of the K scaffolded classes, (M, K); padded with 0
     log_student: Tensor  # log s_k of these, (M, K)
@@ -36,7 +36,7 @@ def guide_constants(
     settings: Settings,
     sample_weight: Tensor | None = None,
 ) -> GuideConstants:
-    """Evaluate the constants of M = N d1 ... positions, with the arguments of ``disk_terms``."""
+    """Return the constants of M = N d1 ... positions; arguments are those of ``disk_terms``."""
     temperature, top_k, variant = settings.temperature, settings.top_k, settings.variant
     s, t = promote(student_logits, teacher_logits)
     tau_s = to_dtype(settings.student_temperature, s.dtype)
@@ -51,7 +51,7 @@ def guide_constants(
     if mask is not None and top_k is not None:
         offset = offset - torch.where(mask, 0.0, target_t * log_s).sum(1)
         ids = mask.to(s.dtype).topk(min(top_k + variant.scaffold_label, s.shape[1]), 1).indices
-        inside = mask.gather(1, ids)  # one class short where the label is among the top-K
+        inside = mask.gather(1, ids)  # one class fewer if the label is among the top-K
         target_t, log_s = (torch.where(inside, value.gather(1, ids), 0.0) for value in (target_t, log_s))
     counted = t.argmax(1) if variant.budget_label == "teacher" else label
     return GuideConstants(

@@ -1,4 +1,4 @@
-"""Algorithm 1's guide passes on records of the student's passes."""
+"""Algorithm 1's guide passes on a record of the student's passes."""
 
 import math
 from collections.abc import Mapping
@@ -20,41 +20,44 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class GuideReplay:
     r"""Algorithm 1, Kag et al. (ICLR 2023), without its extra passes over the data.
 
-    Algorithm 1 trains the guide with the student fixed, in extra passes of teacher and student. The guide's objective,
+    Algorithm 1 trains the guide with the student fixed, in extra passes of teacher and student. The guide's objective
+    is, eq. (5):
 
     $$(1-\alpha)\,L_{dist}(s, g) + \lambda\,\Big(\tfrac1N\sum_i g_i CE_i - \delta\Big)_+$$
 
-    needs only the guide's input, t_k and log s_k on the scaffolded classes and the budget's CE. These are recorded
-    while the student trains; ``train_guide`` makes the guide's passes on the record, without teacher, student or
-    images. For a fixed student, value and gradient are those of ``disk.terms(...).guide_loss``; a student in training
-    has changed slightly since recording. Temperatures are those at recording, ``multiplier`` and ``budget`` those in
-    ``train_guide``: call ``dual.step()`` before it, as Algorithm 1's guide trains under the multiplier of the student's
-    passes that follow.
+    It needs only the guide's input, t_k and log s_k of the classes that receive g, and the budget's CE. These are
+    recorded while the student trains. ``train_guide`` then makes the guide's passes on the record, without teacher,
+    student or images. For a fixed student, value and gradient are those of ``disk.terms(...).guide_loss``; a student in
+    training has changed slightly since recording. Temperatures are those at recording, ``multiplier`` and ``budget``
+    those in ``train_guide``: call ``dual.step()`` before it, as the guide of Algorithm 1 trains under the multiplier of
+    the student's passes that follow.
 
-    A position takes ``itemsize * (L + D + 2 K) + 17`` bytes (33 for float64): L = C if the guide reads
+    **Memory.** A sample takes ``itemsize * (L + D + 2 K) + 17`` bytes (33 for float64): L = C if the guide reads
     logits, else 0; D its features; K = ``top_k`` (one more in the official variants), or C. 100 classes with 256
     features take 2,241 bytes, 112 MB for 50,000 samples, half of it in float16. With many classes use ``top_k`` and
-    ``GuideHead(use_logits=False)``: 1,000 classes, 2,048 features and ``top_k=20`` take 4,193 bytes in float16.
+    ``GuideHead(use_logits=False)``: 1,000 classes, 2,048 features and ``top_k=20`` take 4,193 bytes in float16. With
+    dense logits, read pixels for samples here.
 
-    Ignored positions and those that are not finite are left out, which synchronizes with the device once per batch.
-    Each rank records its own positions; gradients are averaged over ranks, which make the same number of steps: start
-    from the same guide on all (``disk_plugin.distributed.attach``) and record something on each. A fitted student
-    temperature is averaged in each ``student_loss``, which all ranks must then call equally often. A guide with
-    BatchNorm needs two positions per step and rank.
+    Ignored targets and samples that are not finite are left out, which synchronizes with the device once per batch.
+
+    **Several ranks.** Each records its own samples. Gradients are averaged over ranks, which make the same number of
+    steps: start from the same guide on all (``disk_plugin.distributed.attach``) and record something on each. A fitted
+    student temperature is averaged in each ``student_loss``, which all ranks must then call equally often. A guide with
+    BatchNorm needs two samples per step and rank.
 
     Args:
         disk: the loss that owns the guide, unwrapped.
         optimizer: of the guide's parameters only; the student's optimizer must not hold them.
-        capacity: positions held, >= 1; beyond it a uniform sample, see ``disk_plugin.replay.Reservoir``.
-        batch_size: positions in a step of the guide, >= 1, over which the hinge is. A pass is split evenly, so that
-            its last batch is no smaller than the others.
-        dtype: storage type, float16, bfloat16, float32 or float64; half precision is upcast to float32.
-        seed: of the order of the passes and the choice of positions; the global generator is not used.
+        capacity: samples held, >= 1; of more, a uniform sample is kept, see ``disk_plugin.replay.Reservoir``.
+        batch_size: samples in a step of the guide, >= 1; the hinge is over these. A pass is split evenly, so that its
+            last batch is no smaller than the others.
+        dtype: storage type, float16, bfloat16, float32 or float64; half precision is upcast to float32 when read.
+        seed: of the order of the passes and the choice of samples; the global generator is not used.
         process_group: the ranks that train one guide; None for all.
 
     Raises:
-        ValueError: values out of range, an optimizer of parameters other than the guide's.
-        TypeError: ``disk`` is not a ``DiSKLoss``, values of another type.
+        ValueError: values out of range; an optimizer of parameters other than the guide's.
+        TypeError: ``disk`` is not a ``DiSKLoss``; values of another type.
 
     Examples:
         >>> import torch
@@ -104,7 +107,8 @@ class GuideReplay:
     ) -> Tensor:
         """Record the batch and return ``disk.terms(...).student_loss``, which has no gradient for the guide.
 
-        The guide is evaluated in its evaluation mode. With ``disk.eval()`` nothing is recorded.
+        Arguments and shapes are those of ``disk.terms``. The guide runs in evaluation mode. After ``disk.eval()``
+        nothing is recorded.
         """
         with torch.no_grad(), in_mode(self.disk.guide, training=False):
             guide_logits = self.disk.guide_logits(teacher_logits, teacher_features, target=target)
@@ -125,10 +129,10 @@ class GuideReplay:
         *,
         sample_weight: Tensor | None = None,
     ) -> None:
-        """Record a batch whose loss is evaluated elsewhere; arguments and shapes as in ``disk.terms``.
+        """Record a batch whose loss is evaluated elsewhere; arguments and shapes are those of ``disk.terms``.
 
-        Positions of dense logits are recorded individually, so the guide has to treat them independently, as
-        ``GuideHead`` does. With logits (N, C), features may have any shape (N, ...).
+        Pixels of dense logits are recorded individually, so the guide has to treat them independently, as ``GuideHead``
+        does. With logits (N, C), features may have any shape (N, ...).
         """
         rows = get_rows(self.disk, student_logits, teacher_logits, target, teacher_features, sample_weight, self.dtype)
         self._record.add(rows)
@@ -137,11 +141,11 @@ class GuideReplay:
     def train_guide(self, passes: int = 3, *, clear: bool = True) -> list[float]:
         """Train the guide on the record, reshuffled for each pass; return each pass's mean loss.
 
-        The guide is in training mode meanwhile. Its learning rate is the optimizer's: use a scheduler.
+        The guide is in training mode during these passes. Its learning rate is the optimizer's: use a scheduler.
 
         Args:
-            passes: over the record, >= 1 (paper: 3).
-            clear: clear the record afterwards.
+            passes: number of passes over the record, >= 1 (paper: 3).
+            clear: whether to clear the record afterwards.
 
         Raises:
             RuntimeError: nothing is recorded.
@@ -163,7 +167,7 @@ class GuideReplay:
         return means
 
     def guide_loss(self, index: Tensor) -> Tensor:
-        """Return the guide's loss over the recorded positions ``index`` (B,), int64, with the guide's gradient."""
+        """Return the guide's loss, a scalar with its gradient, of the recorded samples ``index``, int64 (B,)."""
         return get_loss(self.disk, self._record.rows(index))
 
     def clear(self) -> None:
@@ -172,7 +176,7 @@ class GuideReplay:
 
     @property
     def bytes_per_sample(self) -> int:
-        """Bytes per recorded position.
+        """Bytes per recorded sample.
 
         Raises:
             RuntimeError: nothing is recorded yet, so the widths are unknown.
@@ -202,7 +206,7 @@ class GuideReplay:
         return mean_over_processes(value, self.process_group)
 
     def _steps(self) -> int:
-        """Return the steps of a pass: those of the mean record length, as every rank has to make the same number."""
+        """Return the steps of a pass, by the mean record length, as every rank has to make the same number."""
         device = next(self.disk.guide.parameters()).device
         mean = self._mean(torch.tensor(float(len(self)), device=device)).item()
         if not mean:
@@ -222,7 +226,7 @@ class GuideReplay:
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, guide: nn.Module) -> None:
-    """Raise ValueError if it holds other parameters or lacks trainable ones of the guide."""
+    """Raise ValueError if the optimizer holds other parameters or lacks trainable ones of the guide."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}

@@ -28,7 +28,7 @@ def get_rows(
 ) -> dict[str, Tensor]:
     """Return a row per valid, finite position, by column; synchronizes with the device to count them.
 
-    A batch that overflowed has a NaN loss, and a GradScaler skips it; kept, it would make the guide NaN for good.
+    A batch that overflowed has a NaN loss, which a GradScaler skips; in the record it would turn the guide into NaN.
     """
     _checks.logits(student_logits, teacher_logits)
     with without_autocast(student_logits):
@@ -44,7 +44,7 @@ def get_rows(
 
 
 def get_loss(disk: DiSKLoss, rows: dict[str, Tensor]) -> Tensor:
-    """Return ``disk.terms(...).guide_loss`` of the rows' positions, with the current settings."""
+    """Return ``disk.terms(...).guide_loss`` of these rows, with the current settings."""
     dtype = torch.promote_types(rows["offset"].dtype, torch.float32)
     values = {name: value if name == "wrong" else value.to(dtype) for name, value in rows.items()}
     features = values.pop("teacher_features", None)
@@ -85,5 +85,5 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         return value
     dtype = dtype if name in _WIDE else torch.promote_types(dtype, torch.float32)
     largest = torch.finfo(dtype).max
-    # clamped in a dtype that holds both ranges: the input's may be narrower than the bound
+    # clamped in a dtype that holds both ranges, as the input's may be narrower than the bound
     return value.to(torch.promote_types(value.dtype, dtype)).clamp(-largest, largest).to(dtype)

@@ -10,12 +10,12 @@ Rows = Mapping[str, Tensor]  # columns by name, (rows, ...) each, of one length
 
 
 class Reservoir:
-    """Algorithm R (Vitter, 1985): every row added so far is held with equal probability, at most ``capacity`` of them.
+    """Algorithm R (Vitter, 1985): holds at most ``capacity`` rows, each row added so far with equal probability.
 
     Up to the capacity all are held, in the order added. Memory is allocated with the first batch, on its device.
 
     Args:
-        capacity: rows to hold, >= 1.
+        capacity: number of rows to hold, >= 1.
         generator: on the CPU; used only once more rows were added than are held.
     """
 
@@ -47,7 +47,7 @@ class Reservoir:
             self._columns[name][slots.to(value.device)] = value[arrivals.to(value.device)]
 
     def rows(self, index: Tensor) -> dict[str, Tensor]:
-        """Return the held rows at positions ``index``, < ``len``."""
+        """Return the held rows ``index``, int64 (B,), each below ``len(self)``."""
         return {name: column[index.to(column.device)] for name, column in self._columns.items()}
 
     def clear(self) -> None:
@@ -65,7 +65,7 @@ class Reservoir:
         return {"seen": self.seen, "rows": held}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Restore the rows of another reservoir, on a device.
+        """Restore the rows of another reservoir on ``device``.
 
         Raises:
             RuntimeError: its capacity differs.
@@ -87,7 +87,7 @@ class Reservoir:
         slots = torch.where(number < self.capacity, number, drawn)
         arrivals = (slots < self.capacity).nonzero().squeeze(1)
         slots, which = torch.unique(slots[arrivals], return_inverse=True)
-        # of several rows for one slot the last is kept, as if they had been added one by one
+        # if several rows fall on one slot, the last is kept, as if they had been added one by one
         return torch.zeros_like(slots).scatter_reduce(0, which, arrivals, "amax"), slots
 
 

@@ -1,9 +1,9 @@
-"""A teacher's classifier as a module from its last feature map to its logits, and a check of that."""
+"""A teacher's classifier as a module from its last feature map to its logits, and a check of it."""
 
 import torch
 from torch import Tensor, nn
 
-# a wrong map or classifier differs by the logits' own size; pooling in another order by rounding
+# a wrong map or classifier differs by the size of the logits, another order of pooling by rounding
 _RELATIVE_TOLERANCE = 1e-3
 
 
@@ -14,7 +14,7 @@ def pooled_classifier(linear: nn.Module) -> nn.Sequential:
 
 @torch.no_grad()
 def check_classifier(classifier: nn.Module, teacher_map: Tensor, teacher_logits: Tensor) -> None:
-    """Raise ValueError, saying why, unless ``classifier(teacher_map)`` reproduces the teacher's logits.
+    """Raise ValueError unless ``classifier(teacher_map)`` reproduces the teacher's logits.
 
     The comparison is relative to the logits' size, as deep networks amplify rounding. Check trained weights on an input
     that is not constant: a BatchNorm between map and classifier is not detected at its initial values.
@@ -23,6 +23,9 @@ def check_classifier(classifier: nn.Module, teacher_map: Tensor, teacher_logits:
         classifier: a module from a feature map to logits.
         teacher_map: (N, D, H, W), the classifier's input.
         teacher_logits: (N, C), the teacher's logits for the same images.
+
+    Raises:
+        ValueError: it does not; the message says why.
     """
     if teacher_map.ndim != 4:
         raise ValueError(f"teacher_map must have shape (N, D, H, W), got {tuple(teacher_map.shape)}")

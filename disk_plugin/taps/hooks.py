@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 _SHOWN = 5  # layers named in an error
-_RELATIVE_TOLERANCE = 1e-2  # a wrong layer differs by its whole size, more than half precision or post-scaling noise
+_RELATIVE_TOLERANCE = 1e-2  # a wrong layer differs by the size of the logits, half precision by less
 
 
 class FeatureTap(nn.Module):
-    """A classifier that also returns the input of its last Linear: see ``with_features``.
+    """A classifier that also returns the input of its last Linear; made by ``with_features``.
 
     Attributes:
         feature_dim: D, the width of the features.
@@ -32,9 +32,8 @@ class FeatureTap(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Call the model; return its logits and the tapped layer's input."""
-        # looked up per call and stored on the layer itself: DataParallel replicas and copies of the model have their
-        # own; stored during this call only, so that no graph is kept alive and a direct call of the model stores
-        # nothing
+        # Looked up per call and stored on the layer itself, as DataParallel replicas and copies have their own. Stored
+        # during this call only, so that no graph is kept alive and a direct call of the model stores nothing.
         if self._watch_mode and self.model.training and not torch.is_grad_enabled():
             self._warn_of_mode()
         tapped = self.model.get_submodule(self.layer)
@@ -66,7 +65,7 @@ class FeatureTap(nn.Module):
         )
 
     def _check(self, logits: Tensor, features: Tensor, output: Any) -> bool:
-        """Validate, on the first informative batch, the features' shape and that a layer chosen by us yields logits."""
+        """Validate, on the first informative batch, the features' shape and that an unnamed layer yields the logits."""
         if features.ndim < 2 or features.shape[0] != logits.shape[0] or self.feature_dim not in features.shape[1:]:
             raise RuntimeError(
                 f"layer {self.layer!r} reads a tensor of shape {tuple(features.shape)}, expected "
@@ -87,24 +86,28 @@ def with_features(model: nn.Module, layer: str | None = None) -> FeatureTap:
     """Return a module x -> (logits, features), where features are the input of the model's last Linear layer.
 
     The model's code does not change: the layer gets two forward hooks. The model's output may be a Tensor, a tuple or
-    list whose first element is the logits, a dict with ``"logits"`` or ``"out"``, or an object with ``.logits``. A
-    wrong last layer raises on the first batch, as its output is compared with the logits; a named one only has to be
-    called. Gradients and train/eval mode are the caller's. It warns once if a model wrapped in evaluation mode runs in
-    training mode without gradients, as a teacher does after its parent's ``train()``.
+    list whose first element is the logits, a dict with ``"logits"`` or ``"out"``, or an object with ``.logits``.
+
+    On the first batch the last Linear's output is compared with the logits, and raises if it differs; a named layer
+    only has to be called. Gradients and train/eval mode are the caller's. It warns once if a model wrapped in
+    evaluation mode runs in training mode without gradients, as a teacher does after its parent's ``train()``.
 
     Args:
         model: any classifier.
-        layer: dotted name of the layer whose input is the features; None for the last ``nn.Linear``. An input (N, D,
-            d1, ...) gives dense features, or (N, D) if it holds one position and the logits are (N, C).
+        layer: dotted name of the layer whose input is the features; None for the last ``nn.Linear``.
+
+    Shape:
+        Returns logits (N, C) or (N, C, d1, ...) and features (N, D) or, if the layer reads them, (N, D, d1, ...).
+        Features (N, D, 1, 1), before a 1x1 convolution, become (N, D) beside logits (N, C).
 
     Returns:
         A module with ``feature_dim`` (for ``GuideHead(num_classes, feature_dim)``), ``layer`` and ``model``.
 
     Raises:
-        ValueError: the model has no Linear layer, or none of that name.
-        TypeError: ``model`` is not a module; the named layer has no input width; in ``forward`` an output of another
+        ValueError: the model has no Linear layer, or none of that name; the message names candidates.
+        TypeError: ``model`` is not a module; the named layer has no input width; in ``forward``, an output of another
             kind.
-        RuntimeError: in ``forward``, the layer is not called or does not make the logits.
+        RuntimeError: in ``forward``, the layer is not called or does not make the logits; the message names candidates.
 
     Examples:
         >>> import torch
@@ -171,7 +174,7 @@ def _keep_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Return the dotted names of a model's Linear layers, in their order."""
+    """Return the dotted names of a model's Linear layers, in the order of ``named_modules``."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
@@ -199,7 +202,7 @@ def _input_width(module: nn.Module) -> int | None:
 
 
 def _same(output: Any, logits: Tensor) -> bool:
-    """Whether a layer's output equals the logits, up to half precision."""
+    """Whether a layer's output equals the logits, up to half precision's rounding."""
     if not isinstance(output, Tensor) or output.numel() != logits.numel():
         return False
     difference = (output.detach().reshape(logits.shape).float() - logits.detach().float()).norm()

@@ -1,4 +1,4 @@
-"""Models with timm's ``forward_features`` and ``forward_head``: their last feature map, and the head that reads it.
+"""The last feature map of models with timm's ``forward_features`` and ``forward_head``, and the head that reads it.
 
 timm is not imported: a model only has to have the two methods.
 """
@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 
 class Layout(NamedTuple):
-    """The layout of ``forward_features``' output; ``prefix`` is the number of class and register tokens."""
+    """The layout of ``forward_features``' output.
+
+    Attributes:
+        order: of its dimensions.
+        prefix: number of class and register tokens, with ``"NLC"``.
+    """
 
     order: Literal["NCHW", "NHWC", "NLC"]
     prefix: int
@@ -32,7 +37,7 @@ class Layout(NamedTuple):
         return cls("NHWC" if str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC") else "NCHW", 0)
 
     def to_map(self, features: Tensor) -> Tensor:
-        """Return (N, C, H, W); class and register tokens are dropped."""
+        """Return a map (N, C, H, W) without class and register tokens."""
         if self.order == "NCHW":
             return features
         if self.order == "NHWC":
@@ -44,7 +49,7 @@ class Layout(NamedTuple):
         return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], side, side)
 
     def from_map(self, feature_map: Tensor) -> Tensor:
-        """Return the input of the model's ``forward_head``; class and register tokens are 0."""
+        """Return the input of the model's ``forward_head`` for a map; class and register tokens are 0."""
         if self.order == "NCHW":
             return feature_map
         if self.order == "NHWC":

@@ -1,4 +1,4 @@
-"""An epoch of guided training, the same for every host: passes, schedule, record, report, state. A host is one file."""
+"""An epoch of guided training, the same for every host: passes, schedule, record, report, state."""
 
 from .guide_passes import GuidePasses, guide_pass, repeated
 from .guided_training import GuidedTraining

@@ -1,4 +1,4 @@
-"""Algorithm 1's guide passes, the only place where they are made: over the data, or on the record of the student's."""
+"""Algorithm 1's guide passes, over the data or on a record of the student's passes."""
 
 import random
 import sys
@@ -15,24 +15,24 @@ from ..loss import DiSKLoss
 from ..replay import GuideReplay
 from .recipe import Recipe
 
-Passes = Callable[[int], Iterable[Iterable[Any]]]  # how many -> the batches of each
+Passes = Callable[[int], Iterable[Iterable[Any]]]  # number of passes -> the batches of each
 
 
 class GuidePasses:
-    """The guide's half of Algorithm 1, Kag et al. (ICLR 2023), with the student held fixed.
+    """The guide's half of Algorithm 1, Kag et al. (ICLR 2023), with the student fixed.
 
-    The guide stays outside DistributedDataParallel, which wants every gradient in every step: its parameters are
-    broadcast once (``broadcast``) and its gradients averaged here.
+    The guide stays outside DistributedDataParallel, which needs every gradient in every step: its parameters are
+    broadcast once (``broadcast``) and its gradients are averaged here.
 
     Args:
         disk: the loss that owns the guide.
-        recipe: how often.
+        recipe: numbers of passes, and whether they are on a record.
         optimizer: of the guide's parameters, and no others.
-        rate: the guide's learning rate in an epoch of the host, counted from 0; None to leave the optimizer's.
-        seed: of the record's order and choice.
+        rate: epoch of the host, counted from 0 -> the guide's learning rate; None to leave the optimizer's.
+        seed: of the record's order and choice of samples.
 
     Attributes:
-        passes: over the data so far.
+        passes: number of passes over the data so far.
         replay: the record, or None.
     """
 
@@ -53,15 +53,15 @@ class GuidePasses:
             )
 
     def run(self, epoch: int, passes: Passes, guide_loss: Callable[[Any], Tensor], *, fresh: bool | None = None) -> int:
-        """Make what is due before an epoch of the host, counted from 0; return how many passes over the data.
+        """Make the guide passes that are due before an epoch of the host; return their number over the data.
 
         Args:
-            epoch: the host's.
-            passes: gives the batches of so many passes, see ``repeated``.
-            guide_loss: evaluates ``terms.guide_loss`` of a batch, nothing of the student being trained.
-            fresh: whether none was made yet; None to tell by the passes counted here.
+            epoch: of the host, counted from 0.
+            passes: number of passes -> the batches of each, see ``repeated``.
+            guide_loss: batch -> ``terms.guide_loss``, without a gradient for the student.
+            fresh: whether no pass was made before; None to decide by ``self.passes``.
         """
-        self.run_replay(epoch)  # what an epoch recorded whose rest the host skips
+        self.run_replay(epoch)  # recorded in an epoch that was interrupted, whose rest the host skips
         due = self.recipe.due(epoch, fresh=not self.passes if fresh is None else fresh)
         if not due:
             return 0
@@ -73,10 +73,10 @@ class GuidePasses:
         self.optimizer.zero_grad()
         with torch.no_grad():
             for buffer in self.disk.guide.buffers():
-                if buffer.is_floating_point():  # BatchNorm's statistics, of which each process has seen its share
+                if buffer.is_floating_point():  # BatchNorm's statistics, which differ between ranks
                     buffer.copy_(mean_over_processes(buffer))
         self.disk.guide.eval()
-        self.disk.reset_statistics()  # the statistics that judge the iteration are those of the student's passes
+        self.disk.reset_statistics()  # the scheduler is to see the statistics of the student's passes
         return due
 
     def record(
@@ -89,38 +89,38 @@ class GuidePasses:
         *,
         sample_weight: Tensor | None = None,
     ) -> None:
-        """Record a batch of the last of the student's passes before the guide's, where those run on a record."""
+        """Record a batch, if the guide's passes run on a record and this is the last student pass before them."""
         if self.replay is not None and self.recipe.ends_iteration(epoch):
             inputs = student_logits, teacher_logits, target, teacher_features
             self.replay.record(*inputs, sample_weight=sample_weight)
 
     def run_replay(self, epoch: int) -> None:
-        """Make the guide's passes before the host's epoch on what is recorded, if anything is."""
+        """Make the guide's passes on the record, before an epoch of the host; does nothing if it is empty."""
         if self.replay is not None and len(self.replay):
             self.set_rate(epoch)
             self.replay.train_guide(self.recipe.guide_passes)
 
     def set_rate(self, epoch: int) -> None:
-        """Bring the guide's learning rate to an epoch of the host, counted from 0."""
+        """Set the guide's learning rate for an epoch of the host, counted from 0."""
         if self.rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(epoch)
 
     @torch.no_grad()
     def broadcast(self) -> None:
-        """Start every process from the first one's guide; nothing without a process group."""
+        """Broadcast the guide from rank 0; does nothing without a process group."""
         if not (dist.is_available() and dist.is_initialized()):
             return
         for tensor in self.disk.guide.state_dict().values():
             dist.broadcast(tensor, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state, how many passes over the data there were, and what a replay has beside it."""
+        """Return the optimizer's state, the number of passes over the data, and the record's state."""
         replay = {} if self.replay is None else self.replay.state_dict()
         return {**replay, "optimizer": self.optimizer.state_dict(), "passes": self.passes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them up again; rates and decays stay those given here.
+        """Load the state; learning rates, decays and the other settings stay those of this optimizer.
 
         Raises:
             RuntimeError: the state of another kind of optimizer.
@@ -135,7 +135,7 @@ class GuidePasses:
                 )
         if self.replay is not None and "generator" in state:
             self.replay.load_state_dict({name: value for name, value in state.items() if name != "passes"})
-        else:  # of a run without one: it begins here
+        else:  # of a run without a record, which begins here
             self.optimizer.load_state_dict(loaded)
         for group, settings in zip(self.optimizer.param_groups, kept, strict=True):
             group.update(settings)
@@ -143,7 +143,7 @@ class GuidePasses:
 
 
 def guide_pass(optimizer: torch.optim.Optimizer, batches: Iterable[Any], guide_loss: Callable[[Any], Tensor]) -> None:
-    """Pass over batches once, a step of the guide's optimizer for each, on the mean gradient of all processes."""
+    """Make one step of the guide's optimizer per batch, on the mean gradient over ranks."""
     for batch in batches:
         loss = guide_loss(batch)
         optimizer.zero_grad()
@@ -153,7 +153,7 @@ def guide_pass(optimizer: torch.optim.Optimizer, batches: Iterable[Any], guide_l
 
 
 def repeated(loader: Iterable[Any]) -> Passes:
-    """Pass over a loader as often as asked; afterwards the process's random numbers are put back.
+    """Return a function that yields a loader as often as asked, and then restores the state of all random generators.
 
     So the student sees its samples in the order of a run without guide passes.
     """
@@ -168,10 +168,10 @@ def repeated(loader: Iterable[Any]) -> Passes:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Leave the generators of Python, NumPy and torch afterwards as they were."""
-    python, numpy = random.getstate(), sys.modules.get("numpy")  # which a loader draws from only if it is loaded
+    """Restore the generators of Python, NumPy and torch on exit."""
+    python, numpy = random.getstate(), sys.modules.get("numpy")  # used by a loader only if it is imported
     array = None if numpy is None else numpy.random.get_state()
-    # on a GPU a loader may erase random parts of the images there
+    # a loader may draw on the GPU too, for random erasing
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(devices=devices):

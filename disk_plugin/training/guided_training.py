@@ -1,4 +1,4 @@
-"""One run of guided training as a host drives it: losses, guide passes, the end of an epoch, the state."""
+"""A run of guided training, driven by a host: losses, guide passes, ends of epochs, state."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -22,20 +22,20 @@ Shown = tuple[Tensor | Outputs, Tensor | Outputs, Tensor]  # student's and teach
 class GuidedTraining:
     """What every host of a guided method does in an epoch: eq. (5) jointly, or Algorithm 1 of Kag et al. (ICLR 2023).
 
-    Joint: the host's one optimizer trains student, method and guide. With a ``recipe`` the guide has the optimizer that
-    is given here, and the host's trains student and method. A host brings batches and models' outputs, and keeps what
-    is its own: wrapping for several devices, clipping, averaging, files.
+    Jointly, the host's optimizer trains student, method and guide. With a ``recipe``, the guide has its own optimizer,
+    given here, and the host's trains student and method. The host provides batches and the models' outputs, and keeps
+    what is its own: wrapping for several devices, clipping, averaging, files.
 
     Args:
         guided: method and guide, see ``disk_plugin.features.Guided``.
-        epochs: of the host, over which the schedules run; None for constants.
-        recipe: of the alternation; None to train guide and student together.
-        guide_optimizer: of the guide's parameters and no others, with a recipe.
-        guide_rate: the guide's learning rate in an epoch counted from 0; None to leave the optimizer's.
+        epochs: number of epochs of the host, over which the schedules run; None for constants.
+        recipe: of Algorithm 1's alternation; None to train guide and student jointly.
+        guide_optimizer: with a recipe, the optimizer of the guide's parameters and no others.
+        guide_rate: epoch, counted from 0 -> the guide's learning rate; None to leave the optimizer's.
         dual: keywords of ``DualScheduler``.
-        schedule: instead of ``epochs`` and ``dual``.
-        report: collects an epoch's means.
-        seed: of a record's order.
+        schedule: given instead of ``epochs`` and ``dual``.
+        report: makes the object that collects an epoch's means.
+        seed: of the record's order and choice of samples.
 
     Raises:
         ValueError: a recipe without an optimizer, or the reverse; a schedule beside ``epochs`` or ``dual``.
@@ -84,7 +84,7 @@ class GuidedTraining:
 
     @property
     def joint(self) -> bool:
-        """Whether guide and student are trained together."""
+        """Whether guide and student are trained by one optimizer, without a recipe."""
         return self.guide_passes is None
 
     def loss(
@@ -95,7 +95,7 @@ class GuidedTraining:
         *,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """Return what the host's optimizer descends; logits alone will do for a method that reads nothing else."""
+        """Return the loss for the host's optimizer; logits are enough for a method that reads nothing else."""
         evaluated = self.guided.evaluate(to_outputs(student), to_outputs(teacher), target)
         return self.descended(self.terms(*evaluated, sample_weight=sample_weight).mean())
 
@@ -109,11 +109,12 @@ class GuidedTraining:
         guide_logits: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> GuidedTerms:
-        """Weigh the method's losses per sample and count them; record the batch where that is due.
+        """Weight the method's losses per sample; report them, and record the batch if that is due.
 
-        For a host that evaluates the method, or the guide, inside a module of its own.
+        For a host that evaluates the method, or the guide, inside a module of its own. Arguments are those of
+        ``Guided.weigh``.
         """
-        if guide_logits is None and not self.joint:  # as it is used, not as it is trained
+        if guide_logits is None and not self.joint:  # without gradient, as its own passes train it
             with torch.no_grad():
                 guide_logits = self.disk.guide_logits(teacher.logits, self.guided.features_of(teacher), target=target)
         terms = self.guided.weigh(
@@ -128,11 +129,11 @@ class GuidedTraining:
         return terms
 
     def descended(self, means: GuidedTerms) -> Tensor:
-        """Return which of the terms' means the host's optimizer descends."""
+        """Return the loss for the host's optimizer out of the terms' means."""
         return means.loss if self.joint else means.student_loss
 
     def begin_epoch(self, epoch: int) -> None:
-        """Bring schedule, method and report to an epoch counted from 0, wherever a resumed run starts."""
+        """Set schedule, method and report to an epoch, counted from 0; a resumed run may start at any."""
         self.report = self._new_report()
         self.schedule.begin(epoch)
         if self.guided.method is not None:
@@ -141,11 +142,11 @@ class GuidedTraining:
             self.disk.guide.eval()
 
     def run_guide_passes(self, loader: Iterable[Any], show: Callable[[Any], Shown]) -> int:
-        """Make Algorithm 1's guide passes before this epoch; return how many over the data there were.
+        """Make Algorithm 1's guide passes before this epoch; return their number over the data.
 
         Args:
-            loader: the training data's.
-            show: a batch -> student's and teacher's outputs and target; the student in evaluation mode.
+            loader: of the training data.
+            show: batch -> (student's outputs, teacher's outputs, target), with the student in evaluation mode.
         """
         if self.guide_passes is None:
             return 0
@@ -163,7 +164,7 @@ class GuidedTraining:
             return self.guide_passes.run(self.schedule.epoch, repeated(loader), guide_loss)
 
     def end_epoch(self) -> dict[str, float]:
-        """Step the schedule; return what was in force and the means over the samples of all processes."""
+        """Step the schedule; return the epoch's multiplier, budget, target, and means over the samples of all ranks."""
         means = {"multiplier": float(self.disk.multiplier), "budget": float(self.disk.budget)}
         if self.disk.level is not None:
             means["discount_target"] = float(self.disk.level.target)
@@ -176,18 +177,18 @@ class GuidedTraining:
         return means
 
     def restart_report(self) -> None:
-        """Forget what the report has collected."""
+        """Discard what the report has collected."""
         self.report = self._new_report()
 
     def share_between_processes(self) -> None:
-        """Give all processes one hinge and, of Algorithm 1, the first one's guide, whose gradients are averaged."""
+        """Share the hinge between ranks and, for Algorithm 1, broadcast rank 0's guide."""
         self.disk.reduce_mean = mean_over_processes
         if self.guide_passes is not None:
             self.guide_passes.broadcast()
 
     @property
     def stateful(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the student, by name: the schedule after the loss, into which it writes."""
+        """What a checkpoint holds beside the student, by name; the schedule after the loss, into which it writes."""
         parts: dict[str, Any] = {"disk": self.disk, "method": self.guided.method}
         parts |= {"dual": self.schedule.dual, "guide_passes": self.guide_passes}
         return {name: part for name, part in parts.items() if part is not None}
@@ -197,10 +198,10 @@ class GuidedTraining:
         return {name: part.state_dict() for name, part in self.stateful.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it up.
+        """Load the state of each part.
 
         Raises:
-            RuntimeError: a state with other parts: of another mode or method, or without a schedule.
+            RuntimeError: a state with other parts, as of another mode or method, or without a schedule.
         """
         check_parts(state, self.stateful)
         for name, part in self.stateful.items():

@@ -13,22 +13,30 @@ _REPLAY = inspect.signature(GuideReplay).parameters
 
 @dataclass(frozen=True)
 class Recipe:
-    """How guide and student passes alternate; defaults are the paper's.
+    """How guide and student passes alternate in Algorithm 1; defaults are the paper's (A.5).
 
-    An outer iteration is ``guide_passes`` over the data that train the guide alone, then ``student_passes``, epochs of
-    the host, that train the student alone.
+    An outer iteration is ``guide_passes`` passes over the data that train the guide alone, then ``student_passes``
+    epochs of the host that train the student alone.
+
+    Attributes:
+        guide_passes: passes over the data before each group of student passes.
+        student_passes: epochs of the host in such a group.
+        guide_warmup_passes: further guide passes before everything else.
+        replay: whether all guide passes after the first iteration's are on a record of the last student pass.
+        replay_capacity: largest number of samples that each rank records.
+        replay_batch_size: samples of the record in a step, on each rank.
 
     Raises:
         ValueError: too few passes.
         TypeError: values of another type.
     """
 
-    guide_passes: int = _PAPER["guide_passes"]  # over the data, before each group of student passes
-    student_passes: int = _PAPER["student_passes"]  # epochs of the host in such a group
-    guide_warmup_passes: int = 0  # guide passes before anything else
-    replay: bool = False  # guide passes after the first ones: on a record of the last student pass, not over the data
-    replay_capacity: int = _REPLAY["capacity"].default  # samples that each process records at most
-    replay_batch_size: int = _REPLAY["batch_size"].default  # of the record, in each process
+    guide_passes: int = _PAPER["guide_passes"]
+    student_passes: int = _PAPER["student_passes"]
+    guide_warmup_passes: int = 0
+    replay: bool = False
+    replay_capacity: int = _REPLAY["capacity"].default
+    replay_batch_size: int = _REPLAY["batch_size"].default
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
@@ -39,11 +47,11 @@ class Recipe:
             raise TypeError(f"replay must be a bool, got {type(self.replay).__name__} {self.replay!r}")
 
     def due(self, epoch: int, *, fresh: bool) -> int:
-        """Return how many passes over the data come before the host's epoch, counted from 0; ``fresh``: none yet."""
+        """Return the number of passes over the data due before an epoch, counted from 0; ``fresh``: none was made yet."""
         if fresh:
             return self.guide_warmup_passes + self.guide_passes
         return self.guide_passes if epoch % self.student_passes == 0 and not self.replay else 0
 
     def ends_iteration(self, epoch: int) -> bool:
-        """Say whether the host's epoch, counted from 0, is the last of its group: the one that a replay records."""
+        """Return whether an epoch of the host, counted from 0, is the last of its group, which a replay records."""
         return (epoch + 1) % self.student_passes == 0

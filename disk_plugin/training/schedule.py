@@ -1,4 +1,4 @@
-"""When the discount's target, or multiplier and budget, step, in epochs of a host."""
+"""Steps a ``DualScheduler`` in epochs of a host."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ class Schedule:
 
     Args:
         dual: the scheduler; None for constants.
-        epochs_per_iteration: the student's passes in an outer iteration; 1 where guide and student train together.
+        epochs_per_iteration: the student's passes in an outer iteration; 1 if guide and student train jointly.
 
     Attributes:
         epoch: of the host, counted from 0.
@@ -28,31 +28,31 @@ class Schedule:
     def spanning(
         cls, disk: DiSKLoss, epochs: int | None, epochs_per_iteration: int = 1, dual: Mapping[str, Any] | None = None
     ) -> "Schedule":
-        """Build it over epochs of the host, None for constants, with keywords of ``DualScheduler``."""
+        """Build a schedule over ``epochs`` of the host (None for constants), with keywords of ``DualScheduler``."""
         if epochs is None:
             return cls(None, epochs_per_iteration)
         dual = dict(dual or {})
         if disk.level is None and dual.get("budget") is None:
-            dual["budget"] = float(disk.budget)  # given here it is not overridden by a checkpoint's
-        with ignoring_low_multiplier():  # a host says in its own log what ``note`` holds
+            dual["budget"] = float(disk.budget)  # given here, a checkpoint's does not override it
+        with ignoring_low_multiplier():  # a host logs ``note`` itself
             scheduler = DualScheduler(disk, epochs=math.ceil(epochs / epochs_per_iteration), **dual)
         return cls(scheduler, epochs_per_iteration)
 
     def begin(self, epoch: int) -> None:
-        """Bring the scheduler to an epoch of the host, counted from 0."""
+        """Set the scheduler to an epoch of the host, counted from 0."""
         self.epoch = epoch
         iteration = epoch // self.epochs_per_iteration
         if self.dual is None or self.dual.epoch == iteration:
             return
         if self.dual.epoch < iteration and self.dual.loss.statistics().positions:
-            # resumed from the middle of an epoch, whose rest the host skips: end it with what it showed
+            # resumed from the middle of an epoch, whose rest the host skips: end it with its statistics so far
             share_statistics(self.dual.loss)
             self.dual.step()
         self.dual.load_state_dict({**self.dual.state_dict(), "epoch": iteration})
         self.dual.loss.reset_statistics()
 
     def end(self) -> None:
-        """End the epoch, and with its last epoch the iteration."""
+        """End the epoch and, if it is the iteration's last, step the scheduler."""
         self.epoch += 1
         if self.dual is not None and self.epoch % self.epochs_per_iteration == 0:
             share_statistics(self.dual.loss)
