@@ -22,4 +22,6 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     """Disable autocast for the tensor's device type, if it supports autocast."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    # dynamo of torch 2.9 and older traces autocast, but not this question
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()

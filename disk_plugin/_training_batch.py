@@ -35,7 +35,7 @@ def evaluate_batch(
     guide_logits = disk.level.place(own_logits) if disk.level else own_logits
     if counted and disk.fit_student_temperature:
         step_student_temperature(disk, student_logits, teacher_logits, target)
-    settings = disk._settings() if counted else disk._settings()._replace(reduce_mean=None)
+    settings = disk._settings(averaged=counted)
     inputs = student_logits, teacher_logits, target, guide_logits
     terms = evaluate(*inputs, settings, sample_weight, per_position=per_position)
     if counted:

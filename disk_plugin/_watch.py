@@ -114,9 +114,9 @@ def warn_if_swapped(
 
 def warn_without_scheduler(level: Any) -> None:
     """Warn once if a target or ramp depends on training progress and nothing calls ``set_progress``."""
-    if torch.compiler.is_compiling() or transformed() or not level.follows_progress:
+    if torch.compiler.is_compiling() or transformed() or level.batches_without_progress is None:
         return
-    if level.batches_without_progress is None:
+    if not level.follows_progress:
         return
     level.batches_without_progress += 1
     if level.batches_without_progress == _UNHEARD:

@@ -233,9 +233,10 @@ class DiSKLoss(nn.Module):
         self.epoch_statistics.copy_(no_statistics())
         self.epoch_batches.zero_()
 
-    def _settings(self) -> Settings:
-        """Return the current hyper-parameters, which the constructor has validated."""
+    def _settings(self, *, averaged: bool = True) -> Settings:
+        """Return the current hyper-parameters, which the constructor has validated; ``averaged``: over ranks too."""
         named = {name: getattr(self, name) for name in Settings._fields if name != "hold_discount"}
+        named["reduce_mean"] = self.reduce_mean if averaged else None
         return Settings(**named, hold_discount=self.level is not None)
 
     def extra_repr(self) -> str:

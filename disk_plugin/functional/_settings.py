@@ -58,8 +58,10 @@ class Settings(NamedTuple):
         _checks.integer("ignore_index", self.ignore_index)
         _checks.class_weight(self.weight)
         _checks.label_smoothing(self.label_smoothing)
-        numbers: dict[str, Any] = {name: _as_float(getattr(self, name)) for name in _NUMBERS}
-        return self._replace(**numbers, ignore_index=int(self.ignore_index))
+        values: dict[str, Any] = {name: getattr(self, name) for name in Settings._fields}
+        numbers = {name: _as_float(values[name]) for name in _NUMBERS}
+        # dynamo of torch 2.4 traces neither _replace nor a union of dicts
+        return Settings(**{**values, **numbers, "ignore_index": int(self.ignore_index)})
 
     def scaffolded(self, classes: int) -> int:
         """Return K, the number of the teacher's classes that receive g, out of ``classes``."""

@@ -55,7 +55,7 @@ class DiSKTerms(NamedTuple):
             return self
         carried, watched, count = self._sums()
         total = count.clamp(min=1)
-        return DiSKTerms._make([*(value / total for value in carried), *(watched / total).unbind(), count])
+        return DiSKTerms(*[*(value / total for value in carried), *(watched / total).unbind(), count])
 
     def sum(self) -> "DiSKTerms":
         """Return the terms of ``reduction="sum"``: the mean times the number of non-ignored targets.
@@ -65,9 +65,10 @@ class DiSKTerms(NamedTuple):
         if not self.loss.ndim:
             return self
         carried, watched, count = self._sums()
-        return DiSKTerms._make([*carried, *watched.unbind(), count])
+        return DiSKTerms(*[*carried, *watched.unbind(), count])
 
     def _sums(self) -> tuple[list[Tensor], Tensor, Tensor]:
         """Return the sums of the differentiable fields, of the detached ones as one tensor, and of ``counted``."""
-        carried = [value.sum() for value in self[:3]]
-        return carried, torch.stack(self[3:-1]).flatten(1).sum(1), self.counted.sum()
+        values = list(self)  # dynamo of torch 2.4 traces neither slices of a NamedTuple nor _make
+        carried = [value.sum() for value in values[:3]]
+        return carried, torch.stack(values[3:-1]).flatten(1).sum(1), self.counted.sum()
