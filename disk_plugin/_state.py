@@ -16,7 +16,11 @@ def write(buffer: Tensor, value: Tensor) -> bool:
 
     Such a transform may only mutate its inputs: pass it the buffers with ``torch.func.functional_call``.
     """
-    if torch.compiler.is_compiling() or not transformed():
+    if torch.compiler.is_compiling():
+        # a view: dynamo of torch 2.7 to 2.10, if not later, loses what a method writes into a 0-dim float64 input
+        buffer.view_as(buffer).copy_(value)
+        return True
+    if not transformed():
         buffer.copy_(value)
         return True
     try:
