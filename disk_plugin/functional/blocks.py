@@ -135,7 +135,7 @@ class _Rows(torch.autograd.Function):
         kl_weight, removed, gradient = inputs[7], output[3], output[-1]
         ctx.save_for_backward(inputs[0], inputs[2], kl_weight * removed, gradient)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(transformed())  # vmap of torch 2.4 takes no None for a gradient
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
