@@ -76,8 +76,9 @@ class SharedGuide:
     def __init__(self, disk: DiSKLoss, process_group: Group) -> None:
         self._disk, self._group = disk, process_group
         self._averages, self._checked, self._backward = True, False, -1
+        first = 0 if process_group is None else dist.get_global_rank(process_group, 0)
         for tensor in (*disk.parameters(), *disk.buffers()):
-            dist.broadcast(tensor, group=process_group, group_src=0)
+            dist.broadcast(tensor, first, group=process_group)
 
         def mean(value: Tensor) -> Tensor:
             return mean_over_processes(value, process_group)
