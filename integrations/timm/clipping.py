@@ -22,7 +22,7 @@ def _shorten(guide: list[nn.Parameter], student: list[nn.Parameter]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return
-        lengths.append(nn.utils.get_total_norm(gradients))
+        lengths.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
     factor = (lengths[1] / lengths[0]).nan_to_num(nan=1.0).clamp(max=1.0)
     for parameter in guide:
         if parameter.grad is not None:
