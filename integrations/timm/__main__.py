@@ -35,12 +35,14 @@ def main(argv: list[str] | None = None) -> None:
         train = load_script(path)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    from .teacher_checkpoint import arguments_allowed
     from .training import prepare
 
     train.parser.prog = f"{_COMMAND} {path}"
     prepare(train)
     sys.argv = [path, *_shipped_configs(rest)]
-    train.main()
+    with arguments_allowed():
+        train.main()
 
 
 def _explain(argv: list[str]) -> None:

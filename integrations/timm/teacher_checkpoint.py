@@ -1,7 +1,8 @@
 """A teacher from a file: built as the run that trained it built it, which train.py writes beside the weights."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -29,7 +30,9 @@ def load_teacher(name: str, checkpoint: str, student: nn.Module, **factory: Any)
         raise FileNotFoundError(f"expected the teacher's weights, found no file {checkpoint}")
     student = unwrap_model(student)
     try:
-        weights, trained = read_state_dict(checkpoint), get_arguments(read(checkpoint))
+        with arguments_allowed():
+            weights = read_state_dict(checkpoint)
+        trained = get_arguments(read(checkpoint))
     except (RuntimeError, UnpicklingError) as error:
         raise ValueError(
             f"expected the teacher's weights, got {checkpoint}, which cannot be loaded: {error}"
@@ -54,9 +57,24 @@ def read(path: str) -> dict[str, Any]:
     """Read a checkpoint as the host does, which puts its arguments in."""
     if path.endswith(".safetensors"):  # weights alone
         return {}
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with arguments_allowed():
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     return checkpoint if isinstance(checkpoint, dict) else {}
+
+
+@contextmanager
+def arguments_allowed() -> Iterator[None]:
+    """Let ``torch.load(weights_only=True)`` take argparse.Namespace, and nothing else that it refuses, in the block.
+
+    For the host's readers too, which allow it only where torch has ``safe_globals``: what this is, from torch 2.5 on.
+    """
+    before = list(torch.serialization.get_safe_globals())  # a copy: torch 2.4 returns the list that it adds to
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def get_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
