@@ -34,6 +34,11 @@ def save_atomically(content: Any, path: str) -> None:
     os.replace(partial, path)
 
 
+def load_tensors(path: str) -> Any:
+    """Load as the host does, but from torch 2.4 on as from 2.6 on, where nothing but tensors and the like is loaded."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_file(path: str, *, key: str, trust: bool = False) -> Any:
     """Load a checkpoint; ``key`` is the flag or configuration key that named it.
 

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 from mdistiller.engine import trainer as host
-from mdistiller.engine import trainer_dict
+from mdistiller.engine import trainer_dict, utils
 from mdistiller.engine.utils import log_msg
 from torch import Tensor
 from tqdm import tqdm
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from disk_plugin.training import GuidedTraining, GuidePasses
 
 from . import config
-from .checkpoints import save_atomically
+from .checkpoints import load_tensors, save_atomically
 from .complete_trainer import CompleteTrainer, keep_settings
 from .distillers import GuidedDistiller
 from .seeds import apart, restart_workers
@@ -122,6 +122,7 @@ def add() -> None:
     if host.save_checkpoint is save_atomically:
         return
     host.save_checkpoint = save_atomically
+    host.load_checkpoint = utils.load_checkpoint = load_tensors  # tools/train.py imports it from there
     host.adjust_learning_rate = _with_float_rates(host.adjust_learning_rate)
 
 
