@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from processes import leave_group
 from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -234,7 +235,7 @@ def process(rank, folder):
         for check in (overflow, collectives, alone, fitted, replayed, in_half_precision, algorithm_1)
     }
     torch.save(seen, f"{folder}/{rank}")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +243,7 @@ def both(tmp_path_factory):
     """What each process saw; one launch for all tests."""
     folder = tmp_path_factory.mktemp("processes")
     mp.spawn(process, (str(folder),), nprocs=PROCESSES)
-    return [torch.load(folder / str(rank)) for rank in range(PROCESSES)]
+    return [torch.load(folder / str(rank), weights_only=True) for rank in range(PROCESSES)]
 
 
 @pytest.fixture

@@ -281,7 +281,7 @@ def test_a_warm_start_is_where_the_student_begins_whatever_the_distiller(host):
 
 
 def test_a_bare_state_dict_and_one_from_data_parallel_serve_as_teacher(host):
-    weights = torch.load(teacher_checkpoint(host, host.teacher))["model"]
+    weights = torch.load(teacher_checkpoint(host, host.teacher), weights_only=True)["model"]
     for number, content in enumerate((weights, {"state_dict": {f"module.{k}": v for k, v in weights.items()}})):
         path = host.folder / f"teacher{number}.pth"
         torch.save(content, path)
@@ -361,7 +361,7 @@ def test_changed_settings_that_are_allowed_take_effect_and_lasting_ones_are_refu
         message = refused(host, *words, *changed, key, value, "--resume", "--allow-changed-settings")
         assert f"{key} cannot change within a run" in message
     other = host.folder / "other.pth"
-    weights = torch.load(teacher_checkpoint(host, host.teacher))["model"]
+    weights = torch.load(teacher_checkpoint(host, host.teacher), weights_only=True)["model"]
     torch.save({name: value + 1 for name, value in weights.items()}, other)
     message = refused(
         host, *words, *changed, "--resume", "--teacher-checkpoint", str(other), "--allow-changed-settings"
@@ -522,7 +522,7 @@ def test_a_teacher_of_another_architecture_is_refused(host):
 
 def test_a_checkpoint_that_holds_objects_needs_trust(host):
     path = host.folder / "objects.pth"
-    weights = torch.load(teacher_checkpoint(host, host.teacher))["model"]
+    weights = torch.load(teacher_checkpoint(host, host.teacher), weights_only=True)["model"]
     torch.save({"model": weights, "accuracy": np.float64(70.0), "arguments": SimpleNamespace(lr=0.1)}, path)
     assert "--trust-checkpoint" in refused(host, "--teacher-checkpoint", str(path))
     launch(host, "--teacher-checkpoint", str(path), "--trust-checkpoint", epochs=1)
@@ -560,7 +560,7 @@ def models(host, modules, name=None):
     name = name or host.teacher
     path = teacher_checkpoint(host, name)
     teacher = modules.models.cifar_model_dict[name][0](num_classes=100)
-    teacher.load_state_dict(torch.load(path)["model"])
+    teacher.load_state_dict(torch.load(path, weights_only=True)["model"])
     return teacher, modules.models.cifar_model_dict[host.student][0](num_classes=100)
 
 

@@ -103,7 +103,7 @@ def test_of_runs_that_are_equally_near_none_is_taken_until_one_is_named(host):
 
 def test_evaluation_takes_none_of_two_runs_that_only_their_teachers_tell_apart(host):
     other = host.folder / "other.pth"
-    weights = torch.load(shared.teacher_checkpoint(host, host.teacher))["model"]
+    weights = torch.load(shared.teacher_checkpoint(host, host.teacher), weights_only=True)["model"]
     changed = {name: value + 1e-3 if value.is_floating_point() else value for name, value in weights.items()}
     torch.save(changed, other)
     runs = added(host, epochs=1), added(host, "--teacher-checkpoint", str(other), epochs=1)
