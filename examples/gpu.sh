@@ -36,7 +36,7 @@ import sys
 print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))
 PYTHON
 )
-[ -z "$missing" ] || echo "not importable: $missing; python3 -m pip install 'torch>=2.13' torchvision numpy scipy tqdm pytest"
+[ -z "$missing" ] || echo "not importable: $missing; python3 -m pip install 'torch>=2.4' torchvision numpy scipy tqdm pytest"
 case " $missing " in *" torch "*) exit 1 ;; esac
 device=cuda
 [ -z "$dry" ] || device=cpu

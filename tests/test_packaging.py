@@ -5,8 +5,8 @@ import re
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
+from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import pytest
@@ -42,12 +42,6 @@ def test_import_loads_no_host_and_no_extra(tmp_path):
     assert run_python(code, cwd=tmp_path).strip() == "set()"
 
 
-def test_core_depends_on_torch_alone():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert [re.match(r"\w+", entry).group() for entry in project["dependencies"]] == ["torch"]
-    assert {"examples", "test", "dev"} <= project["optional-dependencies"].keys()
-
-
 def test_the_version_is_a_string_that_the_metadata_repeats(tmp_path):
     code = "import importlib.metadata as m; print(m.version('disk-plugin'))"
     assert run_python(code, cwd=tmp_path).strip() == disk_plugin.__version__
@@ -57,6 +51,31 @@ def build(source, out, *kinds):
     """Build with the packages at hand; by default the sdist and, from it, the wheel."""
     command = [sys.executable, "-m", "build", *kinds, "--no-isolation", "--outdir", str(out), str(source)]
     subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def requirements(wheel):
+    """What the wheel asks for, ``name>=version``: by extra, that of the core under None."""
+    found = {}
+    (folder,) = (name for name in zipfile.Path(wheel).iterdir() if name.name.endswith(".dist-info"))
+    for line in PathDistribution(folder).requires:
+        requirement, *extra = re.fullmatch(r"([^;]+?)(?:; extra == ['\"](\w+)['\"])?", line).groups()
+        found.setdefault(*extra, []).append(requirement)
+    return found
+
+
+def test_core_depends_on_torch_alone(requirements):
+    assert [re.match(r"\w+", entry).group() for entry in requirements[None]] == ["torch"]
+    assert {"examples", "test", "dev"} <= requirements.keys()
+
+
+def test_the_oldest_versions_that_ci_installs_are_those_declared(requirements):
+    entries = (entry for extra in requirements.keys() - {"dev"} for entry in requirements[extra])
+    plain = (entry for entry in entries if not entry.startswith("disk-plugin["))
+    declared = dict(re.fullmatch(r"([\w-]+)>=([\w.]+)", entry).groups() for entry in plain)
+    lines = (line for line in (ROOT / ".ci/oldest.txt").read_text().splitlines() if not line.startswith("#"))
+    tested = dict(re.fullmatch(r"([\w-]+)==([\w.]+?)(?:\.\*)?", line).groups() for line in lines)
+    assert {name.lower(): version for name, version in declared.items()} == tested
 
 
 @pytest.fixture(scope="session")
