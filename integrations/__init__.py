@@ -1,1 +1,1 @@
-"""Adapters, one file or folder per host: import the one you need by name, nothing here imports a host."""
+"""Adapters, one file or folder per host: import the one you need by name; nothing here imports a host."""

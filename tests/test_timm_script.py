@@ -341,7 +341,7 @@ def test_a_local_teacher_for_other_classes_is_refused(script, folder):
     [
         (None, "found no file"),
         ("import torch\n", "must be timm's train.py, but it lacks"),
-        ("def main(:\n", "it is no Python"),
+        ("def main(:\n", "it is not Python"),
         (
             "parser = 1\ndef main(): ...\ndef _parse_args(): ...\ndef train_one_epoch(): ...\n",
             "DiSK needs the train.py of timm >= 1.0.27, got ",

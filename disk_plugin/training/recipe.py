@@ -47,7 +47,7 @@ class Recipe:
             raise TypeError(f"replay must be a bool, got {type(self.replay).__name__} {self.replay!r}")
 
     def due(self, epoch: int, *, fresh: bool) -> int:
-        """Return the number of passes over the data due before an epoch, counted from 0; ``fresh``: none was made yet."""
+        """Return the number of passes over the data due before ``epoch``, counted from 0; ``fresh``: none made yet."""
         if fresh:
             return self.guide_warmup_passes + self.guide_passes
         return self.guide_passes if epoch % self.student_passes == 0 and not self.replay else 0

@@ -1,4 +1,4 @@
-"""``python -m disk_plugin.integrations.mdistiller``: the host's own ``tools/train.py``, with DiSK registered."""
+"""``python -m disk_plugin.integrations.mdistiller``: runs the host's own ``tools/train.py`` with DiSK registered."""
 
 import argparse
 import importlib.util
@@ -15,10 +15,10 @@ from . import checkout, register
 
 _CONFIGS = Path(__file__).parent
 _EPILOG = """\
-KEY VALUE pairs override the YAML file, as in the host: SOLVER.EPOCHS 100 DISK.VARIANT official_cifar. All of a run
-lies in LOG.PREFIX/EXPERIMENT.PROJECT/NAME-HASH, where HASH stands for the settings that define it, which are written to
-settings.yaml there: the whole configuration but for LOG, names, workers and the test's batch size, and what data and
-weights hold. A resumed run needs the same flags as the run itself, an evaluated one the same settings."""
+KEY VALUE pairs override the YAML file, as in the host: SOLVER.EPOCHS 100 DISK.VARIANT official_cifar. A run is written
+to LOG.PREFIX/EXPERIMENT.PROJECT/NAME-HASH. HASH is that of the settings that define the run, which are in settings.yaml
+there: the whole configuration except LOG, names, workers and the test's batch size, and fingerprints of data and
+weights. Resuming needs the same flags as the run itself, evaluating the same settings."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.SOLVER.SEED is not None:
             from .seeds import seed_everything
 
-            seed_everything(cfg.SOLVER.SEED)  # initial weights; every epoch is seeded anew
+            seed_everything(cfg.SOLVER.SEED)  # for the initial weights; each epoch is seeded again
         print(f"experiment folder: {folder.path}")  # noqa: T201
         script = str(Path(args.host).expanduser().resolve() / "tools" / "train.py")
         sys.argv = [script, "--cfg", str(Path(scratch, "config.yaml")), *(["--resume"] if args.resume else [])]
@@ -56,38 +56,38 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--host", metavar="DIR", help="a checkout of mdistiller, the folder that contains tools/ and mdistiller/")
     names = ", ".join(f"{name.upper()}, DISK_{name.upper()}" for name in METHODS)
-    add("--distiller", metavar="NAME", help=f"DISK, {names}, KD, ...; over the YAML's DISTILLER.TYPE")
+    add("--distiller", metavar="NAME", help=f"DISK, {names}, KD, ...; overrides the YAML's DISTILLER.TYPE")
     add(
         "--import",
         dest="imports",
         metavar="MODULE",
         action="append",
         default=[],
-        help="import a module of your own first: its methods become NAME and DISK_NAME, and it may add models and data "
-        "sets to the host's tables; may be given several times",
+        help="import your own module first: its methods become NAME and DISK_NAME, and it may add models and "
+        "datasets to the host's tables; may be given several times",
     )
     add(
         "--cfg",
         metavar="FILE",
         help="YAML file: a path, one in the checkout, or one shipped here (configs/cifar100/disk/...)",
     )
-    add("--resume", action="store_true", help="go on from the experiment's latest checkpoint")
+    add("--resume", action="store_true", help="resume from the experiment's latest checkpoint")
     add(
         "--overwrite",
         action="store_true",
-        help="start anew where an earlier run lies, which is deleted once the new one has a checkpoint",
+        help="replace an earlier run, which is deleted once the new one has a checkpoint",
     )
     add(
         "--allow-changed-settings",
         action="store_true",
-        help="let --resume go on with a copy of the run that differs least, in a folder of its own; rates, weights and "
-        "schedules may differ, not the seed nor what its checkpoint depends on",
+        help="let --resume continue a copy of the run that differs least, in a new folder; rates, weights and "
+        "schedules may differ, but not the seed nor what the checkpoint depends on",
     )
     add(
         "--from",
         dest="chosen",
         metavar="FOLDER",
-        help="the run that --resume is to go on with, where several are equally near: its folder or that one's name",
+        help="the run to --resume, if several are equally near: its folder or the folder's name",
     )
     add("--evaluate", metavar="WHAT", help="validate a checkpoint: best or latest of the experiment, or a file")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where to run (default: %(default)s)")
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seed",
         type=int,
         metavar="N",
-        help="seed initial weights and every epoch by N: process, loader, workers; under one seed every distiller and "
+        help="seed initial weights and every epoch with N: process, loader, workers; with one seed every distiller and "
         "trainer sees the same batches (default: unseeded, as the host)",
     )
     add("options", nargs="*", metavar="KEY VALUE", help="options of the configuration")
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
-    """Everything before the host's script, so that what is wrong is said before anything is written."""
+    """Do all that precedes the host's script, so that errors come before anything is written."""
     if args.resume + args.overwrite + (args.evaluate is not None) > 1:
         raise ValueError("--resume goes on with a run, --overwrite deletes it, --evaluate reads it: give one of them")
     if not args.resume and (args.allow_changed_settings or args.chosen is not None):

@@ -34,14 +34,14 @@ def open_checkout(folder: str | None) -> Path:
     sys.dont_write_bytecode = True  # leave no files in the checkout
     sys.path.insert(0, str(root))
     try:
-        getpass.getuser()  # the host needs a user name, which it does not use
+        getpass.getuser()  # the host asks for a user name, without using it
     except (KeyError, OSError):
         os.environ["USER"] = "user"
     return root
 
 
 def use_device(device: str) -> None:
-    """Make the host, which calls ``.cuda()`` everywhere, run on the CPU; or check that there is a CUDA device.
+    """Make the host, which calls ``.cuda()`` everywhere, run on the CPU, or check that there is a CUDA device.
 
     Raises:
         ValueError: ``device`` is ``"cuda"`` and there is none.

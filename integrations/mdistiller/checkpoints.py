@@ -1,4 +1,4 @@
-"""Checkpoints: read foreign files, validate them against the model, write atomically."""
+"""Checkpoints: read, validate against the model, write atomically."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ from .feature_maps import shown
 
 Weights = dict[str, Tensor]
 
-_UNTRAINED_HEAD = "untrained_head"  # marks files of a student whose own classifier its method does not train
+_UNTRAINED_HEAD = "untrained_head"  # marks files of a student whose own classifier was not trained by its method
 
 
 def write(content: Any, path: str) -> None:
@@ -44,7 +44,7 @@ def load_file(path: str, *, key: str, trust: bool = False) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint, or one that ``weights_only`` loading rejects and is not trusted.
+        ValueError: not a checkpoint, or one that ``weights_only`` loading rejects, without ``trust``.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{key} must name a checkpoint file, found none at {path}")
@@ -61,9 +61,9 @@ def load_file(path: str, *, key: str, trust: bool = False) -> Any:
 
 
 def read_checkpoint(path: str, *, key: str, trust: bool = False) -> Weights:
-    """Return a network's weights: the host's ``{"model": ...}``, ``{"state_dict": ...}`` or a bare state dict.
+    """Return a network's weights: of ``{"model": ...}`` (the host's), ``{"state_dict": ...}`` or a bare state dict.
 
-    For a whole run without a teacher, its student's.
+    Of a checkpoint of a whole run without a teacher, they are the student's.
 
     Raises:
         FileNotFoundError: no such file.
@@ -79,7 +79,7 @@ def read_checkpoint(path: str, *, key: str, trust: bool = False) -> Weights:
 
 
 def read_student(path: str, *, key: str, head: bool = True) -> Weights:
-    """Return a student's weights, also from a whole run; ``head``: whether its classifier will be used.
+    """Return a student's weights, also of a whole run; ``head``: whether its classifier will be used.
 
     Raises:
         FileNotFoundError: no such file.
@@ -89,7 +89,7 @@ def read_student(path: str, *, key: str, head: bool = True) -> Weights:
 
 
 def warm_start_weights(cfg: CfgNode) -> Weights:
-    """Return the weights of ``DISTILLER.WARM_START``; a method that uses no classifier may start from its own student.
+    """Return the weights of ``DISTILLER.WARM_START``; the student's classifier has to be trained only if it is used.
 
     Raises:
         FileNotFoundError: no such file.
@@ -105,7 +105,7 @@ def _read(path: str, *, key: str, trust: bool, head: bool) -> Weights:
     for name in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
-    if isinstance(content, dict):  # a whole run of DiSK has its schedule's state among the weights
+    if isinstance(content, dict):  # a whole run of DiSK holds its schedule's state among the weights
         content = {name: value for name, value in content.items() if not str(name).endswith("_extra_state")}
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         kind = f"a dict with {sorted(map(str, content))[:5]}" if isinstance(content, dict) else type(content).__name__
@@ -127,24 +127,24 @@ def _read(path: str, *, key: str, trust: bool, head: bool) -> Weights:
 
 
 def _predicting() -> dict[str, type[Method]]:
-    """Return the methods that their students need for prediction."""
+    """Return the methods that predict, instead of the student's own classifier."""
     return {name: kind for name, kind in METHODS.items() if kind.own_prediction}
 
 
 def _belongs_to(name: str, weights: Weights, path: Path) -> bool:
-    """Whether the weights are from a method's whole run, its own files or, in their folder, unmarked student files."""
+    """Whether the weights are of a method's whole run or files, or an unmarked student file beside these."""
     older = path.name.startswith("student_") and path.with_name(f"{name}_latest").exists()
     return older or any(key.startswith(f"{name}.") for key in weights)
 
 
 def _get_student(weights: Weights) -> Weights:
-    """Return the student's part of a distiller's weights; a single network's are returned unchanged."""
+    """Return the student's part of a distiller's weights; a single network's weights are returned unchanged."""
     inner = {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
     return inner or weights
 
 
 def fingerprint(weights: Weights) -> str:
-    """Return a short hash of names, shapes and values, independent of the file."""
+    """Return a short hash of names, shapes and values, independent of the file format."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(f"{name}{weights[name].dtype}{tuple(weights[name].shape)}".encode())
@@ -153,7 +153,7 @@ def fingerprint(weights: Weights) -> str:
 
 
 def load_weights(model: nn.Module, weights: Weights, what: str, role: str) -> None:
-    """Load with ``strict=True``.
+    """Load weights into a model; all names and shapes must agree.
 
     Raises:
         ValueError: the weights are of another architecture; the message says where they differ.
@@ -178,7 +178,7 @@ def load_weights(model: nn.Module, weights: Weights, what: str, role: str) -> No
 
 
 class DeployedStudent(nn.Module):
-    """A student with its method, for methods with a prediction of their own: all that inference needs."""
+    """A student with its method, for methods that predict: all that inference needs."""
 
     def __init__(self, student: nn.Module, name: str, method: Method) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ class DeployedStudent(nn.Module):
 
 
 def marked_untrained(student_state: dict[str, Any]) -> dict[str, Any]:
-    """Return the host's checkpoint of a student, marked as having an untrained classifier."""
+    """Return the host's checkpoint of a student with a mark that its classifier is untrained."""
     return {**student_state, _UNTRAINED_HEAD: True}
 
 

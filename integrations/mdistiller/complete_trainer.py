@@ -1,4 +1,4 @@
-"""What every trainer of the host gains: seeds, a warm start, DiSK's loss and log, files that change together."""
+"""What is added to each of the host's trainers: seeds, warm start, DiSK's loss and log, atomic files."""
 
 import math
 import os
@@ -23,10 +23,10 @@ from .teacher_watch import TeacherWatch
 
 
 class CompleteTrainer(host.BaseTrainer):
-    """Mixed into each of the host's trainers, whose loops stay: seeds, warm start, DiSK's loss and log.
+    """Mixed into each of the host's trainers, whose loops are unchanged: seeds, warm start, DiSK's loss and log.
 
     A guided distiller's loss is evaluated here, once, over the outputs gathered from all replicas: one hinge, one
-    student temperature, right statistics, on however many devices.
+    student temperature and correct statistics on any number of devices.
     """
 
     def __init__(self, experiment_name: str, distiller: Any, train_loader: Any, val_loader: Any, cfg: Any) -> None:
@@ -48,7 +48,7 @@ class CompleteTrainer(host.BaseTrainer):
             TeacherWatch(distiller, self._add)
 
     def guided_training(self, module: GuidedDistiller, **core: Any) -> GuidedTraining:
-        """Return what an epoch of guided training is, whatever the host."""
+        """Build the host-independent part of guided training."""
         return GuidedTraining(module.guided, schedule=Schedule(module.dual, module.epochs_per_iteration), **core)
 
     @property
@@ -57,18 +57,18 @@ class CompleteTrainer(host.BaseTrainer):
         return self._own_report if self.core is None else self.core.report
 
     def restart_report(self) -> None:
-        """Forget what the report has collected."""
+        """Discard what the report has collected."""
         if self.core is not None:
             self.core.restart_report()
 
     def train(self, resume: bool = False) -> None:
-        """Run the host's epochs; before a killed run goes on, bring its files in order."""
+        """Run the host's epochs; before resuming, finalize the files of a killed run."""
         if resume:
             finalize(self.log_path)
         super().train(resume=resume)
 
     def train_epoch(self, epoch: int) -> None:
-        """Seed the epoch and run the host's: training, validation, log; write its checkpoints together."""
+        """Seed the epoch, run the host's (training, validation, log), and commit its files together."""
         if self.cfg.SOLVER.SEED is not None:
             seed_everything(self.cfg.SOLVER.SEED, epoch)
             restart_workers(self.train_loader)
@@ -83,25 +83,25 @@ class CompleteTrainer(host.BaseTrainer):
         commit(self._complete(saves), self.log_path, epoch)
 
     def before_epoch(self, epoch: int) -> None:
-        """Run what comes before the host's epoch: nothing here."""
+        """Hook before the host's epoch; does nothing here."""
 
     def train_iter(self, data: Any, epoch: int, train_meters: Any) -> str:
-        """Run the host's step; add DiSK's means to its progress line."""
+        """Run the host's step and add DiSK's means to its progress line."""
         message = super().train_iter(data, epoch, train_meters)
         return message + self._epoch_message()
 
     def log(self, lr: float, epoch: int, log_dict: dict[str, Any]) -> None:
-        """Log as the host does, with DiSK's means and the multiplier and budget in force; end the epoch's schedule."""
+        """Log as the host does, with DiSK's means, multiplier and budget; step the schedule."""
         self.judge_teacher(epoch)
         log_dict.update(self._epoch_values())
         super().log(lr, epoch, log_dict)
-        # the host saves next: "latest" is to hold the next epoch's schedule
+        # before the host saves, as "latest" has to hold the next epoch's schedule
         if self.core is not None:
             with ignoring_past_the_end():  # DISK.DUAL.EPOCHS may be shorter than the run
                 self.core.schedule.end()
 
     def _complete(self, saves: Saves) -> Saves:
-        """Mark students that cannot predict by themselves, and add to each what predicts."""
+        """Mark students that cannot predict by themselves, and add a file with their method for each."""
         method = predicting_method(self.distiller.module)
         if method is None:
             return saves
@@ -116,7 +116,7 @@ class CompleteTrainer(host.BaseTrainer):
         return completed
 
     def _epoch_values(self) -> dict[str, float]:
-        """Return what to log beside the host's values: of a distiller without a guide the teacher's accuracy alone."""
+        """Return what to log beside the host's values; without a guide, only the teacher's accuracy."""
         means = self.report.means()
         if not means:
             return {}
@@ -130,12 +130,12 @@ class CompleteTrainer(host.BaseTrainer):
                 values["discount_target"] = disk.level.target.item()
         else:
             values = accuracy
-        # a mean over no sample is nothing to log; a loss that is NaN is
+        # a mean over no sample is not logged; a NaN loss is
         empty = {name for name, value in values.items() if name.endswith(("_right", "_wrong")) and math.isnan(value)}
         return {name: Significant(value) for name, value in values.items() if name not in empty}
 
     def judge_teacher(self, epoch: int) -> None:
-        """Warn, in the first epoch, of a teacher that has nothing to teach."""
+        """Warn, in the first epoch, of a teacher at chance or behind the student."""
         if epoch > 1 or self._judged or not self._classes:
             return
         weak = self.report.weak_teacher(self._classes)
@@ -147,7 +147,7 @@ class CompleteTrainer(host.BaseTrainer):
         return "".join(f"| {name}:{value}" for name, value in self._epoch_values().items())
 
     def _evaluate_losses(self, _: Any, __: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Turn the gathered outputs of a training forward into the losses that the host sums up."""
+        """Turn the gathered outputs of a training forward into the losses that the host sums."""
         if self.guide_turn or not self.distiller.training:
             return None
         module, (logits, inputs) = self.distiller.module, output
@@ -166,14 +166,14 @@ class CompleteTrainer(host.BaseTrainer):
 
 
 class Significant(float):
-    """A number of four significant digits in the host's log, whose two decimals suit percentages."""
+    """A number shown with four significant digits in the host's log, which has two decimals."""
 
     def __format__(self, spec: str) -> str:
         return super().__format__("#.4g")
 
 
 def keep_settings(optimizer: torch.optim.Optimizer) -> None:
-    """Let a resumed optimizer keep this run's rates and decays: a checkpoint brings its own back otherwise."""
+    """Keep this run's rates and decays when the optimizer is resumed, instead of the checkpoint's."""
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
     def restore(resumed: torch.optim.Optimizer) -> None:

@@ -1,6 +1,6 @@
-"""The host's configuration: which keys DiSK adds, and what it hands to DiSK's constructors. No default of its own.
+"""The keys that DiSK adds to the host's configuration, and their translation into DiSK's constructors.
 
-A key is the upper case of an argument; defaults are those of the signatures and of the paper's recipe.
+A key is an argument's name in upper case; defaults are those of the signatures and of the paper's recipe.
 """
 
 import inspect
@@ -23,13 +23,13 @@ from disk_plugin.training import Recipe
 
 
 def add_defaults() -> None:
-    """Add the sections and keys to the host's ``CFG``; what is there already stays."""
+    """Add the sections and keys to the host's ``CFG``, except those that exist."""
     for name, kind in METHODS.items():
         _add_method(name.upper(), kind)
     if "DISK" in CFG:
         return
     recipe = PAPER["recipe"]
-    # the scheduler owns the multiplier of a budget: two equal ends make it constant
+    # the scheduler sets the multiplier of a budget: two equal bounds keep it constant
     CFG.DISK = _section(DiSKLoss, without=("multiplier", "weight"))
     CFG.DISK.GUIDE = _section(GuideHead)
     CFG.DISK.GUIDE.USE_FEATURES = True  # the teacher's pooled features, beside its logits
@@ -44,7 +44,7 @@ def add_defaults() -> None:
     CFG.DISK.ALTERNATING.LR = recipe["lr"]  # decays by the factor of the student's
     CFG.DISK.ALTERNATING.MOMENTUM = recipe["momentum"]  # of SGD
     CFG.DISK.ALTERNATING.WEIGHT_DECAY = recipe["weight_decay"]
-    CFG.DISK.ALTERNATING.REPLAY = False  # guide passes after the first iteration's: on a record, not over the loader
+    CFG.DISK.ALTERNATING.REPLAY = False  # guide passes after the first iteration's are on a record, not over the loader
     capacity = inspect.signature(GuideReplay).parameters["capacity"].default
     CFG.DISK.ALTERNATING.REPLAY_CAPACITY = capacity  # samples that the record holds at most
     CFG.DISTILLER.WARM_START = ""  # checkpoint of a CE-trained student, for any distiller
@@ -56,7 +56,7 @@ def _add_method(section: str, kind: type[Method]) -> None:
     """Add a method's two sections: by itself, and weighted by the guide, whose settings are the section ``DISK``."""
     settings = {key.upper(): value for key, value in settings_of(kind).items()}
     if "CE_WEIGHT" not in settings and not kind.own_prediction:
-        settings["CE_WEIGHT"] = 1.0  # of the cross-entropy beside a method that has none and would not train the logits
+        settings["CE_WEIGHT"] = 1.0  # a method without a cross-entropy would not train the logits
     if section not in CFG:
         CFG[section] = CfgNode({**settings, kind.weight_name.upper(): 1.0})
     if f"DISK_{section}" not in CFG:
@@ -66,7 +66,7 @@ def _add_method(section: str, kind: type[Method]) -> None:
 
 
 def method_settings(cfg: CfgNode, section: str, kind: type[Method]) -> dict[str, Any]:
-    """Return a method's own settings out of one of its sections."""
+    """Return a method's own settings from one of its sections."""
     return {key: cfg[section][key.upper()] for key in settings_of(kind)}
 
 
@@ -89,13 +89,13 @@ def loss_weight(cfg: CfgNode, section: str, kind: type[Method]) -> float:
 
 
 def weighing(cfg: CfgNode, section: str, kind: type[Method]) -> dict[str, Any]:
-    """Return the keywords of ``Guided`` out of a method's guided section."""
+    """Return the keywords of ``Guided`` from a method's guided section."""
     node = cfg[section]
     return {"weight": node.WEIGHT, "method_weight": loss_weight(cfg, section, kind), "logit_loss": node.LOGIT_LOSS}
 
 
 def check_imported(methods: dict[str, type[Method]]) -> None:
-    """Validate that methods of the user's own take no name of the host's.
+    """Validate that the user's own methods have no name that the host uses.
 
     Raises:
         ValueError: one does.
@@ -111,12 +111,12 @@ def build_loss(cfg: CfgNode, num_classes: int, feature_dim: int) -> DiSKLoss:
     feature_dim = feature_dim if guide.pop("use_features") else 0
     loss = _arguments(cfg.DISK)
     if is_number(loss["discount"]):
-        loss["discount"] = float(loss["discount"])  # a word in the configuration, which has one type per key
+        loss["discount"] = float(loss["discount"])  # a string in the configuration, which has one type per key
     return DiSKLoss(GuideHead(num_classes, feature_dim, **guide), **loss)
 
 
 def build_dual(cfg: CfgNode, loss: DiSKLoss, epochs_per_iteration: int) -> DualScheduler:
-    """Turn ``cfg.DISK.DUAL`` into the schedule of multiplier and budget, in steps of so many epochs of the host."""
+    """Turn ``cfg.DISK.DUAL`` into a schedule, with a step per ``epochs_per_iteration`` epochs of the host."""
     dual = _arguments(cfg.DISK.DUAL)
     if dual["epochs"] is None:
         dual["epochs"] = math.ceil(cfg.SOLVER.EPOCHS / epochs_per_iteration)
@@ -154,7 +154,7 @@ def build_guide_optimizer(cfg: CfgNode, disk: DiSKLoss) -> torch.optim.Optimizer
 
 
 def build_recipe(cfg: CfgNode) -> Recipe:
-    """Turn ``cfg.DISK.ALTERNATING`` into Algorithm 1's recipe; a record is passed over in the host's batches."""
+    """Turn ``cfg.DISK.ALTERNATING`` into Algorithm 1's recipe; a record is read in the host's batch size."""
     settings = cfg.DISK.ALTERNATING
     return Recipe(
         guide_passes=settings.GUIDE_PASSES,
@@ -167,7 +167,7 @@ def build_recipe(cfg: CfgNode) -> Recipe:
 
 
 def is_number(text: Any) -> bool:
-    """Say whether a word of the configuration is one."""
+    """Return whether a string of the configuration is a number."""
     try:
         float(text)
     except (TypeError, ValueError):
@@ -176,7 +176,7 @@ def is_number(text: Any) -> bool:
 
 
 def _section(target: Callable[..., Any], *, without: tuple[str, ...] = ()) -> CfgNode:
-    """One key per keyword-only argument that has a default."""
+    """Return a section with one key per keyword-only argument that has a default."""
     section = CfgNode()
     for name, parameter in inspect.signature(target).parameters.items():
         if name in without or parameter.kind is not parameter.KEYWORD_ONLY:

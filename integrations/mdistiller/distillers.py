@@ -1,8 +1,8 @@
 """The distillers: ``DISK``, each method of ``METHODS`` by its name, and each weighted by the guide, ``DISK_<NAME>``.
 
-``forward`` is stateless, as ``DataParallel`` discards what a replica's forward changes, and its losses are vectors with
-one value per sample, whose mean is right however the batch was split. Under a trainer that is not one of ``trainers``
-each replica evaluates DiSK's loss on its own share and so has its own hinge in eq. (3).
+``forward`` is stateless, as ``DataParallel`` discards what a replica's forward changes. Its losses have one value per
+sample, whose mean is correct for any split of the batch. With a trainer that is not one of ``trainers``, each replica
+evaluates DiSK's loss on its own part and so has its own hinge in eq. (3).
 """
 
 from typing import Any
@@ -27,21 +27,21 @@ _LOSS = "loss."  # before the name of a method's loss, among what is gathered fr
 
 
 class GuidedDistiller(Distiller):
-    """``DISK`` and each ``DISK_<NAME>``: guide, schedule and the state of both in every checkpoint.
+    """``DISK`` and each ``DISK_<NAME>``: has guide and schedule, and saves both in every checkpoint.
 
     Attributes:
-        method_name: of the method that the guide weighs (Kag et al., A.7); None for DiSK itself, eq. (5).
-        epochs_per_iteration: how many epochs of the host one step of the schedule takes: the student's passes in an
-            outer iteration of Algorithm 1, else 1.
+        method_name: of the method that the guide weights (Kag et al., A.7); None for DiSK itself, eq. (5).
+        epochs_per_iteration: epochs of the host per step of the schedule: the student's passes in an outer iteration of
+            Algorithm 1, else 1.
         gathers: set by a trainer that evaluates ``terms`` itself, once, over the gathered outputs of all replicas.
-        stateful: objects with ``state_dict`` that checkpoints of this module carry along, by name.
+        stateful: objects with ``state_dict`` that are saved in this module's checkpoints, by name.
     """
 
     method_name: str | None = None
     ce_weight = 0.0
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> None:
-        # before the guide, so that with one seed a method by itself starts from the same values
+        # before the guide, so that with one seed a method alone starts from the same values
         method = None if self.method_name is None else self._built(self.method_name, student, teacher, cfg)
         super().__init__(student, teacher)
         teacher.requires_grad_(False)
@@ -57,7 +57,7 @@ class GuidedDistiller(Distiller):
         self.stateful: dict[str, DualScheduler | torch.optim.Optimizer | GuideReplay] = {"dual": self.dual}
         if method is not None:
             self.add_module(str(self.method_name), method)
-            Guided(self.disk, method, **self._weighing)  # validated here, before anything is written
+            Guided(self.disk, method, **self._weighing)  # validates before anything is written
 
     def _built(self, name: str, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> Method:
         kind, section = METHODS[name], f"DISK_{name.upper()}"
@@ -73,11 +73,11 @@ class GuidedDistiller(Distiller):
 
     @property
     def guided(self) -> Guided:
-        """Method and guide, made anew: of a replica they are the replica's."""
+        """Method and guide; a new object, as a replica has its own modules."""
         return Guided(self.disk) if self.method is None else Guided(self.disk, self.method, **self._weighing)
 
     def train(self, mode: bool = True) -> "GuidedDistiller":
-        """Set the mode; the teacher, and a guide that is not being trained, stay in evaluation mode."""
+        """Set the mode; the teacher, and a guide that is not trained in the same step, stay in evaluation mode."""
         super().train(mode)
         if not self.joint:
             self.disk.guide.eval()
@@ -95,12 +95,12 @@ class GuidedDistiller(Distiller):
         return logits, {**inputs, **{f"{_LOSS}{name}": loss for name, loss in losses.items()}}
 
     def student_outputs(self, image: Tensor) -> Outputs:
-        """Run the student; return what the method reads."""
+        """Run the student and return what the method reads."""
         logits, features = self.student(image)
         return shown(logits, features, frozenset() if self.method is None else self.method.reads)
 
     def terms(self, logits: Tensor, target: Tensor, inputs: Inputs, epoch: int) -> GuidedTerms:
-        """Evaluate the losses of these samples, in an epoch counted from 1; the hinge is over these samples."""
+        """Evaluate the losses of these samples, over which the hinge is, in an epoch counted from 1."""
         self.set_epoch(epoch)
         return self.guided.weigh(logits, target, *read(inputs))
 
@@ -125,14 +125,14 @@ class GuidedDistiller(Distiller):
 
     @torch.no_grad()
     def set_epoch(self, epoch: int) -> None:
-        """Write multiplier and budget of an epoch counted from 1: a replica knows nothing but the epoch."""
-        if self.dual.rule != "ascent":  # there they follow from the run, step by step
+        """Write multiplier and budget of an epoch, counted from 1, as a replica knows only the epoch."""
+        if self.dual.rule != "ascent":  # with "ascent" they depend on the run
             multiplier, budget = self.dual((epoch - 1) // self.epochs_per_iteration)
             self.disk.multiplier.fill_(multiplier)
             self.disk.budget.fill_(budget)
 
     def guide_inputs(self, image: Tensor) -> tuple[Inputs, dict[str, Any]]:
-        """Return the teacher's logits and what the guide reads beside them, and all of the teacher's features."""
+        """Return the guide's inputs (the teacher's logits, and features if used), and all of the teacher's features."""
         with torch.no_grad():
             logits, features = self.teacher(image)
         inputs = {"teacher_logits": logits}
@@ -141,22 +141,22 @@ class GuidedDistiller(Distiller):
         return inputs, features
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """Return what the host's optimizer trains: the guide too, unless Algorithm 1 gives it its own."""
+        """Return what the host's optimizer trains, with the guide unless Algorithm 1 gives it its own."""
         own = list(self.disk.parameters()) if self.joint else []
         trained = [] if self.method is None else self.method.trainable_parameters()
         return super().get_learnable_parameters() + own + trained
 
     def get_extra_parameters(self) -> int:
-        """Count what training adds to the student."""
+        """Return the number of parameters that training adds to the student."""
         added = [self.disk] if self.method is None else [self.disk, self.method]
         return sum(parameter.numel() for module in added for parameter in module.parameters())
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the schedule's and the guide's optimizer's state: part of every checkpoint the host writes."""
+        """Return the state of schedule and guide's optimizer, which is in every checkpoint the host writes."""
         return {name: carried.state_dict() for name, carried in self.stateful.items()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take them up again."""
+        """Load the state of schedule and guide's optimizer."""
         if set(state) != set(self.stateful):
             raise RuntimeError(
                 f"the checkpoint holds the state of {sorted(state)}, this run needs that of {sorted(self.stateful)}: "
@@ -167,29 +167,29 @@ class GuidedDistiller(Distiller):
 
 
 def read(inputs: Inputs) -> tuple[Outputs, dict[str, Tensor]]:
-    """Return what the guide reads of the teacher, and the method's losses, from what a replica's forward gave."""
+    """Split a replica's output into what the guide reads of the teacher and the method's losses."""
     losses = {name.removeprefix(_LOSS): value for name, value in inputs.items() if name.startswith(_LOSS)}
     return Outputs(inputs["teacher_logits"], inputs.get("teacher_features")), losses
 
 
 def distillers() -> dict[str, type[Distiller]]:
-    """Return the distillers by the name that ``DISTILLER.TYPE`` gives them."""
+    """Return the distillers by their name in ``DISTILLER.TYPE``."""
     found: dict[str, type[Distiller]] = {"DISK": GuidedDistiller}
     for name, kind in METHODS.items():
-        told = {"method_name": name, "__doc__": kind.__doc__}
-        found[name.upper()] = type(name.upper(), (MethodDistiller,), told)
-        found[f"DISK_{name.upper()}"] = type(f"DISK_{name.upper()}", (GuidedDistiller,), told)
+        attributes = {"method_name": name, "__doc__": kind.__doc__}
+        found[name.upper()] = type(name.upper(), (MethodDistiller,), attributes)
+        found[f"DISK_{name.upper()}"] = type(f"DISK_{name.upper()}", (GuidedDistiller,), attributes)
     return found
 
 
 def predicting_method(distiller: Any) -> str | None:
-    """Return the name of the method without which the student of a distiller, or of its class, cannot predict."""
+    """Return the name of the method that predicts for a distiller (object or class), None if the student does."""
     name = getattr(distiller, "method_name", None)
     return name if name is not None and METHODS[name].own_prediction else None
 
 
 def add() -> None:
-    """Put them into the host's dictionary, which its script reads; a method that the host has itself stays its own."""
+    """Add the distillers to the host's dictionary; a method that the host has itself is not replaced."""
     for name, kind in distillers().items():
         own = distiller_dict.get(name)
         if own is None or (isinstance(own, type) and issubclass(own, MethodDistiller | GuidedDistiller)):

@@ -18,7 +18,7 @@ _COMMITTED, _WORKLOG, _LOGGED = "latest", "worklog.txt", "worklog_bytes"
 
 @contextmanager
 def collected() -> Iterator[Saves]:
-    """Collect what the host's trainers save, instead of writing it."""
+    """Collect what the host's trainers save instead of writing it."""
     saves: Saves = []
     save, host.save_checkpoint = host.save_checkpoint, lambda content, path: saves.append((content, path))
     try:
@@ -30,8 +30,8 @@ def collected() -> Iterator[Saves]:
 def commit(saves: Saves, folder: str, epoch: int) -> None:
     """Commit an epoch's files: write them beside the current ones, then rename them, ``latest`` first.
 
-    Before ``latest`` is renamed, a resumed run repeats the epoch; after that, ``finalize`` completes the commit.
-    ``latest`` also holds the length of its part of the log.
+    A run killed before ``latest`` is renamed repeats the epoch when it is resumed; one killed later has its commit
+    completed by ``finalize``. ``latest`` also holds the length of the log up to its epoch.
     """
     saves = sorted(saves, key=lambda save: Path(save[1]).name != _COMMITTED)
     worklog = Path(folder, _WORKLOG)
@@ -54,7 +54,7 @@ def finalize(folder: str) -> None:
             path.unlink()
     worklog = Path(folder, _WORKLOG)
     if worklog.is_file() and worklog.stat().st_size > state.get(_LOGGED, float("inf")):
-        os.truncate(worklog, state[_LOGGED])  # an epoch that is repeated, or the end of a run that is extended
+        os.truncate(worklog, state[_LOGGED])  # of an epoch that is repeated, or the end of a run that is extended
 
 
 def current_file(path: Path) -> Path:

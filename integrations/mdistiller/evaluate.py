@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint as the host's ``tools/eval.py`` does, also those that need the method to predict."""
+"""Evaluate a checkpoint as the host's ``tools/eval.py`` does, also of methods that predict."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from .host import build_model
 
 
 def checkpoint_path(cfg: CfgNode, which: str, folder: Path | None) -> Path:
-    """Return the file that ``--evaluate`` means: a path, or ``best`` or ``latest`` of the experiment's folder."""
+    """Return the file for ``--evaluate``: a path, or ``best`` or ``latest`` of the experiment's folder."""
     if folder is None:
         return Path(which)
     return current_file(folder / f"{_method(cfg) or 'student'}_{which}")
@@ -24,8 +24,8 @@ def checkpoint_path(cfg: CfgNode, which: str, folder: Path | None) -> Path:
 def evaluate(cfg: CfgNode, path: Path) -> tuple[float, float, float]:
     """Run the host's validation and return top-1, top-5 (per cent) and cross-entropy.
 
-    ``path`` is a student's checkpoint, one of a method that predicts, or a whole ``latest``, ``best``, ``epoch_N`` of
-    the host.
+    ``path`` is a checkpoint of a student, of a method that predicts, or of a whole run (the host's ``latest``, ``best``
+    or ``epoch_N``).
 
     Raises:
         FileNotFoundError: no such file.
@@ -41,7 +41,7 @@ def evaluate(cfg: CfgNode, path: Path) -> tuple[float, float, float]:
     if saved is not None:
         student = deployed_student(student, saved, content)
     else:
-        if method is not None:  # whatever the file says: one that is older than the mark says nothing
+        if method is not None:  # even if the file has no mark: older versions wrote none
             raise ValueError(
                 f"a student trained by {METHODS[method].__name__} predicts through the method's own layers, which are "
                 f"in {method}_best and {method}_latest, got {path}"

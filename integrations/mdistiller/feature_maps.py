@@ -1,6 +1,6 @@
-"""Which of the host's features are what: the guide's input, and the maps that methods match.
+"""The guide's input, and the maps that methods match, among the features of the host's models.
 
-A model of the host returns ``(logits, {"feats": [...], "pooled_feat": ..., most: "preact_feats": [...]})``.
+A model of the host returns ``(logits, {"feats": [...], "pooled_feat": ...})``, most with ``"preact_feats": [...]`` too.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ _TEACHER_MAPS: tuple[ReadMap, ...] = (
 
 @torch.no_grad()
 def probe(model: nn.Module, cfg: CfgNode) -> tuple[Tensor, Features]:
-    """Return logits and features of two images of noise; neither the model nor the random state is changed."""
+    """Return logits and features of two images of noise, without changing the model or the random state."""
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     size = _INPUT_SIZES.get(cfg.DATASET.TYPE, 32)
@@ -52,12 +52,12 @@ def pooled(features: Features) -> Tensor:
 
 
 def student_map(features: Features) -> Tensor:
-    """Return the last map (N, C, H, W) that the student's features hold, activated where the host says how."""
+    """Return the student's last map (N, C, H, W), after its ReLU if the host returns it before."""
     return features["preact_feats"][-1].relu() if "preact_feats" in features else features["feats"][-1]
 
 
 def shown(logits: Tensor, features: Features, reads: frozenset[str], read_map: ReadMap = student_map) -> Outputs:
-    """Return what a method reads of a model's output."""
+    """Return a model's output as far as a method reads it."""
     maps = {LAST_MAP: read_map(features)} if LAST_MAP in reads else {}
     return Outputs(logits, pooled(features) if "features" in reads else None, maps)
 
@@ -65,10 +65,10 @@ def shown(logits: Tensor, features: Features, reads: frozenset[str], read_map: R
 def build_method(
     kind: type[Method], student: nn.Module, teacher: nn.Module, cfg: CfgNode, settings: dict[str, Any]
 ) -> tuple[Method, ReadMap]:
-    """Return the method for the pair, and how to read the teacher's map.
+    """Build the method for a pair; return it with the function that reads the teacher's map.
 
     Raises:
-        ValueError: the method reads what the host's models do not show, or cannot use the pair; the message says why.
+        ValueError: the method reads what the host's models do not return, or cannot use the pair; the message says why.
     """
     unknown = kind.reads - {"features", LAST_MAP}
     if unknown:
@@ -100,7 +100,7 @@ def build_method(
 
 
 def _read_by(classifier: nn.Module, logits: Tensor, features: Features) -> tuple[ReadMap | None, list[str]]:
-    """Return how to read the map from which the classifier makes the logits, or None and the reasons."""
+    """Return the function that reads the map from which the classifier makes the logits, or None and the reasons."""
     reasons = []
     for candidate in _TEACHER_MAPS:
         try:

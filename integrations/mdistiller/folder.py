@@ -1,4 +1,4 @@
-"""An experiment's folder: found, protected from overwriting, and resumed only with the same settings."""
+"""An experiment's folder: finds it, protects it from overwriting, and resumes it only with the same settings."""
 
 import hashlib
 import os
@@ -27,8 +27,8 @@ def _not_copied() -> Callable[..., set[str]]:
 class Folder:
     """The folder of an experiment's checkpoints and logs: LOG.PREFIX/EXPERIMENT.PROJECT/NAME-HASH.
 
-    The host puts every option into the folder's name, so that ``--resume`` does not find a changed one. Here the name
-    is the experiment's with a short hash of the settings that define it; the settings themselves are stored inside.
+    The host puts every option into the folder's name, so ``--resume`` does not find a run whose options changed. Here
+    the name is the experiment's with a short hash of the settings that define it, which are stored inside.
     """
 
     def __init__(self, cfg: CfgNode, settings: Settings) -> None:
@@ -42,7 +42,7 @@ class Folder:
         self._copied: tuple[Path, tuple[int, int]] | None = None  # source folder, stamp of the copied checkpoint
 
     def start(self, *, overwrite: bool) -> None:
-        """Start a run; with ``overwrite``, the old one is set aside until ``finalize``.
+        """Start a run; with ``overwrite``, an earlier one is moved aside until ``finalize``.
 
         Raises:
             FileExistsError: the folder, or one beside it, holds an earlier run, and ``overwrite`` is not set.
@@ -62,7 +62,7 @@ class Folder:
         write_settings(self.path, self.settings)
 
     def finalize(self) -> list[str]:
-        """Finalize (commit or roll back): delete the overwritten run, or undo a start without a checkpoint.
+        """Finalize (commit or roll back): delete the replaced run, or restore it if the new one has no checkpoint.
 
         Returns:
             Notes for the user.
@@ -83,7 +83,7 @@ class Folder:
         return [f"the new run came to no checkpoint: {self.path} holds the earlier one again"]
 
     def resume(self, *, chosen: str | None, allow_changed_settings: bool) -> list[str]:
-        """Select the run with these settings or, if changes are allowed, a copy of the nearest one.
+        """Select the run with these settings or, with ``allow_changed_settings``, a copy of the nearest one.
 
         ``chosen`` selects one by its folder.
 
@@ -115,7 +115,7 @@ class Folder:
         return notes + self._new_length(run.settings)
 
     def find(self) -> None:
-        """Select the run with these settings, regardless of its weights and data: for evaluation.
+        """Select the run with these settings, regardless of its weights and data, for evaluation.
 
         Raises:
             FileNotFoundError: there is none.
@@ -171,7 +171,7 @@ class Folder:
 
     def _nearest(self, runs: list[Run]) -> Run:
         found = nearest(runs)
-        if len(found) > 1 and not found[0].differences:  # of two equal ones, the one with the matching name
+        if len(found) > 1 and not found[0].differences:  # of equal ones, the one with the matching name
             found = [run for run in found if run.path == self.path] or found
         if len(found) > 1:
             raise ValueError(f"{describe('--resume', found)}\nName the one that is meant: --from FOLDER")
@@ -194,7 +194,7 @@ class Folder:
         self._copied = run.path, _stamp(self.path)
 
     def _clear_path(self) -> None:
-        """Delete what a start without a checkpoint left here."""
+        """Delete what a run without a checkpoint left here."""
         if (self.path / CHECKPOINT).exists():
             raise FileExistsError(f"{self.path} holds a checkpoint without {SETTINGS}: move it elsewhere first")
         if self.path.exists():

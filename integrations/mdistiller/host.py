@@ -1,4 +1,4 @@
-"""The host's data, models and weights: redirected and validated without changing its files."""
+"""The host's data, models and weights, redirected and validated without changing its files."""
 
 import hashlib
 import importlib
@@ -25,7 +25,7 @@ _CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet": 1000}
 
 
 def use_data(cfg: CfgNode, folder: str | None) -> None:
-    """Read the dataset from ``folder``; CIFAR-100 without the check for the official files.
+    """Let the host read the dataset from ``folder``; for CIFAR-100 without its check for the official files.
 
     Raises:
         FileNotFoundError: the folder does not hold the dataset.
@@ -49,9 +49,9 @@ def use_data(cfg: CfgNode, folder: str | None) -> None:
 
 
 def fingerprint_data(cfg: CfgNode, folder: str | None) -> str:
-    """Return a fingerprint of the data, labels included: part of an experiment's settings.
+    """Return a fingerprint of the data, labels included; it is part of an experiment's settings.
 
-    CIFAR-100's two files are hashed whole, in less than a second. For folders of images: the names, which hold the
+    CIFAR-100's two files are hashed whole, in less than a second. Of folders of images it has the names, which give the
     labels, and the sizes of two images in each.
     """
     whose = "the host's" if folder is None else ""
@@ -124,7 +124,7 @@ def use_teacher(cfg: CfgNode, checkpoint: str | None, scratch: Path, *, trust: b
     """Validate the teacher's weights and write them in the host's format, to a file under ``scratch``.
 
     Returns:
-        A fingerprint of the weights: part of an experiment's settings.
+        A fingerprint of the weights; it is part of an experiment's settings.
 
     Raises:
         FileNotFoundError: no checkpoint at the host's or the user's path.

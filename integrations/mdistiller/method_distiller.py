@@ -1,4 +1,4 @@
-"""A method by itself as a distiller of the host."""
+"""A method alone, without the guide, as a distiller of the host."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from .feature_maps import build_method, shown
 
 
 class MethodDistiller(Distiller):
-    """A method by itself: section ``<NAME>``. A subclass per method says which."""
+    """A method alone, with the settings of section ``<NAME>``; a subclass per method sets ``method_name``."""
 
     method_name: str
 
@@ -50,21 +50,21 @@ class MethodDistiller(Distiller):
         return self.method.predict(self.student_outputs(image))
 
     def student_outputs(self, image: Tensor) -> Outputs:
-        """Run the student; return what the method reads."""
+        """Run the student and return what the method reads."""
         logits, features = self.student(image)
         return shown(logits, features, self.method.reads)
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
-        """Return student and what the method trains."""
+        """Return the parameters of the student and those that the method trains."""
         return super().get_learnable_parameters() + self.method.trainable_parameters()
 
     def get_extra_parameters(self) -> int:
-        """Count what the method adds."""
+        """Return the number of parameters that the method adds."""
         return sum(parameter.numel() for parameter in self.method.parameters())
 
 
 def ce_loss(logits: Tensor, target: Tensor, weight: float, ignore_index: int = -100) -> dict[str, Tensor]:
-    """Return the cross-entropy beside a method that has none, as one more of the host's losses, whose mean it takes."""
+    """Return the cross-entropy for a method without one, as a loss per sample, whose mean the host takes."""
     if not weight:
         return {}
     counted = (target != ignore_index).sum().clamp(min=1)

@@ -15,13 +15,13 @@ from .settings import FORM, Settings, default_settings
 SETTINGS = "settings.yaml"
 CHECKPOINT = "latest"
 _MAY_GROW = ("SOLVER.EPOCHS",)
-_MARK = {"recorded": "the whole configuration"}  # earlier versions: only DISTILLER, SOLVER and the distiller's own
+_MARK = {"recorded": "the whole configuration"}  # earlier versions: DISTILLER, SOLVER, the distiller's own section
 _GONE = ".GUIDE_LOGITS"  # a key of earlier versions without effect
-# what those versions did before these keys existed
+# what earlier versions did before these keys existed
 _BEFORE = {"DISK.ALTERNATING.REPLAY": False, FORM: "budget"}
 
 
-# what a checkpoint's content or shapes, or the whole run, depend on: no flag lets a resumed run change it
+# a checkpoint's content or shapes, or the whole run, depend on these: they never change on resume
 _LASTING = re.compile(
     r"DISTILLER\.|DATASET\.|teacher weights|what bounds g$|SOLVER\.(TRAINER|TYPE|SEED)"
     r"|DISK\.(GUIDE\.|STUDENT_TEMPERATURE)|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY(_CAPACITY)?$|STUDENT_PASSES)"
@@ -34,10 +34,10 @@ class Run:
 
     Attributes:
         path: its folder.
-        settings: its settings by dotted key; keys that it did not record have the current value.
+        settings: by dotted key; keys that it did not record have the current value.
         differences: a line for each defining key whose value differs.
         whole: whether it recorded its whole configuration and the contents of its data.
-        unknown: the keys that it did not record and that are not at their defaults.
+        unknown: keys that it did not record and whose current value is not the default.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def distance(self) -> tuple[int, int]:
-        """Number of settings that differ, and of those that may."""
+        """Number of settings that differ, and of those that may differ."""
         return len(self.differences), len(self.unknown)
 
 
@@ -111,14 +111,14 @@ def describe(flag: str, runs: list[Run]) -> str:
 
 
 def _compare(folder: Path, recorded: Settings, now: Settings, ignore: tuple[str, ...]) -> Run:
-    """Compare a run's recorded settings; others are not a difference, but may be unknown."""
+    """Compare a run's recorded settings with the current ones; what it did not record is no difference."""
     defaults = default_settings()
     whole = all(recorded.get(key) == value for key, value in _MARK.items())
     sections = {key.split(".")[0] for key in now}
     then = {
         key: value
         for key, value in recorded.items()
-        # a section that does not exist now is that of a method that was imported then, and not the one trained
+        # a section that does not exist now belongs to a method that was imported then, but not trained
         if key not in _MARK and not key.endswith(_GONE) and key.split(".")[0] in sections
     }
     absent = now.keys() - then.keys()

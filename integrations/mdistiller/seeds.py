@@ -10,9 +10,9 @@ import torch
 
 
 def seed_everything(seed: int, epoch: int = 0) -> None:
-    """Seed the process for an epoch counted from 1; 0 is for the initial weights."""
+    """Seed the process for an epoch, counted from 1; 0 is for the initial weights."""
     seed_generators(seed, epoch)
-    torch.backends.cudnn.benchmark = False  # else kernels, and so rounding, depend on timings
+    torch.backends.cudnn.benchmark = False  # else the choice of kernels, and so rounding, depends on timings
     torch.backends.cudnn.deterministic = True
 
 
@@ -29,7 +29,7 @@ def seed_generators(seed: int, *key: int) -> None:
 
 @contextmanager
 def apart(number: int) -> Iterator[None]:
-    """Seed from the current state and ``number`` inside; restore the generators on exit."""
+    """Seed the generators from their current state and ``number``; restore them on exit."""
     python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):

@@ -15,7 +15,7 @@ from .distillers import GuidedDistiller
 
 Settings = dict[str, Any]
 FORM = "what bounds g"
-# where a run logs, its name, how its data is loaded and tested: none of it changes the training
+# names, and how data is loaded and tested, which do not change the training
 _NOT_DEFINING = {
     "EXPERIMENT.NAME",
     "EXPERIMENT.TAG",
@@ -91,9 +91,9 @@ def check_names(cfg: CfgNode, models: dict[str, Any]) -> None:
 
 
 def get_settings(cfg: CfgNode, *, data: str, teacher: str, warm_start: str) -> Settings:
-    """Return what defines a run, by dotted key: the whole configuration except for a few keys without effect.
+    """Return the settings that define a run, by dotted key: the configuration except for keys without effect.
 
-    Sections of other methods are included: a user's own method may read any of them. ``data``, ``teacher`` and
+    Sections of other methods are included, as a user's own method may read them. ``data``, ``teacher`` and
     ``warm_start`` are fingerprints of data and weights, independent of their paths.
     """
     return {
@@ -110,7 +110,7 @@ def get_settings(cfg: CfgNode, *, data: str, teacher: str, warm_start: str) -> S
 
 
 def follows_discount(cfg: CfgNode) -> bool:
-    """Return whether the loss has a discount: no setting of it or of its schedule asks for a budget."""
+    """Return whether the loss has a discount, as no setting of it or of its schedule is one of a budget."""
     disk, dual = cfg.DISK, cfg.DISK.DUAL
     asked = (disk.BUDGET, dual.MULTIPLIER, dual.PERIOD, dual.BUDGET, dual.BUDGET_PERIOD)
     return disk.DISCOUNT is not None and all(value is None for value in asked) and dual.RULE == "cosine"
@@ -188,7 +188,7 @@ def _node(cfg: CfgNode, names: list[str]) -> tuple[Any, list[str]]:
 
 
 def _expected(cfg: CfgNode, message: str) -> str:
-    """Return the message for a value of a wrong type: what was expected, what came, and how to write it."""
+    """Return the message for a value of a wrong type, with what was expected and how to write it."""
     found = re.search(r"with values \(.*\) for config key: (\S+)$", message, re.DOTALL)
     if found is None:
         return message

@@ -1,4 +1,4 @@
-"""The teacher's accuracy in distillers without a guide, which do not report it."""
+"""The teacher's accuracy for distillers without a guide, which do not report it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +10,11 @@ from disk_plugin.functional import DiSKTerms
 
 
 class TeacherWatch:
-    """Reads the teacher's predictions during training by hooks, on any number of replicas.
+    """Reads the teacher's predictions during training with hooks, on any number of replicas.
 
     Args:
         distiller: the host's ``DataParallel`` around a distiller with a ``teacher``.
-        tell: called after each training step with terms of which only the accuracies are valid, and the classes.
+        tell: called after each training step with terms, whose accuracies alone are valid, and the number of classes.
     """
 
     def __init__(self, distiller: Any, tell: Callable[[DiSKTerms, int], None]) -> None:
@@ -29,7 +29,7 @@ class TeacherWatch:
 
     @torch.no_grad()
     def _compare(self, distiller: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Compare with the labels, unless a method gives the teacher other images than one per label."""
+        """Compare with the labels, unless the teacher saw another number of images."""
         target = kwargs.get("target")
         # DataParallel scatters a batch in the order of its devices
         shares = sorted(self._predicted, key=lambda share: -1 if share.device.index is None else share.device.index)

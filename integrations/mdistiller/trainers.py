@@ -22,12 +22,12 @@ from .seeds import apart, restart_workers
 class DISKTrainer(CompleteTrainer):
     """Algorithm 1 of Kag et al. (ICLR 2023): guide passes with the student fixed, then student passes (epochs).
 
-    Section ``DISK.ALTERNATING``. ``SOLVER.EPOCHS`` counts student passes, so that learning rates and comparisons stay
-    the host's; before the first of each ``STUDENT_PASSES`` epochs come ``GUIDE_PASSES`` passes of the guide's own
-    optimizer over the same loader, and before the first epoch also ``GUIDE_WARMUP_EPOCHS``. Multiplier and budget
-    change from one outer iteration to the next, as in the paper: the lengths in ``DISK.DUAL`` count those. In a guide
-    pass the student is in evaluation mode. With ``REPLAY`` only the first iteration's guide passes are over the loader,
-    the others on a record of the last student pass before them, where the student is in training mode.
+    Its section is ``DISK.ALTERNATING``. ``SOLVER.EPOCHS`` counts student passes, so learning rates and comparisons are
+    the host's. Before every ``STUDENT_PASSES`` epochs come ``GUIDE_PASSES`` passes of the guide's own optimizer over
+    the same loader, before the first epoch also ``GUIDE_WARMUP_EPOCHS``. Multiplier and budget change from one outer
+    iteration to the next, as in the paper: lengths in ``DISK.DUAL`` count iterations. In a guide pass the student is in
+    evaluation mode. With ``REPLAY`` only the first iteration's guide passes are over the loader; the others are on a
+    record of the last student pass before them, in which the student is in training mode.
     """
 
     def __init__(self, experiment_name: str, distiller: Any, train_loader: Any, val_loader: Any, cfg: Any) -> None:
@@ -39,21 +39,21 @@ class DISKTrainer(CompleteTrainer):
         super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
 
     def guided_training(self, module: GuidedDistiller, **core: Any) -> GuidedTraining:
-        """Return the epoch of guided training, with Algorithm 1's passes; their state travels with the module's."""
+        """Build guided training with Algorithm 1's passes, whose state is saved with the module's."""
         recipe, seed = config.build_recipe(self.cfg), self.cfg.SOLVER.SEED or 0
         own = {"recipe": recipe, "guide_optimizer": self.guide_optimizer, "guide_rate": self._guide_rate, "seed": seed}
         training = super().guided_training(module, **own, **core)
         self.passes = cast(GuidePasses, training.guide_passes)
         if self.passes.replay is None:
             module.stateful["guide_optimizer"] = self.guide_optimizer
-        else:  # which holds the optimizer
+        else:  # the record holds the optimizer
             module.stateful["replay"] = self.passes.replay
         return training
 
     def before_epoch(self, epoch: int) -> None:
-        """Run the guide's passes where an outer iteration of Algorithm 1 begins."""
+        """Run the guide's passes if an outer iteration of Algorithm 1 begins."""
         self.passes.set_rate(epoch - 1)
-        self.distiller.module.set_epoch(epoch)  # the multiplier of the student's passes to come
+        self.distiller.module.set_epoch(epoch)  # the multiplier of the student's passes that follow
         made = self.passes.run(epoch - 1, self._bars(epoch), self._guide_loss(epoch), fresh=epoch == 1)
         self.guide_turn = False
         if made:
@@ -62,9 +62,9 @@ class DISKTrainer(CompleteTrainer):
             self.restart_report()
 
     def log(self, lr: float, epoch: int, log_dict: dict[str, Any]) -> None:
-        """Log and end the epoch; with a record, the guide passes before the next one come here, before the host saves.
+        """Log and end the epoch; with a record, run the next epoch's guide passes here, before the host saves.
 
-        After the last epoch there is none to come, and the record is saved for a run that goes on to more epochs.
+        After the last epoch there are none; the record is saved, for a run that is extended.
         """
         super().log(lr, epoch, log_dict)
         if self.passes.recipe.ends_iteration(epoch - 1) and epoch < self.cfg.SOLVER.EPOCHS:
@@ -72,13 +72,13 @@ class DISKTrainer(CompleteTrainer):
             self.passes.run_replay(epoch)
 
     def _guide_rate(self, epoch: int) -> float:
-        """Let the guide's rate decay by the factor of the student's, whose own optimizer stays as it is."""
+        """Return the guide's learning rate, decayed by the factor of the student's."""
         lr = host.adjust_learning_rate(epoch + 1, self.cfg, self.guide_optimizer)
         factor = lr / self.cfg.SOLVER.LR if self.cfg.SOLVER.LR else 1.0
         return float(self.cfg.DISK.ALTERNATING.LR * factor)
 
     def _bars(self, epoch: int) -> Callable[[int], Iterator[Iterable[Any]]]:
-        """Give each guide pass its batches: the student then sees those of a run without guide passes."""
+        """Yield the batches of guide passes, after which the student sees those of a run without guide passes."""
 
         def bars(count: int) -> Iterator[Iterable[Any]]:
             module = self.distiller.module
@@ -114,7 +114,7 @@ class DISKTrainer(CompleteTrainer):
 
 
 def add() -> None:
-    """Complete the host's trainers and add ``disk``; cure what keeps the host from saving and resuming."""
+    """Replace the host's trainers by complete ones, add ``disk``, and repair what breaks saving and resuming."""
     for name, trainer in list(trainer_dict.items()):
         if issubclass(trainer, host.BaseTrainer) and not issubclass(trainer, CompleteTrainer):
             trainer_dict[name] = type(trainer.__name__, (CompleteTrainer, trainer), {"__doc__": trainer.__doc__})
@@ -127,7 +127,7 @@ def add() -> None:
 
 
 def _with_float_rates(adjust: Callable[..., float]) -> Callable[..., float]:
-    """Let the host decay its rates, and keep them Python floats: torch refuses to load a NumPy scalar."""
+    """Let the host decay its rates, but as Python floats: ``torch.load`` raises on NumPy scalars."""
 
     def adjust_learning_rate(epoch: int, cfg: Any, optimizer: torch.optim.Optimizer) -> float:
         rate = float(adjust(epoch, cfg, optimizer))

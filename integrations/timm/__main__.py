@@ -1,4 +1,4 @@
-"""``python -m disk_plugin.integrations.timm path/to/train.py ...``: timm's own training script, with DiSK in it."""
+"""``python -m disk_plugin.integrations.timm path/to/train.py ...``: runs timm's own training script with DiSK."""
 
 import argparse
 import sys
@@ -12,14 +12,14 @@ from . import flags
 _COMMAND = "python -m disk_plugin.integrations.timm"
 _CONFIGS = Path(__file__).parent
 _DESCRIPTION = """\
-Train with DiSK by timm's own train.py (timm >= 1.0.27), of which no line is edited. TRAIN.PY is the script of a git
-checkout; its flags follow, --kd-model-name names the teacher, the flags below are DiSK's. All of them can stand in the
-YAML file of -c, which may be one shipped here: configs/imagenet/r50_r18.yaml, vitl_vitti.yaml, vitl_deitti.yaml.
+Train with DiSK by timm's own train.py (timm >= 1.0.27), which is not edited. TRAIN.PY is the script of a git checkout.
+Its flags follow, with --kd-model-name for the teacher; the flags below are DiSK's. All can be in the YAML file of -c,
+which may be one shipped here: configs/imagenet/r50_r18.yaml, vitl_vitti.yaml, vitl_deitti.yaml.
 """
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Load the script, put DiSK into its namespace, run it."""
+    """Load the script, add DiSK to its namespace, run it."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         METHODS.update(import_methods(_imports(argv), METHODS, flag="--disk-import"))
@@ -60,7 +60,7 @@ def _explain(argv: list[str]) -> None:
 
 
 def _imports(argv: list[str]) -> list[str]:
-    """Return the modules that are asked for, before their methods have flags; ``-c`` files may name some too."""
+    """Return the modules to import, before the parser has flags for their methods; a ``-c`` file may name some too."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--disk-import", nargs="+", action="extend", default=[])
     parser.add_argument("-c", "--config", default="")
@@ -70,8 +70,8 @@ def _imports(argv: list[str]) -> list[str]:
 
 
 def _imports_in(path: Path) -> list[str]:
-    """Return the modules that a ``-c`` file names; what else is wrong with it the script itself will say."""
-    import yaml  # which train.py reads its files with
+    """Return the modules that a ``-c`` file names; the script itself reports other errors in the file."""
+    import yaml  # train.py reads its files with it
 
     try:
         content = yaml.safe_load(path.read_text())

@@ -1,4 +1,4 @@
-"""What ``DiSKTask`` was asked for: which keyword goes where, and what does not go together."""
+"""The arguments of ``DiSKTask``: which keyword goes where, and which do not go together."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,17 @@ from disk_plugin.features.method import Method
 from .flags import INCOMPATIBLE
 
 _TEMPERATURE = inspect.signature(DiSKLoss).parameters["temperature"].default
-_OF_CROSS_ENTROPY = {"weight", "label_smoothing"}  # of the loss's own, which has no weight here: the criterion is one
+_OF_CROSS_ENTROPY = {"weight", "label_smoothing"}  # of the loss's own, which has weight 0: the criterion is the host's
 _LOSS = {name for name, p in inspect.signature(DiSKLoss).parameters.items() if p.kind is p.KEYWORD_ONLY}
 _LOSS -= _OF_CROSS_ENTROPY
 _HOST = set(inspect.signature(LogitDistillationTask.__init__).parameters) - {"self"}
 
 
 def split(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return which keywords are timm's and which the loss's; the loss's two weights go under timm's names.
+    """Split keywords into timm's and the loss's; the loss's two weights are renamed to timm's.
 
     Raises:
-        ValueError: one weight under both names.
+        ValueError: a weight given under both names.
         TypeError: unknown keywords.
     """
     settings = {"temperature": _TEMPERATURE, **settings}  # timm's own default, 1, is not its script's
@@ -52,7 +52,7 @@ def check_modes(
     """Validate that the arguments go together.
 
     Raises:
-        ValueError: an unknown mode, or settings of a part that is not there.
+        ValueError: an unknown mode, or settings of a part that is absent.
     """
     if mode not in ("joint", "alternating"):
         raise ValueError(f"mode must be one of ['joint', 'alternating'], got {mode!r}")
@@ -72,7 +72,7 @@ def check_modes(
 
 
 def check_criterion(criterion: nn.Module | None) -> None:
-    """Validate that the criterion goes with a student that is one distribution over classes.
+    """Validate that the criterion is one for a single distribution over classes.
 
     Raises:
         ValueError: a criterion with a sigmoid per class, or over several views of an image.
@@ -93,7 +93,7 @@ def check_student(student: nn.Module) -> None:
     """Validate that the student is a timm model with one prediction.
 
     Raises:
-        ValueError: no timm model; a distillation head that is set to predict apart, while inference uses the mean.
+        ValueError: not a timm model; a distillation head set to predict separately, while inference uses the mean.
     """
     student = unwrap_model(student)
     missing = [name for name in ("num_classes", "in_chans", "pretrained_cfg") if not hasattr(student, name)]
@@ -109,7 +109,7 @@ def check_student(student: nn.Module) -> None:
 def method_class(
     method: str | type[Method] | Method | None, known: Mapping[str, type[Method]]
 ) -> type[Method] | Method | None:
-    """Return a method by its name, or as it was given.
+    """Return a method by its name, any other value unchanged.
 
     Raises:
         ValueError: an unknown name.
@@ -125,7 +125,7 @@ def method_class(
 
 
 def method_settings(kind: type[Method] | Method, settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a method's keywords; its own cross-entropy has no weight, as the criterion is the host's.
+    """Return a method's keywords; its own cross-entropy has weight 0, as the criterion is the host's.
 
     Raises:
         ValueError: settings of a method that is built already.

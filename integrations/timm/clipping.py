@@ -7,7 +7,7 @@ from torch import nn
 
 
 def clip_together(student: list[nn.Parameter], guide: list[nn.Parameter], *, shortened: bool) -> Iterator[nn.Parameter]:
-    """Yield all of them; the guide's gradient is shortened on the way, when the caller has come past the backward."""
+    """Yield both; the guide's gradient is scaled down during iteration, as the caller iterates after the backward."""
     yield from student
     if shortened:
         _shorten(guide, student)
@@ -16,7 +16,7 @@ def clip_together(student: list[nn.Parameter], guide: list[nn.Parameter], *, sho
 
 @torch.no_grad()
 def _shorten(guide: list[nn.Parameter], student: list[nn.Parameter]) -> None:
-    """Scale the guide's gradient down to the length of the student's; a loss scaler's factor cancels."""
+    """Scale the guide's gradient down to the norm of the student's; a loss scaler's factor cancels."""
     lengths = []
     for parameters in (guide, student):
         gradients = [p.grad for p in parameters if p.grad is not None]

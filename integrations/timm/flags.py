@@ -1,7 +1,7 @@
-"""The ``--disk-*`` flags: which there are, and what they hand to DiSK's constructors. No default of its own.
+"""The ``--disk-*`` flags, and their translation into keywords of DiSK's constructors, whose defaults they have.
 
-Each is named after the argument it sets; what the host has a flag for (``--kd-temperature``, ``--task-loss-weight``,
-``--distill-loss-weight``, ``--smoothing``) has none here.
+Each is named after the argument it sets. Settings for which the host has a flag (``--kd-temperature``,
+``--task-loss-weight``, ``--distill-loss-weight``, ``--smoothing``) have none here.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from .recipe import Recipe
 
 INCOMPATIBLE = {
     "bce_loss": "a sigmoid per class leaves the softmax, which scaffold and budget read, undetermined",
-    "jsd_loss": "its cross-entropy is that of the first of each image's views alone, the others are only held to agree "
-    "with it, while scaffold and budget stand beside a cross-entropy of every row; --aug-splits without it works",
+    "jsd_loss": "its cross-entropy is on the first of each image's views only, the others only have to agree with it, "
+    "while scaffold and budget need a cross-entropy of every row; --aug-splits without it works",
     "naflex_loader": "teacher and student must read the same images, not each its own patches",
     "torchscript": "a scripted student has no configuration to read",
 }
@@ -63,7 +63,7 @@ _INT, _FLOAT = _or_none(int), _or_none(float)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Add the flags to a parser, the host's own, so that they stand in its help, its args.yaml and its ``-c`` files."""
+    """Add the flags to the host's own parser, and so to its help, its args.yaml and its ``-c`` files."""
     group = parser.add_argument_group("DiSK")
 
     def flag(name: str, text: str, default: Any, *others: str, **how: Any) -> None:
@@ -72,7 +72,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         group.add_argument(*spelled, dest=stored, help=shown, default=default, **how)
 
     def of(target: Callable[..., Any], argument: str) -> Any:
-        """Return the default that the signature holds, as YAML has it."""
+        """Return the default in the signature, as in YAML."""
         value = inspect.signature(target).parameters[argument].default
         return list(value) if isinstance(value, tuple) else value
 
@@ -100,7 +100,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag("epochs", "epochs that the schedules span; none for the run's", None, type=_INT, metavar="N")
     temperature = "divides the student's logits: none for --kd-temperature, a number, or fit"
     flag("student-temperature", temperature, of(DiSKLoss, "student_temperature"), type=_temperature, metavar="T")
-    variant = "whose rules: the paper's or one of the authors' scripts'"
+    variant = "rules of the paper, or of one of the authors' scripts"
     flag("variant", variant, of(DiSKLoss, "variant"), choices=sorted(VARIANTS))
     scale = "keeps the guide alive; none for the plain gradient"
     flag("guide-gradient-scale", scale, of(DiSKLoss, "guide_gradient_scale"), type=_FLOAT, metavar="C")
@@ -114,11 +114,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         flag(argument.replace("_", "-"), f"alternating: {text}", of(Recipe, argument), **how)
 
     add_methods(flag)
-    imported = "import modules of your own, whose methods, models and datasets then have names"
+    imported = "import your own modules, whose methods, models and datasets are then available by name"
     flag("import", imported, [], nargs="+", action="extend", metavar="MODULE")
     checkpoint = "the teacher's weights, in place of timm's pretrained ones"
     flag("teacher-checkpoint", checkpoint, None, metavar="FILE")
-    flag("allow-fresh-guide", "resume, with a new guide, from a checkpoint without one", False, **_SWITCH)
+    flag("allow-fresh-guide", "resume with a new guide from a checkpoint without one", False, **_SWITCH)
 
 
 def names() -> set[str]:
@@ -133,7 +133,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Validate the flags before the data is looked for; a ``-c`` file sets values that no parser has seen.
+    """Validate the flags before the data is read; a ``-c`` file sets values that no parser has checked.
 
     Raises:
         ValueError: unknown names, values out of range, flags of the host that do not go with DiSK.
@@ -150,7 +150,7 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"disk_{name} must be one of {list(choices)}, got {getattr(args, f'disk_{name}')!r}")
     _check_types(args)
     _check_unused(args)
-    # DiSK's own constructors know what they take
+    # DiSK's own constructors validate the rest
     arguments = task_arguments(args, epochs=1)
     guide = arguments["guide"]
     feature_dim = int(guide.pop("use_features"))
@@ -172,7 +172,7 @@ def _check_types(args: argparse.Namespace) -> None:
 
 
 def _check_unused(args: argparse.Namespace) -> None:
-    """Raise ValueError for settings of a part that is switched off: they would change nothing."""
+    """Raise ValueError for settings of a part that is switched off, which would change nothing."""
     off = {
         "--disk-mode alternating": [] if args.disk_mode == "alternating" else list(_ALTERNATING),
         "--disk-replay": [] if args.disk_replay else ["replay_capacity", "replay_batch_size"],
@@ -239,7 +239,7 @@ def _loss(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _budget(given: float | list[float] | None) -> list[Any]:
-    """One number or none, or upper and lower; a ``-c`` file may hold any of them."""
+    """Return the budget as a list: one number or None, or upper and lower."""
     numbers: list[Any] = given if isinstance(given, list) else [given]
     if not 1 <= len(numbers) <= 2:
         raise ValueError(f"disk_budget must be one number, or upper and lower, got {given}")

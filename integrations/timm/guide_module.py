@@ -1,4 +1,4 @@
-"""The guide that a task is given: keywords of ``GuideHead``, or a module of one's own, tried on the teacher."""
+"""A task's guide: keywords of ``GuideHead``, or the user's own module, tried on the teacher's outputs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from disk_plugin.guide import reads_features as module_reads_features
 
 
 def reads_features(guide: Mapping[str, Any] | nn.Module) -> bool:
-    """Return whether the guide gets the teacher's pre-logits beside its logits.
+    """Return whether the guide reads the teacher's pre-logits beside its logits.
 
     Raises:
         TypeError: neither keywords nor a module.
@@ -25,10 +25,10 @@ def reads_features(guide: Mapping[str, Any] | nn.Module) -> bool:
 
 
 def build_guide(guide: Mapping[str, Any] | nn.Module, logits: Tensor, pre_logits: Tensor | None) -> nn.Module:
-    """Return the module, on the device of what it will read: the teacher's outputs of one image.
+    """Return the module, on the device of its inputs, the teacher's outputs for one image.
 
     Raises:
-        ValueError: a module that was built for other widths, or that gives no value per sample.
+        ValueError: a module that was built for other widths, or that does not return one value per sample.
     """
     if isinstance(guide, Mapping):
         keywords = {name: value for name, value in guide.items() if name != "use_features"}

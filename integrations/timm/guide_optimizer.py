@@ -1,4 +1,4 @@
-"""The guide's own optimizer in Algorithm 1, by timm's names, and its learning rate."""
+"""The guide's own optimizer for Algorithm 1, by timm's names, and its learning rate."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .recipe import Recipe
 
 
 def build_guide_optimizer(recipe: Recipe, disk: DiSKLoss) -> torch.optim.Optimizer:
-    """Build it from the recipe."""
+    """Build the guide's optimizer from the recipe."""
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         disk.guide,
         opt=recipe.guide_opt,
@@ -24,7 +24,7 @@ def build_guide_optimizer(recipe: Recipe, disk: DiSKLoss) -> torch.optim.Optimiz
 
 
 def cosine(rate: float, epochs: int | None) -> Callable[[int], float]:
-    """Let a rate fall to 0 over the host's epochs, counted from 0; None keeps it."""
+    """Return a cosine from ``rate`` to 0 over ``epochs``, as a function of the epoch from 0; None: constant."""
 
     def at(epoch: int) -> float:
         progress = min(epoch / epochs, 1.0) if epochs else 0.0

@@ -1,4 +1,4 @@
-"""What DiSK's tasks share: guide, schedule, epochs, checkpoints, and what the host asks of a task."""
+"""The implementation of ``DiSKTask``: guide, schedule, epochs, checkpoints."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,10 +35,10 @@ class GuidedTask(StudentTask):
     Attributes:
         disk: the ``DiSKLoss``.
         dual: its ``DualScheduler``, or None.
-        training_core: what an epoch of guided training is, whatever the host.
+        training_core: the host-independent part of guided training.
     """
 
-    model_of: Callable[..., MethodModel] = MethodModel  # of a method with a prediction of its own
+    model_of: Callable[..., MethodModel] = MethodModel  # for methods that predict
     teacher: Any  # the host's, then a FrozenTeacher around it
 
     def __init__(
@@ -77,11 +77,11 @@ class GuidedTask(StudentTask):
         self._use_features = reads_features(guide)
         kind = arguments.method_class(method, METHODS)
         self._reads_features = self._use_features or (kind is not None and bool(kind.reads))
-        with torch.random.fork_rng(devices=[]):  # all on the CPU: with one seed a baseline sees the same batches
+        with torch.random.fork_rng(devices=[]):  # all drawn on the CPU: with one seed a baseline sees the same batches
             image = torch.randn(1, *size).to(self.device, self.dtype)
             head = self._build_guide(student_model, image, guide)
             self._parts = None if kind is None else self._build_method(kind, student_model, image, method_settings)
-        # the criterion is the host's, so that this loss's own cross-entropy has no weight
+        # the criterion is the host's, so this loss's own cross-entropy has weight 0
         weights = {"ce_weight": 0.0, "distill_weight": self.distill_loss_weight, "temperature": self.temperature}
         self.disk = DiSKLoss(head, **{**loss, **weights}).to(self.device)
         self.disk.reduce_mean = mean_over_processes
@@ -108,16 +108,16 @@ class GuidedTask(StudentTask):
         return cast(TaskReport, self.training_core.report)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002 (timm's name)
-        """Evaluate a batch.
+        """Evaluate the loss of a batch.
 
         Args:
             input: images (N, C, H, W), normalised with ``input_mean`` and ``input_std``.
             target: class indices (N,) or probabilities (N, classes).
 
         Returns:
-            ``loss`` to backpropagate; ``output`` (N, classes); detached: ``task_loss``, ``kd_loss`` (L_dist, or the
-            weighted feature term), ``logged_loss`` (>= 0: the weighted task loss plus DiSK's ``logged_loss``),
-            ``usage``, ``guide``, ``discount`` (means).
+            ``loss`` to backpropagate; ``output``, the logits (N, classes). Detached scalars: ``task_loss``, ``kd_loss``
+            (L_dist, or the method's weighted loss), ``logged_loss`` (>= 0: the weighted task loss plus DiSK's
+            ``logged_loss``), and the means ``usage``, ``guide`` and ``discount``.
         """
         teacher_logits, teacher_features, shown = self._teacher(input)
         teacher = Outputs(teacher_logits, teacher_features)
@@ -135,7 +135,7 @@ class GuidedTask(StudentTask):
         return {"loss": loss, "output": logits, **watched}
 
     def begin_epoch(self, epoch: int) -> None:
-        """Bring multiplier and budget to an epoch counted from 0, wherever a resumed run starts."""
+        """Set the schedule to an epoch, counted from 0; a resumed run may start at any."""
         self.training_core.begin_epoch(epoch)
 
     def run_guide_passes(
@@ -145,9 +145,12 @@ class GuidedTask(StudentTask):
         prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda image, target: (image, target),
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> int:
-        """Make Algorithm 1's guide passes before this epoch; return how many there were.
+        """Make Algorithm 1's guide passes before this epoch; return their number over the data.
 
-        ``prepare`` makes of a batch of the loader images and target on the device; ``autocast`` is the host's.
+        Args:
+            loader: of the training data.
+            prepare: (image, target) of the loader -> images and target on the device.
+            autocast: the host's autocast context.
         """
         if self.guide_passes is None:
             return 0
@@ -164,7 +167,7 @@ class GuidedTask(StudentTask):
             self.trainable_module.train(training)
 
     def end_epoch(self) -> dict[str, float]:
-        """Step the schedule; return the epoch's multiplier, budget and means over the samples of all processes."""
+        """Step the schedule; return the epoch's multiplier, budget, and means over the samples of all ranks."""
         report, trained = self.report, self.schedule.epoch > 0
         means = self.training_core.end_epoch()
         means |= report.logged(self.task_loss_weight)
@@ -175,7 +178,7 @@ class GuidedTask(StudentTask):
         return means
 
     def train(self, mode: bool = True) -> "GuidedTask":
-        """Set the mode; the teacher, and a guide that is not being trained, stay in evaluation mode."""
+        """Set the mode; the teacher, and a guide with its own optimizer, stay in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         if self.guide_passes is not None:
@@ -189,7 +192,7 @@ class GuidedTask(StudentTask):
         return super().prepare_distributed(None if self.device.type == "cpu" else device_ids, **ddp_kwargs)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Return guide, multiplier, budget and their progress: tensors, numbers and containers of them."""
+        """Return the state of guide, method and schedule: tensors, numbers and containers of them."""
         return {} if ema else {name: part.state_dict() for name, part in self._stateful.items()}
 
     def load_task_state(
@@ -199,24 +202,24 @@ class GuidedTask(StudentTask):
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
-        """Take them up again.
+        """Load the state of guide, method and schedule.
 
         Raises:
-            RuntimeError: there is none and ``allow_fresh_guide`` is not set, or it is that of another mode or guide.
+            RuntimeError: there is none and ``allow_fresh_guide`` is not set, or it is of another mode or guide.
         """
         if not ema:
             load(self._stateful, state, allow_fresh_guide=self.allow_fresh_guide)
 
     @property
     def _stateful(self) -> dict[str, Any]:
-        """What ``task_state`` holds; a method that predicts is part of the model that the host saves."""
+        """The parts in ``task_state``, by name; a method that predicts is in the model that the host saves."""
         parts = self.training_core.stateful
         if self._parts is not None and (self._parts.method.own_prediction or not self._parts.method.state_dict()):
             del parts["method"]
         return parts
 
     def _build_guide(self, student: nn.Module, image: Tensor, guide: Mapping[str, Any] | nn.Module) -> nn.Module:
-        """Try the teacher; return the guide."""
+        """Try the teacher and return the guide."""
         classes = unwrap_model(student).num_classes
         logits, pre_logits, _ = probe(self.teacher, self._normalize(image), classes, features=self._reads_features)
         return build_guide(guide, logits, pre_logits if self._use_features else None)
@@ -237,7 +240,7 @@ class GuidedTask(StudentTask):
         return logits, pre_logits if self._use_features else None, shown
 
     def _guide_terms(self, input: Tensor, target: Tensor) -> GuidedTerms:  # noqa: A002 (timm's name)
-        """Evaluate the terms of a guide pass: nothing of the student is trained."""
+        """Evaluate the terms of a guide pass, without gradient for the student."""
         teacher_logits, teacher_features, shown = self._teacher(input)
         teacher = Outputs(teacher_logits, teacher_features)
         with torch.no_grad():

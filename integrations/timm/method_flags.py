@@ -1,4 +1,4 @@
-"""The flags of distillation methods: which one, what weighs it, and its own settings by its signature."""
+"""The flags of distillation methods: which one, its weight, and its own settings from its signature."""
 
 import argparse
 from collections.abc import Callable
@@ -12,14 +12,14 @@ _CRITERIONS = {"ce_weight"}  # a method's own cross-entropy: the host has a crit
 
 
 def add_methods(flag: Callable[..., None]) -> None:
-    """Add them by ``flag(name, text, default, **how)``."""
+    """Add the flags by ``flag(name, text, default, **how)``."""
     chosen = ["none", *METHODS]
-    method = "distill by this method, weighted by the guide, instead of the logits; --distill-loss-weight weighs it"
+    method = "distill by this method, weighted by the guide, instead of the logits; its weight is --distill-loss-weight"
     flag("method", method, "none", choices=chosen)
-    flag("feature-matching", "the first name of --disk-method", "none", choices=chosen)
-    weight = "what weighs a sample of the method's loss"
+    flag("feature-matching", "the former name of --disk-method", "none", choices=chosen)
+    weight = "weight of a sample in the method's loss"
     default = settings_of(Guided)["weight"]
-    flag("feature-weight", weight, default, "weight", choices=list(FEATURE_WEIGHTS))  # stored under its first name
+    flag("feature-weight", weight, default, "weight", choices=list(FEATURE_WEIGHTS))  # stored under its former name
     for name, kind in METHODS.items():
         for argument, default in method_settings(name).items():
             how: dict[str, Any] = {"type": type(default), "metavar": argument.upper()}
@@ -34,10 +34,10 @@ def method_settings(name: str) -> dict[str, Any]:
 
 
 def chosen_method(args: argparse.Namespace) -> str:
-    """Return the method's name, ``"none"`` for DiSK, under whichever of its two flags it was given.
+    """Return the method's name, ``"none"`` for DiSK, from either of its two flags.
 
     Raises:
-        ValueError: two of them; an unknown one.
+        ValueError: two different names; an unknown one.
     """
     given = {getattr(args, f"disk_{flag}") for flag in ("method", "feature_matching")} - {"none"}
     if len(given) > 1:

@@ -1,4 +1,4 @@
-"""Student and method in timm: what each model shows, and the model of a method that has a prediction of its own."""
+"""Student and method in timm: how a method reads the models, and the model of a method that predicts."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,12 +15,12 @@ from disk_plugin.taps.timm_models import Layout, TeacherHead
 
 
 class Reader(NamedTuple):
-    """How to read a method's inputs off one of timm's models.
+    """Reads a method's inputs from one of timm's models.
 
     Attributes:
         reads: ``Method.reads``.
-        layout: of the last map, None where it is not read.
-        head: whether the model's own head takes part.
+        layout: of the last map; None if it is not read.
+        head: whether the model's own head is used.
     """
 
     reads: frozenset[str] = frozenset()
@@ -28,7 +28,7 @@ class Reader(NamedTuple):
     head: bool = True
 
     def __call__(self, model: Any, input: Tensor) -> Outputs:  # noqa: A002 (timm's name)
-        """Run the model once; a head that draws random numbers draws them anew for logits and features."""
+        """Run the model's body once; a head with dropout draws separately for logits and features."""
         if not self.reads:
             return Outputs(model(input))
         features = model.forward_features(input)
@@ -41,14 +41,14 @@ class Reader(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A method built for a pair, and how both models are read."""
+    """A method built for a pair, and how it reads both models."""
 
     method: Method
     student: Reader
     teacher: Layout | None
 
     def teacher_outputs(self, logits: Tensor, pre_logits: Tensor | None, last_map: Tensor | None) -> Outputs:
-        """Return what the method reads of the teacher's outputs."""
+        """Return the teacher's outputs as far as the method reads them."""
         maps = {} if last_map is None or self.teacher is None else {LAST_MAP: self.teacher.to_map(last_map)}
         return Outputs(logits, pre_logits if "features" in self.method.reads else None, maps)
 
@@ -62,10 +62,18 @@ def build_method(
     teacher_image: Tensor | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Parts:
-    """Build a method for a pair, tried on one image of the training size; ``teacher_image`` is it as the teacher reads.
+    """Build a method for a pair, and try it on one image of the training size.
+
+    Args:
+        kind: a method class, or a method that is built.
+        student: a timm model.
+        teacher: a timm model.
+        image: (1, C, H, W), normalised for the student.
+        teacher_image: the same normalised for the teacher; None for ``image``.
+        settings: keywords of the class.
 
     Raises:
-        ValueError: a model that does not show what the method reads; what the method itself refuses.
+        ValueError: a model that does not return what the method reads; a pair that the method cannot use.
     """
     student, teacher = unwrap_model(student), unwrap_model(teacher)
     unknown = kind.reads - {"features", LAST_MAP}
@@ -96,15 +104,15 @@ def build_method(
 
 
 class MethodModel(FeatureDistillationTrainableModule):
-    """Student and method as one model, which training sees and inference runs: the student alone cannot predict.
+    """Student and method as one model, for training and inference: the student alone cannot predict.
 
-    The student's own head takes no part and is frozen. Rebuild the model around fresh ``student`` and ``teacher``
+    The student's own head is unused and frozen. Rebuild the model around fresh ``student`` and ``teacher``
     objects (``build_method``) to load a checkpoint's ``state_dict`` into it.
 
     Args:
         student: a timm model.
-        parts: of ``build_method``.
-        num_classes: of the prediction.
+        parts: result of ``build_method``.
+        num_classes: number of classes of the prediction.
 
     Shape:
         input (N, C, H, W); returns logits (N, classes).
@@ -118,7 +126,7 @@ class MethodModel(FeatureDistillationTrainableModule):
 
     @property
     def method(self) -> Method:
-        """The method, whose name is that of its class in a checkpoint's keys."""
+        """The method; in a checkpoint's keys it has the name of its class."""
         method: Method = getattr(self, self.method_name)
         return method
 
@@ -128,7 +136,7 @@ class MethodModel(FeatureDistillationTrainableModule):
 
 
 def _freeze_unused(student: nn.Module, seen: Outputs) -> None:
-    """Freeze what features and maps do not depend on, the head: DistributedDataParallel wants every gradient."""
+    """Freeze what features and maps do not depend on, as DistributedDataParallel needs every gradient."""
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     shown = [value for value in (seen.features, *seen.maps.values()) if value is not None]
     size = torch.stack([value.square().sum() for value in shown]).sum()

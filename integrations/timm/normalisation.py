@@ -1,4 +1,4 @@
-"""What images are normalised with, per channel: the student's in this run, the teacher's in the run that trained it."""
+"""Mean and standard deviation per channel: of the student's images in this run, of the teacher's in its own."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -15,7 +15,7 @@ from disk_plugin import _checks
 def get_image_statistics(
     student: nn.Module, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation (1, C, 1, 1) of the images: those given, else the student's configuration's.
+    """Return mean and standard deviation (1, C, 1, 1) of the images: as given, else of the student's configuration.
 
     Raises:
         ValueError: neither one value nor one for each channel; a standard deviation that is not positive.
@@ -29,9 +29,9 @@ def get_image_statistics(
 
 
 def get_teacher_statistics(teacher: DistillationTeacher, channels: int, *, from_config: bool) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation (1, C, 1, 1) of what a teacher was trained on.
+    """Return mean and standard deviation (1, C, 1, 1) of the images that a teacher was trained on.
 
-    ``from_config``: its model's configuration says, in full precision; False where the user gave timm's wrapper.
+    ``from_config``: read its model's configuration, in full precision; False if the user gave timm's wrapper.
     """
     config = getattr(unwrap_model(teacher.model), "pretrained_cfg", {}) if from_config else {}
     mean = config.get("mean", teacher.mean_kd.flatten().tolist())
@@ -40,7 +40,7 @@ def get_teacher_statistics(teacher: DistillationTeacher, channels: int, *, from_
 
 
 def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Return a value for each channel: where the numbers differ the average for all, as in timm's loaders."""
+    """Return one value per channel; given another number of values, their mean for all, as in timm's loaders."""
     return tuple(values) if len(values) == channels else (fmean(values),) * channels
 
 

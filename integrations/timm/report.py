@@ -1,4 +1,4 @@
-"""What an epoch's batches showed, under timm's names: DiSK's means, both accuracies, the host's own loss."""
+"""An epoch's means under timm's names: DiSK's terms, both accuracies, the host's own loss."""
 
 import logging
 
@@ -12,7 +12,7 @@ _logger = logging.getLogger(__name__)
 
 
 class TaskReport(EpochReport):
-    """Means over the samples of an epoch, and the task loss, which no schedule of DiSK's moves."""
+    """Means over the samples of an epoch, with the task loss, which does not depend on DiSK's schedule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,13 +28,13 @@ class TaskReport(EpochReport):
         self._task_loss = summed if self._task_loss is None else self._task_loss + summed
 
     def sum_over_processes(self) -> None:
-        """Add up what all processes saw; each of them must have seen at least one batch."""
+        """All-reduce (sum) over ranks; each must have added at least one batch."""
         super().sum_over_processes()
         if self._task_loss is not None and dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._task_loss)
 
     def logged(self, task_loss_weight: float = 1.0) -> dict[str, float]:
-        """Return the means by name; accuracies in percent, as timm's ``top1``; the host's loss is part of DiSK's."""
+        """Return the means by name; accuracies in percent, as timm's ``top1``; ``logged_loss`` with the task loss."""
         means = self.means()
         for side in ("student", "teacher"):
             if f"{side}_accuracy" in means:
@@ -46,7 +46,7 @@ class TaskReport(EpochReport):
         return means
 
     def judge_teacher(self, num_classes: int, *, quiet: bool, trained: bool) -> bool:
-        """Warn of a teacher that has nothing to teach, unless ``quiet``; return whether it has been judged by now."""
+        """Warn of a teacher at chance or behind the student, unless ``quiet``; return whether it has been judged."""
         # a student that has been trained may be ahead for good reasons
         weak = self.weak_teacher(num_classes, beside_student=not trained)
         if weak is not None and not quiet and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):

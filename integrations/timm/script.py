@@ -1,4 +1,4 @@
-"""A timm ``train.py``: found, checked and loaded with the timm it was written for."""
+"""Finds, checks and loads a timm ``train.py``, with the timm it was written for."""
 
 import ast
 import importlib.util
@@ -19,7 +19,7 @@ def load_script(path: str) -> ModuleType:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a train.py of timm, which is told before any of it runs.
+        ValueError: not a train.py of timm; raised before any of it runs.
         ImportError: timm is absent or too old.
     """
     script = Path(path).expanduser().resolve()
@@ -44,7 +44,7 @@ def _check(script: Path) -> None:
     try:
         tree = ast.parse(script.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError) as error:
-        raise ValueError(f"{script} must be timm's train.py, but it is no Python: {error}") from error
+        raise ValueError(f"{script} must be timm's train.py, but it is not Python: {error}") from error
     found: set[str] = set()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):

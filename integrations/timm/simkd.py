@@ -1,4 +1,4 @@
-"""SimKD under the names it had before methods were interchangeable."""
+"""SimKD under its former names, from before ``DiSKTask(method=...)``."""
 
 from typing import Any, cast
 
@@ -24,11 +24,11 @@ class SimKDModel(MethodModel):
         student: a timm model with ``forward_features``.
         teacher: a timm model whose ``forward_head`` reads the map: global average pooling, not a class token.
         image: one image (1, C, H, W) of the training size, to try both on.
-        teacher_image: the same as the teacher sees it, if it is normalised otherwise.
+        teacher_image: the same normalised for the teacher; None for ``image``.
         factor: the projector's inner width is the teacher's channels // factor.
 
     Raises:
-        ValueError: a teacher whose head ignores the map or that cannot be separated from it; no map of a known layout.
+        ValueError: a teacher whose head ignores the map or cannot be separated from it; no map of a known layout.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class SimKDModel(MethodModel):
 
     @classmethod
     def around(cls, student: Any, parts: Parts, num_classes: int) -> "SimKDModel":
-        """Make it of parts that are there."""
+        """Build the model from existing parts."""
         model = cls.__new__(cls)
         MethodModel.__init__(model, student, parts, num_classes)
         return model

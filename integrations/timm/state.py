@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of DiSK beside the student: ``task_state``."""
+"""DiSK's state in a checkpoint, beside the student: ``task_state``."""
 
 import logging
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ def load(stateful: Mapping[str, Any], state: Mapping[str, Any] | None, *, allow_
     """Load the state of each part: the loss with its guide, the method, the schedule, the guide's passes.
 
     Raises:
-        RuntimeError: nothing to load and no leave to go on, or a state of another mode or guide.
+        RuntimeError: no state without ``allow_fresh_guide``, or a state of another mode or guide.
     """
     if state is None or not holds_guide(state):
         if not allow_fresh_guide:

@@ -1,4 +1,4 @@
-"""What the host asks of a task beside the loss: validation, averages, compiling and clipping, all about the student."""
+"""A task's student for the host: validation, EMA, compiling and clipping."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,11 +16,11 @@ from .trainable import DiSKTrainableModule
 
 
 class StudentTask(LogitDistillationTask):
-    """A task whose trained module holds student and guide, and of which the host sees the student.
+    """A task that trains student and guide, and gives the host the student alone.
 
     Attributes:
         disk: the ``DiSKLoss`` that owns the guide.
-        recipe: of the alternation, None where the guide is trained with the student.
+        recipe: of the alternation; None if the guide is trained with the student.
         clips_by_norm: False for a host that clips each value by itself.
     """
 
@@ -40,11 +40,11 @@ class StudentTask(LogitDistillationTask):
 
     @property
     def student(self) -> nn.Module:
-        """What inference runs, unwrapped: the bare student, or the ``MethodModel``."""
+        """The model of inference, unwrapped: the bare student, or the ``MethodModel``."""
         return unwrap_model(self.trainable_module).student
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """Return what inference runs."""
+        """Return the model of inference."""
         resolved = super().get_eval_model(module, ema)
         inner = unwrap_model(resolved)
         return inner.student if isinstance(inner, DiSKTrainableModule) else resolved
@@ -52,21 +52,21 @@ class StudentTask(LogitDistillationTask):
     def setup_ema(
         self, decay: float = 0.9999, use_warmup: bool = False, device: torch.device | None = None, **kwargs: Any
     ) -> nn.Module:
-        """Average what inference runs; the guide is not part of it."""
+        """Set up the EMA of the model of inference, without the guide."""
         self.trainable_module_ema = ModelEmaV3(self.student, decay, use_warmup=use_warmup, device=device, **kwargs)
         return self.trainable_module_ema
 
     def update_ema(self, step: int | None = None) -> None:
-        """Move the average."""
+        """Update the EMA."""
         if self.has_ema():
             self.trainable_module_ema.update(self.student, step=step)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
-        """Yield the student's parameters, its head left out on demand, and the guide's, for one global norm.
+        """Yield the parameters of student (without its head for ``exclude_head``) and guide, for one global norm.
 
-        Where the guide's gradient is longer than the student's it is first shortened to that length, so that the norm
-        is at most sqrt(2) times the student's own: the guide cannot starve the student. Read after the backward pass.
-        Not where there is no global norm: for AGC (``exclude_head``), and with ``clips_by_norm`` False.
+        If the guide's gradient has a larger norm than the student's, it is first scaled down to it. So the global norm
+        is at most sqrt(2) times the student's, and the guide cannot crowd out the student. Call it after the backward
+        pass. There is no scaling without a global norm: for AGC (``exclude_head``) and with ``clips_by_norm`` False.
         """
         student = list(self.student.parameters())[: -2 if exclude_head else None]
         method = unwrap_model(self.trainable_module).method

@@ -1,4 +1,4 @@
-"""The teacher: whether it fits, and what the guide reads of it."""
+"""The teacher: whether it fits the student, and its outputs for guide and method."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .normalisation import get_teacher_statistics
 
-_RELATIVE_TOLERANCE = 1e-2  # a wrong head is off by its whole size; half precision is not
+_RELATIVE_TOLERANCE = 1e-2  # a wrong head differs by the size of the logits, half precision by less
 
 TeacherOutputs = tuple[Tensor, Tensor | None, Tensor | None]  # logits (N, C), pre-logits (N, D), last map
 
@@ -18,8 +18,8 @@ TeacherOutputs = tuple[Tensor, Tensor | None, Tensor | None]  # logits (N, C), p
 def check_classes(teacher: nn.Module, student: nn.Module, *, by_name: bool) -> None:
     """Validate that the teacher has the student's classes.
 
-    ``by_name``: timm built it from a name, with the student's number of classes; where the pretrained weights have
-    another one, timm leaves the new head at random values and says nothing.
+    ``by_name``: timm built it from a name, with the student's number of classes; if the pretrained weights have another
+    one, timm leaves the new head random without a warning.
 
     Raises:
         ValueError: another number of classes.
@@ -38,10 +38,10 @@ def check_classes(teacher: nn.Module, student: nn.Module, *, by_name: bool) -> N
 
 
 def image_size(student: Any, given: Sequence[int] | None) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the images: those given, else what the student was built for.
+    """Return (channels, height, width) of the images: as given, else as the student was built for.
 
     Raises:
-        ValueError: other channels than the student reads.
+        ValueError: another number of channels than the student reads.
     """
     student = unwrap_model(student)
     fixed = getattr(getattr(student, "patch_embed", None), "img_size", None)
@@ -65,12 +65,12 @@ def teacher_outputs(model: Any, input: Tensor, *, features: bool) -> TeacherOutp
 
 
 class FrozenTeacher(DistillationTeacher):
-    """timm's teacher, frozen, that reads images normalised as its own were.
+    """timm's teacher, frozen, which reads images normalised as in its own training.
 
     Args:
-        teacher: timm's, which stays as it is.
-        channels: of the images.
-        from_config: its model's configuration says what its images were normalised with; otherwise timm's wrapper.
+        teacher: timm's wrapper, which is not changed.
+        channels: number of channels of the images.
+        from_config: whether mean and std are those of its model's configuration, or of timm's wrapper.
     """
 
     mean_kd: Tensor
@@ -89,22 +89,22 @@ class FrozenTeacher(DistillationTeacher):
         student_mean: Tensor | None = None,
         student_std: Tensor | None = None,
     ) -> Tensor:
-        """Return the student's images as the teacher reads them; computed in float32, of the input's type."""
+        """Return the student's images normalised for the teacher; computed in float32, in the input's dtype."""
         return super().normalize_input(input, student_mean, student_std).detach().to(input.dtype)
 
     def outputs(self, image: Tensor, *, features: bool) -> TeacherOutputs:
-        """Run the teacher once on images that are normalised for it; logits and pre-logits are at least float32."""
+        """Run the teacher once on images normalised for it; logits and pre-logits are float32 at least."""
         logits, pre_logits, last_map = self._outputs(self.model, image, features=features)
         return _single(logits), None if pre_logits is None else _single(pre_logits), last_map
 
     def compile(self, **options: Any) -> "FrozenTeacher":
-        """Compile what ``outputs`` runs."""
+        """Compile the function that ``outputs`` runs."""
         self._outputs = torch.compile(teacher_outputs, **options)
         return self
 
 
 def _single(values: Tensor) -> Tensor:
-    """Upcast half precision: a guide of the user's own may read nothing else."""
+    """Upcast half precision, as the user's own guide may not accept it."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
@@ -113,7 +113,7 @@ def probe(teacher: FrozenTeacher, image: Tensor, num_classes: int, *, features: 
     """Try the teacher on an image of the student's size, normalised for it.
 
     Raises:
-        ValueError: it takes images of another size, gives other classes, or has no head that can be told apart.
+        ValueError: it takes images of another size, has other classes, or has no separate head.
     """
     model = teacher.model
     if features and not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):

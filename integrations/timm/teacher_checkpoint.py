@@ -1,4 +1,4 @@
-"""A teacher from a file: built as the run that trained it built it, which train.py writes beside the weights."""
+"""A teacher from a file, built with the arguments of the run that trained it, which train.py saves."""
 
 import argparse
 from collections.abc import Iterator, Mapping
@@ -17,13 +17,13 @@ from disk_plugin.features import METHODS
 
 
 def load_teacher(name: str, checkpoint: str, student: nn.Module, **factory: Any) -> nn.Module:
-    """Build a teacher by name, with the student's classes and channels, and the weights of a file; no network.
+    """Build a teacher by name, with the student's classes and channels, and a file's weights; no network access.
 
-    A checkpoint of timm's train.py holds its run's arguments: what they say of the model (``--model-kwargs``, ``--gp``,
-    ``--bn-eps``) and of its images (``--mean``, ``--std``) is followed.
+    A checkpoint of timm's train.py holds its run's arguments. Those of the model (``--model-kwargs``, ``--gp``,
+    ``--bn-eps``) and of its images (``--mean``, ``--std``) are used.
 
     Raises:
-        ValueError: no checkpoint, or one for other classes, channels or another model.
+        ValueError: not a checkpoint, or one for other classes, channels or another model.
         OSError: no such file.
     """
     if not Path(checkpoint).is_file():
@@ -37,10 +37,10 @@ def load_teacher(name: str, checkpoint: str, student: nn.Module, **factory: Any)
         raise ValueError(
             f"expected the teacher's weights, got {checkpoint}, which cannot be loaded: {error}"
         ) from error
-    if trained.get("split_bn"):  # the batch's other parts had statistics of their own, which inference does not read
+    if trained.get("split_bn"):  # the other parts of a batch had statistics of their own, which inference does not use
         weights = {key: value for key, value in weights.items() if ".aux_bn." not in key}
     built = {"global_pool": trained.get("gp"), "bn_eps": trained.get("bn_eps"), **(trained.get("model_kwargs") or {})}
-    # after the run's own: the student's classes and channels are what the teacher has to fit, which is checked next
+    # overrides the run's own: the teacher has to fit the student's classes and channels, which is checked next
     built |= {"pretrained": False, "num_classes": student.num_classes, "in_chans": student.in_chans, **factory}
     overlay = {key: tuple(trained[key]) for key in ("mean", "std") if trained.get(key) is not None}
     name_there = _full_name(name, trained.get("model"), checkpoint)
@@ -54,7 +54,7 @@ def load_teacher(name: str, checkpoint: str, student: nn.Module, **factory: Any)
 
 
 def read(path: str) -> dict[str, Any]:
-    """Read a checkpoint as the host does, which puts its arguments in."""
+    """Read a checkpoint as the host does; it holds the run's arguments."""
     if path.endswith(".safetensors"):  # weights alone
         return {}
     with arguments_allowed():
@@ -86,12 +86,12 @@ def get_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _full_name(name: str, trained: str | None, checkpoint: str) -> str:
-    """Return the name that the checkpoint's run used: its tag, behind the dot, decides what images are normalised with.
+    """Return the name that the checkpoint's run used; its tag, after the dot, decides how images are normalised.
 
     Raises:
         ValueError: another architecture than ``name``.
     """
-    if trained is None or ":" in name or ":" in trained:  # of a hub or a folder, whose names are free
+    if trained is None or ":" in name or ":" in trained:  # of a hub or a folder, whose names may differ
         return name
     if trained.split(".")[0] != name.split(".")[0]:
         raise ValueError(f"{checkpoint} must hold the teacher {name} (--kd-model-name), got the weights of {trained}")
@@ -99,7 +99,7 @@ def _full_name(name: str, trained: str | None, checkpoint: str) -> str:
 
 
 def _check_fit(weights: Mapping[str, Tensor], teacher: Any, checkpoint: str) -> None:
-    """Say in words what a list of mismatched tensors would bury."""
+    """Raise ValueError with a short reason, where loading would list mismatched tensors."""
     parts = {key.split(".")[0] for key in weights}
     if "student" in parts and len(parts) > 1:  # of a MethodModel
         names = [METHODS[part].__name__ if part in METHODS else part for part in sorted(parts - {"student"})]

@@ -1,4 +1,4 @@
-"""What the host's optimizer, DDP, compiler and clipping see: the student, the method and, in joint mode, the guide."""
+"""The module for the host's optimizer, DDP, compiler and clipping: student, method and, in joint mode, guide."""
 
 from collections.abc import Callable
 
@@ -15,14 +15,14 @@ from .model import MethodModel, Parts, Reader
 class DiSKTrainableModule(FeatureDistillationTrainableModule):
     """Student, method and guide in one forward, so that DistributedDataParallel synchronises all of them.
 
-    The guide alone and not its loss, whose buffers (statistics, multiplier) each process keeps for itself.
-    The host's base class maps the student's ``no_weight_decay`` and layer-decay groups, the others are in the last.
+    It has the guide and not its loss, whose buffers (statistics, multiplier) each rank keeps for itself. The host's
+    base class maps the student's ``no_weight_decay`` and layer-decay groups; other parameters are in the last group.
 
     Args:
-        student: what inference runs: the student, or the ``MethodModel`` around it.
-        guide: None where it is trained apart.
-        method: with the student's reader; None without one, or where it is part of the ``MethodModel``.
-        read: how the method's inputs are read off the student.
+        student: the model of inference: the student, or the ``MethodModel`` around it.
+        guide: None if it has its own optimizer.
+        method: None without one, or if it is part of the ``MethodModel``.
+        read: reads the method's inputs from the student.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class DiSKTrainableModule(FeatureDistillationTrainableModule):
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Return logits (N, C), guide logits (N,) and the method's losses per sample by name.
 
-        ``teacher`` is what the guide reads, ``shown`` what the method reads of the teacher.
+        ``teacher`` are the teacher's outputs for the guide, ``shown`` those for the method.
         """
         losses: dict[str, Tensor] = {}
         if shown is not None and isinstance(self.student, MethodModel):
@@ -60,7 +60,7 @@ class DiSKTrainableModule(FeatureDistillationTrainableModule):
 def trainable(
     student: nn.Module, guide: nn.Module | None, parts: Parts | None, model_of: Callable[..., MethodModel]
 ) -> DiSKTrainableModule:
-    """Put together what is trained; ``model_of`` makes the model of a method with a prediction of its own."""
+    """Build the module to train; ``model_of`` builds the model of a method that predicts."""
     if parts is None:
         return DiSKTrainableModule(student, guide)
     if parts.method.own_prediction:

@@ -1,4 +1,4 @@
-"""What the launcher puts into a train.py's namespace: the task, the epochs' schedules and log, the check on resume."""
+"""What the launcher replaces in train.py's namespace: the task, an epoch's schedule and log, resuming."""
 
 import argparse
 import logging
@@ -22,7 +22,7 @@ _logger = logging.getLogger("train")
 
 
 def prepare(train: Any) -> None:
-    """Add the flags to the script's parser; replace the names by which it reaches task, epoch and checkpoint."""
+    """Add the flags to the script's parser, and replace its functions for task, epoch and checkpoint."""
     flags.add(train.parser)
     seen: dict[str, argparse.Namespace] = {}
     parse, train_one_epoch, resume = train._parse_args, train.train_one_epoch, train.resume_task_checkpoint
@@ -74,9 +74,10 @@ def _make_task(
 
 
 def _ranked(args: argparse.Namespace, metrics: dict[str, float], means: dict[str, float]) -> dict[str, float]:
-    """Add DiSK's means to the host's metrics, of which it ranks by ``loss`` where it has nothing to validate on.
+    """Add DiSK's means to the host's metrics.
 
-    The whole loss falls and rises with the multiplier, whatever the student does; the task loss takes its place.
+    Without a validation split the host ranks checkpoints by ``loss``. The whole loss moves with the multiplier,
+    whatever the student does, so there the task loss replaces it.
     """
     if not _validates(args):
         means = {"loss": metrics["loss"], **means}
@@ -108,7 +109,7 @@ def _rounded(values: torch.Tensor) -> str:
 
 
 def _epochs(train: Any, args: argparse.Namespace) -> int:
-    """Ask the host's own factory of schedules how many epochs it will run: cool-down and warm-up may add some."""
+    """Return the number of epochs by the host's own scheduler factory; cool-down and warm-up may add some."""
     nothing = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     _, epochs = train.create_scheduler_v2(nothing, **train.scheduler_kwargs(args), updates_per_epoch=1)
     return int(epochs)
@@ -143,9 +144,9 @@ def _guide_passes(
 
 
 def _or_exit(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """Turn an error that the user can mend into its message; nothing has been written yet."""
+    """Exit with the message of an error that the user can correct; nothing has been written yet."""
     try:
         return call(*arguments, **keywords)
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, EOFError, UnpicklingError) as error:
-        _logger.debug("refused", exc_info=True)
+        _logger.debug("stopped by an error", exc_info=True)
         sys.exit(f"error: {str(error) or type(error).__name__}")

@@ -1,4 +1,4 @@
-"""Which timm: the task API that DiSK builds on, ``trainable_module`` and ``task_state``, came with 1.0.27."""
+"""Checks timm's version: ``trainable_module`` and ``task_state``, which DiSK builds on, came with 1.0.27."""
 
 import re
 from types import ModuleType
@@ -8,7 +8,7 @@ _PIP = "pip install 'timm>=1.0.27'"
 
 
 def require_timm() -> ModuleType:
-    """Import timm.
+    """Import timm and check its version.
 
     Raises:
         ImportError: it is absent or too old; the message holds the pip line.
