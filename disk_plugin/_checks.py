@@ -103,7 +103,7 @@ def label_smoothing(value: Any) -> None:
 
 
 def class_weight(value: Any, classes: int | None = None) -> None:
-    """Validate None or one weight per class, (C,); C is ``classes`` where it is known."""
+    """Validate None or one weight per class, (C,); C is ``classes`` if that is known."""
     if value is None:
         return
     tensor("weight", value)

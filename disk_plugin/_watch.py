@@ -98,7 +98,7 @@ def ignoring_past_the_end() -> Iterator[None]:
 def warn_if_swapped(
     module: Any, student: Tensor, teacher: Tensor, names: tuple[str, str] = ("student_logits", "teacher_logits")
 ) -> None:
-    """Warn once per module, in training mode, where the teacher's output requires grad and the student's does not."""
+    """Warn once per module, in training mode, if the teacher's output requires grad and the student's does not."""
     # torch.compile does not trace warnings; inside a transform requires_grad is not that of the caller's tensors
     if torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled():
         return

@@ -49,7 +49,7 @@ class AccumulatedBatch:
         if disk.variant.student_feels_budget:
             raise ValueError(
                 "disk.variant.student_feels_budget must be False, got True: such a student's gradient needs the hinge "
-                "of the whole batch before the last micro-batch is there"
+                "of the full batch before the last micro-batch is there"
             )
         self.disk = disk
         self._parts: list[dict[str, Tensor]] = []

@@ -16,7 +16,7 @@ Group = dist.ProcessGroup | None
 
 
 def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
-    """Synchronize the losses of all ranks: the same guide, one hinge and one gradient for the whole batch.
+    """Synchronize the losses of all ranks: the same guide, one hinge and one gradient for the full batch.
 
     For loops that wrap only the student in DistributedDataParallel. The guide's parameters and the loss's buffers are
     broadcast from the group's rank 0. From then on each evaluation in training mode averages a few scalars (up to three
