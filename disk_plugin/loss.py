@@ -36,16 +36,13 @@ class DiSKLoss(nn.Module):
       buffers, so a loaded checkpoint overrides the constructor's.
 
     ``DualScheduler`` sets the training progress for the first and schedules the second. A
-    ``disk_plugin.uniform.UniformGuide`` bounds its own g.
-
-    Where the authors' code differs from the paper, ``variant`` selects the rules. By default all classes receive g;
-    with ``top_k`` the others keep their full pull.
+    ``disk_plugin.uniform.UniformGuide`` bounds its own g. Where the authors' code differs from the paper, ``variant``
+    selects the rules. By default all classes receive g; with ``top_k`` the others keep their full pull.
 
     Autocast is disabled inside and half-precision inputs are upcast to float32. NaN in an input, or inf in the
     teacher's logits, propagates to the loss, unless its target is ignored. Double backward is not supported
-    (``functional.reference_terms`` is). Under ``torch.func`` statistics are updated only if the transform is given the
-    buffers (``functional_call``). For ``AveragedModel(disk)`` leave ``use_buffers`` False, as multiplier and statistics
-    are not weights, and call eval().
+    (but by ``functional.reference_terms``). Under ``torch.func`` statistics are updated only if the transform is given
+    the buffers. For ``AveragedModel(disk)`` leave ``use_buffers`` False: multiplier and statistics are not weights.
 
     Args:
         guide: a module (teacher_logits[, teacher_features]) -> guide logits (N,) or (N, d1, ...).
@@ -114,8 +111,7 @@ class DiSKLoss(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        fitted = student_temperature == "fit"
-        if isinstance(student_temperature, str):
+        if fitted := isinstance(student_temperature, str):
             _checks.choice("student_temperature", student_temperature, ("fit",))
         form = resolve_form(guide, discount, multiplier, budget)
         settings = Settings(
@@ -175,16 +171,15 @@ class DiSKLoss(nn.Module):
     ) -> DiSKTerms:
         """Evaluate everything once: the loss, its two halves and what to log, see ``functional.DiSKTerms``.
 
-        In training mode each call updates ``statistics()``, the level of g and, with ``student_temperature="fit"``, the
-        temperature. Inputs are those of ``forward``.
+        In training mode it updates ``statistics()``, the level of g and a fitted student temperature.
 
         Args:
             student_logits: before softmax.
             teacher_logits: before softmax; no gradient reaches them.
             target: class indices, or probabilities.
             teacher_features: for a guide that reads them.
-            guide_logits: what the method ``guide_logits`` returned, (N,) or (N, d1, ...), if the guide runs elsewhere,
-                such as inside a module wrapped in DistributedDataParallel; ``teacher_features`` is then not read.
+            guide_logits: of the method ``guide_logits``, (N,) or (N, d1, ...), if the guide runs elsewhere, such as
+                inside a module wrapped in DistributedDataParallel; ``teacher_features`` is then not read.
             sample_weight: weight per sample or target; means still divide by the number of non-ignored targets.
             reduction: ``"none"`` for values per target, ``"mean"`` for their ``mean()``, ``"sum"`` for their ``sum()``.
         """
@@ -220,8 +215,7 @@ class DiSKLoss(nn.Module):
         """The current student temperature: the constructor's number, or the fitted buffer."""
         if self.fit_student_temperature:
             return self.fitted_student_temperature
-        fixed = self._fixed_student_temperature
-        return float(self.temperature if fixed is None else fixed)
+        return float(self.temperature if (fixed := self._fixed_student_temperature) is None else fixed)
 
     def statistics(self) -> EpochStatistics:
         """Return statistics of the training batches since the last reset; synchronizes with the device."""
