@@ -66,8 +66,7 @@ class DiSKLoss(nn.Module):
 
     Attributes:
         level: the module that holds the discount, or None with a budget.
-        reduce_mean: None, or a function that averages a scalar over the ranks that share a batch, such as
-            ``disk_plugin.distributed.mean_over_processes``: the full batch's usage decides the hinge.
+        reduce_mean: None, or what averages a scalar over the ranks that share a batch; ``distributed.attach`` sets it.
 
     Shape:
         student_logits, teacher_logits (N, C) or (N, C, d1, ...); target int64 (N, d1, ...) or probabilities of the

@@ -31,8 +31,9 @@ def register() -> None:
       and commit an epoch's files together.
     - ``CFG`` gets their sections and the keys ``SOLVER.SEED`` and ``DISTILLER.WARM_START``. ``LOG.WANDB`` becomes
       False, as the host fails with True if wandb is not installed.
-    - In ``mdistiller.engine.trainer`` checkpoints are replaced atomically, and learning rates are Python floats, as
-      torch 2.6 and later cannot load the NumPy scalars that the host saves after a decay.
+    - In ``mdistiller.engine`` checkpoints are replaced atomically and loaded with ``weights_only``, which is torch's
+      default from 2.6 on. Learning rates are Python floats, as it refuses the NumPy scalars that the host saves after a
+      decay.
 
     Raises:
         ImportError: ``mdistiller``, or a package that it needs, cannot be imported; the message says how to get it.

@@ -35,12 +35,14 @@ def save_atomically(content: Any, path: str) -> None:
 
 
 def load_tensors(path: str) -> Any:
-    """Load as the host does, but from torch 2.4 on as from 2.6 on, where nothing but tensors and the like is loaded."""
+    """Load as the host does with torch 2.6 or newer, whose default is ``weights_only``."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_file(path: str, *, key: str, trust: bool = False) -> Any:
     """Load a checkpoint; ``key`` is the flag or configuration key that named it.
+
+    Safe for files of others from torch 2.6 on: before, they can get round ``weights_only`` (CVE-2025-32434).
 
     Raises:
         FileNotFoundError: no such file.
