@@ -1,5 +1,6 @@
 """Student, teacher and loss as one module, for loops whose criterion sees only output and target."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,28 +70,12 @@ class Distiller(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        if loss is None:
-            teacher = _tapped(teacher)
-            loss = DiSKLoss(GuideHead(_num_classes(teacher), teacher.feature_dim), **settings)
-        elif settings:
-            raise TypeError(f"{sorted(settings)} are settings of a loss, which was given too: give them to that loss")
-        if not isinstance(loss, DiSKLoss | Guided):
-            raise TypeError(f"loss must be a DiSKLoss or a Guided, got {type(loss).__name__}")
+        self.guided, teacher = fit_to_teacher(teacher, loss, settings)
         self.student = student.model if isinstance(student, FeatureTap) else student
-        self.guided = loss if isinstance(loss, Guided) else Guided(loss)
-        method = self.guided.method
-        reads = frozenset[str]() if method is None else method.reads
-        if reads - {"features"}:
-            raise ValueError(
-                f"{type(method).__name__} reads {sorted(reads)}, of which only features can be found in any "
-                f"classifier: call Guided in a loop of your own"
-            )
-        if reads or reads_features(self.guided.disk.guide):
-            teacher = _tapped(teacher)
-        if reads and not isinstance(student, FeatureTap):
+        if reads_student_features(self.guided) and not isinstance(student, FeatureTap):
             student = with_features(student)
         # not submodules: the teacher is neither trained nor saved, and a tap would prefix the student's keys
-        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
+        object.__setattr__(self, "teacher", teacher)
         object.__setattr__(self, "_read_student", student)
         if steps_per_epoch is not None:
             _checks.integer("steps_per_epoch", steps_per_epoch, at_least=1)
@@ -106,8 +91,8 @@ class Distiller(nn.Module):
         if self.steps_per_epoch is not None and self.training and torch.is_grad_enabled():
             self._count_step()
         with torch.no_grad():
-            teacher = _outputs(self.teacher, x)
-        terms: GuidedTerms = self.guided.terms(_outputs(self._read_student, x), teacher, target)
+            teacher = outputs_of(self.teacher, x)
+        terms: GuidedTerms = self.guided.terms(outputs_of(self._read_student, x), teacher, target)
         return terms
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -144,6 +129,54 @@ class Distiller(nn.Module):
         return self
 
 
+def fit_to_teacher(
+    teacher: nn.Module, loss: DiSKLoss | Guided | None, settings: Mapping[str, Any]
+) -> tuple[Guided, nn.Module]:
+    """Return loss and teacher as a host of any two classifiers needs them.
+
+    Args:
+        teacher: a classifier.
+        loss: as of ``Distiller``; None for a ``DiSKLoss`` with a ``GuideHead`` that fits the teacher.
+        settings: of that ``DiSKLoss``.
+
+    Returns:
+        The loss; the teacher, frozen and in evaluation mode, which returns its features too if guide or method read them.
+
+    Raises:
+        ValueError: a method that reads feature maps; a teacher without a Linear layer where its features are read.
+        TypeError: ``loss`` is of another type; settings beside a ``loss``.
+    """
+    if loss is None:
+        teacher = _tapped(teacher)
+        loss = DiSKLoss(GuideHead(_num_classes(teacher), teacher.feature_dim), **settings)
+    elif settings:
+        raise TypeError(f"{sorted(settings)} are settings of a loss, which was given too: give them to that loss")
+    if not isinstance(loss, DiSKLoss | Guided):
+        raise TypeError(f"loss must be a DiSKLoss or a Guided, got {type(loss).__name__}")
+    guided = loss if isinstance(loss, Guided) else Guided(loss)
+    reads = frozenset[str]() if guided.method is None else guided.method.reads
+    if reads - {"features"}:
+        raise ValueError(
+            f"{type(guided.method).__name__} reads {sorted(reads)}, of which only features can be found in any classifier: "
+            f"call Guided in a loop of your own"
+        )
+    if reads or reads_features(guided.disk.guide):
+        teacher = _tapped(teacher)
+    return guided, teacher.eval().requires_grad_(False)
+
+
+def reads_student_features(guided: Guided) -> bool:
+    """Return whether the method reads features of the student, beside its logits."""
+    return guided.method is not None and "features" in guided.method.reads
+
+
+def outputs_of(model: nn.Module, *args: Any, **kwargs: Any) -> Outputs:
+    """Run a model once; a ``FeatureTap`` also returns its features."""
+    if isinstance(model, FeatureTap):
+        return Outputs(*model(*args, **kwargs))
+    return Outputs(logits_of(model(*args, **kwargs)))
+
+
 def _tapped(teacher: nn.Module) -> FeatureTap:
     """Return a teacher that returns its features beside its logits."""
     return teacher if isinstance(teacher, FeatureTap) else with_features(teacher.eval())
@@ -153,10 +186,3 @@ def _num_classes(teacher: FeatureTap) -> int:
     """Return the output width of the tapped layer, a Linear or a convolution."""
     layer: Any = teacher.model.get_submodule(teacher.layer)
     return int(getattr(layer, "out_features", None) or layer.out_channels)
-
-
-def _outputs(model: nn.Module, x: Any) -> Outputs:
-    """Run a model once; a ``FeatureTap`` also returns its features."""
-    if isinstance(model, FeatureTap):
-        return Outputs(*model(x))
-    return Outputs(logits_of(model(x)))

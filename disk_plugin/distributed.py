@@ -10,12 +10,13 @@ from torch import distributed as dist
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
+from .features.guided import Guided
 from .loss import DiSKLoss
 
 Group = dist.ProcessGroup | None
 
 
-def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
+def attach(disk: DiSKLoss | Guided, process_group: Group = None) -> "SharedGuide":
     """Synchronize the losses of all ranks: the same guide, one hinge and one gradient for the full batch.
 
     For loops that wrap only the student in DistributedDataParallel. The guide's parameters and the loss's buffers are
@@ -35,7 +36,8 @@ def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
     removes that difference.
 
     Args:
-        disk: each rank's own loss, on its device, with a guide that is not frozen, not inside DistributedDataParallel.
+        disk: each rank's own loss, on its device, with a guide that is not frozen, not inside DistributedDataParallel;
+            a ``Guided`` to share its method's parameters too, if the method is also evaluated outside of it.
         process_group: the ranks that share a batch; None for all.
 
     Returns:
@@ -45,7 +47,7 @@ def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
         RuntimeError: no process group is initialised; the loss is inside DistributedDataParallel (if it is wrapped
             later, its first backward raises); its ``reduce_mean`` is set already.
         ValueError: this rank is not in ``process_group``.
-        TypeError: ``disk`` is not a DiSKLoss.
+        TypeError: ``disk`` is neither a DiSKLoss nor a Guided.
 
     Examples:
         >>> from torch import distributed
@@ -54,8 +56,8 @@ def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
         >>> shared = attach(DiSKLoss(GuideHead(num_classes=10)))
         >>> distributed.destroy_process_group()
     """
-    if not isinstance(disk.module if isinstance(disk, DistributedDataParallel) else disk, DiSKLoss):
-        raise TypeError(f"disk must be a DiSKLoss, got {type(disk).__name__}")
+    if not isinstance(disk.module if isinstance(disk, DistributedDataParallel) else disk, DiSKLoss | Guided):
+        raise TypeError(f"disk must be a DiSKLoss or a Guided, got {type(disk).__name__}")
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "attach needs a process group, got none: call torch.distributed.init_process_group() before it, in "
@@ -64,8 +66,9 @@ def attach(disk: DiSKLoss, process_group: Group = None) -> "SharedGuide":
     if dist.get_rank(process_group) < 0:
         raise ValueError(f"process_group must hold this process, global rank {dist.get_rank()}, got one without it")
     _check_not_wrapped(disk)
-    if disk.reduce_mean is not None:
-        raise RuntimeError(f"disk.reduce_mean must be None, got {disk.reduce_mean!r}: is the loss attached already?")
+    taken = _loss_in(disk).reduce_mean
+    if taken is not None:
+        raise RuntimeError(f"disk.reduce_mean must be None, got {taken!r}: is the loss attached already?")
     return SharedGuide(disk, process_group)
 
 
@@ -73,8 +76,8 @@ class SharedGuide:
     """Handle returned by ``attach``."""
 
     @torch.no_grad()
-    def __init__(self, disk: DiSKLoss, process_group: Group) -> None:
-        self._disk, self._group = disk, process_group
+    def __init__(self, disk: DiSKLoss | Guided, process_group: Group) -> None:
+        self._whole, self._disk, self._group = disk, _loss_in(disk), process_group
         self._averages, self._checked, self._backward = True, False, -1
         first = 0 if process_group is None else dist.get_global_rank(process_group, 0)
         for tensor in (*disk.parameters(), *disk.buffers()):
@@ -84,7 +87,7 @@ class SharedGuide:
             return mean_over_processes(value, process_group)
 
         # a function: deepcopy of the loss (for a moving average) would fail on a process group
-        disk.reduce_mean = mean
+        self._disk.reduce_mean = mean
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
             for parameter in disk.parameters()
@@ -116,9 +119,9 @@ class SharedGuide:
     @torch.no_grad()
     def _average(self) -> None:
         if not self._checked:
-            _check_not_wrapped(self._disk)  # two concurrent all-reduces of one gradient may collide
+            _check_not_wrapped(self._whole)  # two concurrent all-reduces of one gradient may collide
             self._checked = True
-        average_gradients(self._disk.parameters(), self._group)
+        average_gradients(self._whole.parameters(), self._group)
         share_student_temperature(self._disk, self._group)
 
 
@@ -182,6 +185,10 @@ def share_student_temperature(disk: DiSKLoss, process_group: Group = None) -> No
     if disk.fit_student_temperature:
         for fitted in (disk.fitted_student_temperature, disk.student_temperature_moments):
             fitted.copy_(mean_over_processes(fitted, process_group))
+
+
+def _loss_in(disk: DiSKLoss | Guided) -> DiSKLoss:
+    return disk.disk if isinstance(disk, Guided) else disk
 
 
 def _check_not_wrapped(disk: nn.Module) -> None:

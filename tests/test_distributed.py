@@ -398,7 +398,7 @@ def test_an_accumulated_batch_refuses_what_it_cannot_do():
 
 def test_attach_says_what_is_missing(single):
     disk = make()[1]
-    with pytest.raises(TypeError, match="disk must be a DiSKLoss, got Linear"):
+    with pytest.raises(TypeError, match="disk must be a DiSKLoss or a Guided, got Linear"):
         attach(nn.Linear(2, 2))
     attach(disk)
     with pytest.raises(RuntimeError, match=r"reduce_mean must be None, got .* is the loss attached already"):
