@@ -35,6 +35,7 @@ class Distiller(nn.Module):
     Attributes:
         student: the model to deploy.
         dual: the ``DualScheduler``, saved in this module's ``state_dict``; None without ``epochs``.
+        logits: the student's logits of the last training batch, detached, (N, C): for its accuracy.
 
     Shape:
         x as both models take it; target (N,), (N, d1, ...) or the logits' shape. Returns scalars
@@ -83,6 +84,10 @@ class Distiller(nn.Module):
                 raise ValueError(f"steps_per_epoch={steps_per_epoch} needs epochs, got None")
         self.dual = None if epochs is None else DualScheduler(self.guided.disk, epochs=epochs)
         self.steps_per_epoch, self._steps = steps_per_epoch, 0  # steps of the current epoch
+        self.logits: Tensor | None = None
+        # after the buffers that it writes into, so that a schedule of other epochs is this module's
+        self.register_load_state_dict_post_hook(_load_schedule)  # type: ignore[no-untyped-call]
+        self._loaded: dict[str, Any] | None = None
 
     def forward(self, x: Any, target: Tensor | None = None) -> Any:
         """Return the terms of a training batch or, without a target, the student's output."""
@@ -92,7 +97,9 @@ class Distiller(nn.Module):
             self._count_step()
         with torch.no_grad():
             teacher = outputs_of(self.teacher, x)
-        terms: GuidedTerms = self.guided.terms(outputs_of(self._read_student, x), teacher, target)
+        student = outputs_of(self._read_student, x)
+        self.logits = student.logits.detach()
+        terms: GuidedTerms = self.guided.terms(student, teacher, target)
         return terms
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -113,8 +120,7 @@ class Distiller(nn.Module):
             return
         if state["dual"] is None:
             raise RuntimeError("the state holds no schedule, as it was saved by a Distiller without epochs")
-        self.dual.load_state_dict(state["dual"])
-        self._steps = state["steps"]
+        self._loaded = state
 
     def train(self, mode: bool = True) -> "Distiller":
         """Set the mode of student, guide and method; the teacher stays in evaluation mode."""
@@ -129,6 +135,12 @@ class Distiller(nn.Module):
         return self
 
 
+def _load_schedule(distiller: nn.Module, incompatible_keys: Any) -> None:
+    if isinstance(distiller, Distiller) and distiller.dual is not None and distiller._loaded is not None:
+        distiller.dual.load_state_dict(distiller._loaded["dual"])
+        distiller._steps, distiller._loaded = distiller._loaded["steps"], None
+
+
 def fit_to_teacher(
     teacher: nn.Module, loss: DiSKLoss | Guided | None, settings: Mapping[str, Any]
 ) -> tuple[Guided, nn.Module]:
@@ -140,7 +152,7 @@ def fit_to_teacher(
         settings: of that ``DiSKLoss``.
 
     Returns:
-        The loss; the teacher, frozen and in evaluation mode, which returns its features too if guide or method read them.
+        The loss; the teacher, frozen, in evaluation mode, returning its features too if guide or method read them.
 
     Raises:
         ValueError: a method that reads feature maps; a teacher without a Linear layer where its features are read.
@@ -157,8 +169,8 @@ def fit_to_teacher(
     reads = frozenset[str]() if guided.method is None else guided.method.reads
     if reads - {"features"}:
         raise ValueError(
-            f"{type(guided.method).__name__} reads {sorted(reads)}, of which only features can be found in any classifier: "
-            f"call Guided in a loop of your own"
+            f"{type(guided.method).__name__} reads {sorted(reads)}, of which only features can be found in any "
+            f"classifier: call Guided in a loop of your own"
         )
     if reads or reads_features(guided.disk.guide):
         teacher = _tapped(teacher)

@@ -191,3 +191,26 @@ def test_a_convolution_as_the_tapped_layer_tells_the_classes():
     distiller = Distiller(student, with_features(teacher.eval(), "2"))
     assert (distiller.guided.disk.guide.num_classes, distiller.guided.disk.guide.feature_dim) == (5, 8)
     distiller(torch.randn(6, 3, 2, 2), torch.arange(6) % 5).loss.backward()
+
+
+def test_it_keeps_the_students_logits_for_its_accuracy():
+    student, teacher = models()
+    distiller, (x, target) = Distiller(student, teacher), batches()[0]
+    distiller(x, target)
+    torch.testing.assert_close(distiller.logits, student(x).detach(), rtol=0, atol=0)
+    assert not distiller.logits.requires_grad
+    assert set(distiller.state_dict()) == set(Distiller(*models()).state_dict())
+
+
+def test_a_run_that_is_made_longer_resumes_at_its_new_progress():
+    short = Distiller(*models(), epochs=2, steps_per_epoch=3)
+    trained(short, sgd(short.parameters()), 2)
+    short.dual.step()
+    longer = Distiller(*models(), epochs=8)
+    longer.load_state_dict(short.state_dict())
+    assert short.guided.disk.level.progress == 1
+    assert longer.guided.disk.level.progress == 0.25
+    wrapped, nested = (nn.ModuleDict({"distiller": Distiller(*models(), epochs=8)}) for _ in range(2))
+    nested.load_state_dict({f"distiller.{key}": value for key, value in short.state_dict().items()})
+    assert nested["distiller"].guided.disk.level.progress == 0.25
+    assert wrapped["distiller"].guided.disk.level.progress == 0
