@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks
 from ._state import write
-from ._watch import warn_if_swapped, warn_without_scheduler
+from ._watch import warn_if_probabilities, warn_if_swapped, warn_without_scheduler
 from .epoch_statistics import count_batch, is_finite
 from .functional import DiSKTerms, student_temperature_step
 from .functional.objective import evaluate
@@ -40,6 +40,7 @@ def evaluate_batch(
     terms = evaluate(*inputs, settings, sample_weight, per_position=per_position)
     if counted:
         warn_if_swapped(disk, student_logits, teacher_logits)
+        warn_if_probabilities(disk, student_logits=student_logits, teacher_logits=teacher_logits)
         observe(disk, terms, guide_logits, own_logits, target)
     return terms
 

@@ -33,8 +33,8 @@ class GuideMoves:
             return None
         return (
             f"the guide is not trained: gradients reached it in epoch {epoch}, but none of its parameters moved and no "
-            f"optimizer holds them; give the optimizer [*student.parameters(), *disk.parameters()], or freeze the "
-            f"guide by disk.guide.requires_grad_(False)"
+            f"optimizer holds them; give the optimizer [*student.parameters(), *disk.parameters()], or "
+            f"distiller.parameters(), or freeze the guide by disk.guide.requires_grad_(False)"
         )
 
     def _copies(self) -> dict[str, tuple[Tensor, Tensor | None]]:

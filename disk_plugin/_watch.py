@@ -72,11 +72,13 @@ def past_the_end(epoch: int, epochs: int) -> str | None:
         return None
     return (
         f"step() was called {epoch + 1} times, the schedule has epochs={epochs}: call it once per epoch, not once per "
-        f"batch, and give DualScheduler the epochs of the whole run; it stays at its end from here on"
+        f"batch, not at all beside Distiller(steps_per_epoch=...), and give DualScheduler the epochs of the whole run; "
+        f"it stays at its end from here on"
     )
 
 
-_UNHEARD = 100  # batches; fewer may be a first try of the loss
+_UNHEARD = 100  # batches without a scheduler; fewer may be a first try of the loss
+_UNSTEPPED = 10_000  # batches since its last step; fewer may be a long epoch
 
 
 @contextmanager
@@ -112,14 +114,39 @@ def warn_if_swapped(
     )
 
 
-def warn_without_scheduler(level: Any) -> None:
-    """Warn once if a target or ramp depends on training progress and nothing calls ``set_progress``."""
-    if torch.compiler.is_compiling() or transformed() or level.batches_without_progress is None:
+def warn_if_probabilities(module: Any, **given: Tensor) -> None:
+    """Warn at the first training batch if rows look like the output of a softmax; that batch synchronizes."""
+    if torch.compiler.is_compiling() or transformed() or not module.training or "probabilities" in module.warned:
         return
-    if not level.follows_progress:
+    if any(value.is_cuda for value in given.values()) and torch.cuda.is_current_stream_capturing():
+        return
+    module.warned.add("probabilities")
+    found = [name for name, value in given.items() if not value.is_meta and _are_probabilities(value.detach())]
+    if found:
+        warnings.warn(
+            f"{' and '.join(found)} must be logits, got rows of positive numbers that sum to 1: give what comes before "
+            f"the softmax",
+            stacklevel=_first_outside(),
+        )
+
+
+def _are_probabilities(value: Tensor) -> bool:
+    near_one = (value.float().sum(1) - 1).abs() < 1e-2 if value.dtype.itemsize < 4 else (value.sum(1) - 1).abs() < 1e-4
+    return value.numel() > 0 and bool((value > 0).all() & near_one.all())
+
+
+def warn_without_scheduler(level: Any) -> None:
+    """Warn once if a target or ramp depends on training progress and ``set_progress`` is not called, or no longer."""
+    if torch.compiler.is_compiling() or transformed() or not level.follows_progress:
         return
     level.batches_without_progress += 1
-    if level.batches_without_progress == _UNHEARD:
+    if level.has_scheduler and level.batches_without_progress == _UNSTEPPED:
+        warnings.warn(
+            f"{_UNSTEPPED} training batches since DualScheduler was made or stepped: call dual.step() after each "
+            f"epoch, or what it schedules stays where it is (an epoch may be that long; then all is well)",
+            stacklevel=_first_outside(),
+        )
+    if not level.has_scheduler and level.batches_without_progress == _UNHEARD:
         warnings.warn(
             f"{_UNHEARD} training batches without a DualScheduler: until one says how far training has come, nothing "
             f"moves from its start, and discount='auto' is plain distillation; make dual = DualScheduler(disk, "

@@ -103,7 +103,10 @@ class GuideHead(nn.Module):
         _checks.tensor("teacher_logits", teacher_logits)
         shape = tuple(teacher_logits.shape)
         if len(shape) < 2 or shape[1] != self.num_classes:
-            raise ValueError(f"teacher_logits must have shape (N, {self.num_classes}, ...), got {shape}")
+            raise ValueError(
+                f"teacher_logits must have shape (N, {self.num_classes}, ...), got {shape}: the guide was "
+                f"built with num_classes={self.num_classes}"
+            )
         if teacher_features is None:
             if self.feature_dim:
                 raise ValueError(f"the guide was built with feature_dim={self.feature_dim}, got no teacher_features")

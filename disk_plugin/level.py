@@ -70,7 +70,7 @@ class DiscountLevel(nn.Module):
         _checks.number("over", over, above=0, at_most=1)
         self.discount, self.share, self.over = discount, float(share), float(over)
         self.patience = PATIENCE
-        self.batches_without_progress: int | None = 0  # training batches; None once ``set_progress`` was called
+        self.has_scheduler, self.batches_without_progress = False, 0  # training batches since ``set_progress``
         self._initial = dict(_INITIAL)
         self._lowest = -math.inf if discount == 0 else _SMALLEST
         if discount in ("auto", 0):
@@ -82,7 +82,7 @@ class DiscountLevel(nn.Module):
     def set_progress(self, progress: float) -> None:
         """Set the training progress, from 0 to 1 (more counts as 1), once per epoch; ``DualScheduler`` calls it."""
         _checks.number("progress", progress, at_least=0)
-        self.batches_without_progress = None
+        self.has_scheduler, self.batches_without_progress = True, 0
         progress, last = min(progress, 1.0), self.last_agreement
         new = (self.progress != progress) & (self.agreement != last)  # else the same call again, on a resume
         gain = (self.agreement - last) / (1 - last).clamp(min=_FLAT)

@@ -319,3 +319,49 @@ def test_neither_compile_nor_a_transform_minds_swapped_logits(quiet):
     found = torch.func.grad(lambda logits: disk(logits, own, target))(frozen)
     assert found.abs().sum() > 0
     torch.vmap(lambda logits: disk(logits, own, target))(frozen.expand(2, N, C))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("student", "teacher"), [(True, False), (False, True), (True, True)])
+def test_probabilities_in_place_of_logits_are_told_once(student, teacher, dtype):
+    disk = DiSKLoss(GuideHead(C))
+    given = [
+        (value.softmax(1) if soft else value).to(dtype)
+        for soft, value in zip((student, teacher), 3 * torch.randn(2, 8, C), strict=True)
+    ]
+    names = [name for name, soft in (("student_logits", student), ("teacher_logits", teacher)) if soft]
+    target = torch.arange(8) % C
+    given[0].requires_grad_()
+    with pytest.warns(UserWarning, match=f"{' and '.join(names)} must be logits, got rows of positive numbers") as told:
+        disk(*given, target)
+    disk(*given, target)
+    assert len(told) == 1
+    assert told[0].filename == __file__
+
+
+def test_logits_that_might_be_taken_for_probabilities_are_not():
+    for logits in (torch.eye(C), torch.randn(C, C).log_softmax(1), torch.full((2, C), 0.3), torch.zeros(0, C)):
+        disk = DiSKLoss(GuideHead(C))
+        disk(logits, logits, torch.arange(len(logits)) % C)
+
+
+def test_a_scheduler_that_is_never_stepped_is_told_of_once(monkeypatch):
+    monkeypatch.setattr("disk_plugin._watch._UNSTEPPED", 5)
+    disk = DiSKLoss(GuideHead(C))
+    dual = DualScheduler(disk, epochs=3)
+    batch = torch.randn(4, C), torch.randn(4, C), torch.arange(4) % C
+    for _ in range(2):
+        for _ in range(4):
+            disk(*batch)
+        dual.step()
+    for _ in range(4):
+        disk(*batch)
+    message = r"5 training batches since DualScheduler was made or stepped: call dual.step\(\)"
+    with pytest.warns(UserWarning, match=message):
+        disk(*batch)
+    for _ in range(12):
+        disk(*batch)
+    constant = DiSKLoss(GuideHead(C), discount=0.3)
+    DualScheduler(constant, epochs=3)
+    for _ in range(12):
+        constant(*batch)
