@@ -372,8 +372,12 @@ def test_changed_settings_that_are_allowed_take_effect_and_lasting_ones_are_refu
 def test_an_overwritten_run_comes_back_if_the_new_one_fails_before_its_first_checkpoint(host, capsys):
     folder = launch(host, epochs=1)
     (folder / "mark").touch()
-    with pytest.raises(ValueError, match="batch_size"):  # the host finds out when it builds its loaders
-        launch(host, "DATASET.TEST.BATCH_SIZE", "0", "--overwrite", epochs=1, find=False)
+    message = refused(host, "SOLVER.LR_DECAY_STAGES", "[1]", "SOLVER.MOMENTUM", "-1.0", out="other")
+    assert "the host's tools/train.py ended before any training, by ValueError: Invalid momentum value: -1.0" in message
+    assert not list((host.folder / "other").glob("*/*"))  # the optimizer is the trainer's: the folder is gone again
+    broken = host.folder / "broken.py"
+    broken.write_text(f"{(host.root / 'tools' / 'train.py').read_text()}".replace("trainer_dict[", "missing_dict["))
+    assert "by NameError: name 'missing_dict'" in refused(host, "--script", str(broken), "--overwrite", epochs=1)
     assert f"the new run came to no checkpoint: {folder} holds the earlier one again" in capsys.readouterr().out
     assert launch(host, "--resume", epochs=2) == folder
     assert (folder / "mark").exists()
@@ -462,7 +466,13 @@ BAD = [
     (["DISK.DISCOUNT", "0.4", "DISK.BUDGET", "0.1"], {}, "discount=0.4 and budget=0.1 both bound g"),
     (["DISK.DISCOUNT", "0.4", "DISK.DUAL.PERIOD", "2"], {}, "the loss was given discount=0.4, which has no period"),
     (["DISK.TOP_K", "five"], {}, "top_k must be an int, got str 'five'"),
-    (["DATASET.TYPE", "cifar10"], {}, "DATASET.TYPE must be one of cifar100, tiny_imagenet, imagenet, got 'cifar10'"),
+    (
+        ["DATASET.TYPE", "cifar10"],
+        {},
+        "--data-root cannot redirect DATASET.TYPE 'cifar10': mdistiller/dataset (cifar100",
+    ),
+    (["--logit-stand"], {}, "error: unknown --logit-stand: --help lists the flags; what a flag of the checkout's own"),
+    (["--script", "tools/none.py"], {}, "which contains tools/none.py, mdistiller/distillers/__init__.py"),
     (["DISK.DUAL.RULE", "linear"], {}, "rule must be one of"),
     (["DISTILLER.STUDENT", "nobody"], {}, "DISTILLER.STUDENT must be one of"),
     (["SOLVER.TRAINER", "disc"], {}, "SOLVER.TRAINER must be one of base, "),

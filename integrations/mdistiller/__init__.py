@@ -38,14 +38,9 @@ def register() -> None:
     Raises:
         ImportError: ``mdistiller``, or a package that it needs, cannot be imported; the message says how to get it.
     """
-    try:
-        import mdistiller.distillers
-        import mdistiller.engine  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"mdistiller cannot be imported ({error}): put a checkout of https://github.com/megvii-research/mdistiller "
-            f'on sys.path (its root, not tools/) and pip install "disk-plugin[mdistiller]"'
-        ) from error
+    from .checkout import import_host
+
+    import_host()
     from . import config, distillers, trainers
 
     config.add_defaults()

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import runpy
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,12 @@ weights. Resuming needs the same flags as the run itself, evaluating the same se
 
 def main(argv: list[str] | None = None) -> None:
     """Prepare the host, then run its script or evaluate a checkpoint."""
-    args = _parser().parse_intermixed_args(argv)
+    args, unknown = _parser().parse_known_intermixed_args(argv)
+    if unknown:
+        sys.exit(
+            f"error: unknown {unknown[0]}: --help lists the flags; what a flag of the checkout's own script sets is "
+            f"set by its key here, such as EXPERIMENT.LOGIT_STAND True instead of --logit-stand"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         try:
             cfg, folder = _prepare(args, Path(scratch))
@@ -37,10 +41,14 @@ def main(argv: list[str] | None = None) -> None:
 
             seed_everything(cfg.SOLVER.SEED)  # for the initial weights; each epoch is seeded again
         print(f"experiment folder: {folder.path}")  # noqa: T201
-        script = str(Path(args.host).expanduser().resolve() / "tools" / "train.py")
-        sys.argv = [script, "--cfg", str(Path(scratch, "config.yaml")), *(["--resume"] if args.resume else [])]
+        from .script import ScriptError, run_script
+
+        root = Path(args.host).expanduser().resolve()
         try:
-            runpy.run_path(script, run_name="__main__")
+            run_script(root, args.script, Path(scratch, "config.yaml"), folder.path, resume=args.resume)
+        except ScriptError as error:
+            folder.abandon()
+            sys.exit(f"error: {error}")
         finally:
             _tell(folder.finalize())
 
@@ -56,7 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--host", metavar="DIR", help="a checkout of mdistiller, the folder that contains tools/ and mdistiller/")
     names = ", ".join(f"{name.upper()}, DISK_{name.upper()}" for name in METHODS)
-    add("--distiller", metavar="NAME", help=f"DISK, {names}, KD, ...; overrides the YAML's DISTILLER.TYPE")
+    add(
+        "--script",
+        metavar="FILE",
+        default="tools/train.py",
+        help="the checkout's script that trains; 'plain' for the steps of the original one, where a fork's takes only "
+        "its own distillers (default: %(default)s)",
+    )
+    add("--distiller", metavar="NAME", help=f"DISK, {names}, KD, ...; over the YAML's DISTILLER.TYPE")
     add(
         "--import",
         dest="imports",
@@ -126,7 +141,7 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
         raise ValueError("--resume goes on with a run, --overwrite deletes it, --evaluate reads it: give one of them")
     if not args.resume and (args.allow_changed_settings or args.chosen is not None):
         raise ValueError("--allow-changed-settings and --from say how to go on with a run: give --resume too")
-    root = checkout.open_checkout(args.host)
+    root = checkout.open_checkout(args.host, args.script)
     imported = import_methods(args.imports, METHODS, flag="--import")
     if imported:
         from .config import check_imported
@@ -134,8 +149,13 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
         check_imported({name: kind for name, kind in imported.items() if name not in METHODS})
     METHODS.update(imported)
     register()
-    from . import host, settings
+    from . import host, loaders, settings
     from .folder import Folder
+    from .script import PLAIN, check_script
+
+    if args.script != PLAIN and args.evaluate is None:
+        check_script(root / args.script)
+    loaders.share({})
 
     checkout.use_device(args.device)
     cfg = settings.merge(_config_file(args.cfg, root), args.options, distiller=args.distiller, seed=args.seed)

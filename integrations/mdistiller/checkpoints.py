@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from disk_plugin.features import METHODS, Method
 
-from .feature_maps import shown
+from .feature_maps import outputs_of, shown
 
 Weights = dict[str, Tensor]
 
@@ -190,7 +190,7 @@ class DeployedStudent(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Return logits (N, C) and the student's features, as the host's models do."""
         method: Any = getattr(self, self._name)
-        logits, features = self.student(image)
+        logits, features = outputs_of(self.student, image)
         return method.predict(shown(logits, features, method.reads)), features
 
 

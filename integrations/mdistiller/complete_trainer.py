@@ -22,6 +22,10 @@ from .seeds import restart_workers, seed_everything
 from .teacher_watch import TeacherWatch
 
 
+FOLDER: list[str] = []  # the run's, set by the launcher: some forks log to a folder that they name by the time
+STARTED: list[bool] = []  # whether training has begun
+
+
 class CompleteTrainer(host.BaseTrainer):
     """Mixed into each of the host's trainers, whose loops are unchanged: seeds, warm start, DiSK's loss and log.
 
@@ -35,6 +39,7 @@ class CompleteTrainer(host.BaseTrainer):
             weights = warm_start_weights(cfg)
             load_weights(module.student, weights, f"DISTILLER.WARM_START {cfg.DISTILLER.WARM_START}", "student")
         super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
+        self.log_path = FOLDER[0] if FOLDER else self.log_path
         keep_settings(self.optimizer)
         self.guided = isinstance(module, GuidedDistiller)
         self.core = self.guided_training(module) if self.guided else None
@@ -62,7 +67,8 @@ class CompleteTrainer(host.BaseTrainer):
             self.core.restart_report()
 
     def train(self, resume: bool = False) -> None:
-        """Run the host's epochs; before resuming, finalize the files of a killed run."""
+        """Run the host's epochs; before a killed run goes on, bring its files in order."""
+        STARTED.append(True)
         if resume:
             finalize(self.log_path)
         super().train(resume=resume)
@@ -80,15 +86,15 @@ class CompleteTrainer(host.BaseTrainer):
         self.before_epoch(epoch)
         with collected() as saves:
             super().train_epoch(epoch)
-        commit(self._complete(saves), self.log_path, epoch)
+        commit(self._complete(saves, epoch), self.log_path, epoch)
 
     def before_epoch(self, epoch: int) -> None:
         """Hook before the host's epoch; does nothing here."""
 
-    def train_iter(self, data: Any, epoch: int, train_meters: Any) -> str:
-        """Run the host's step and add DiSK's means to its progress line."""
-        message = super().train_iter(data, epoch, train_meters)
-        return message + self._epoch_message()
+    def train_iter(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the host's step; add DiSK's means to its progress line."""
+        message = super().train_iter(*args, **kwargs)
+        return message + self._epoch_message() if isinstance(message, str) else message
 
     def log(self, lr: float, epoch: int, log_dict: dict[str, Any]) -> None:
         """Log as the host does, with DiSK's means, multiplier and budget; step the schedule."""
@@ -100,8 +106,15 @@ class CompleteTrainer(host.BaseTrainer):
             with ignoring_past_the_end():  # DISK.DUAL.EPOCHS may be shorter than the run
                 self.core.schedule.end()
 
-    def _complete(self, saves: Saves) -> Saves:
-        """Mark students that cannot predict by themselves, and add a file with their method for each."""
+    def _complete(self, saves: Saves, epoch: int) -> Saves:
+        """Mark students that cannot predict by themselves, and add to each what predicts; add ``latest`` if it lacks.
+
+        Some forks save the student alone, from which no run goes on.
+        """
+        if not any(os.path.basename(path) == "latest" for _, path in saves):
+            state = {"epoch": epoch, "best_acc": self.best_acc, "optimizer": self.optimizer.state_dict()}
+            state["model"] = self.distiller.state_dict()
+            saves = [*saves, (state, os.path.join(self.log_path, "latest"))]
         method = predicting_method(self.distiller.module)
         if method is None:
             return saves

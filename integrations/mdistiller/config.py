@@ -22,8 +22,16 @@ from disk_plugin.replay import GuideReplay
 from disk_plugin.training import Recipe
 
 
+_READ = (
+    *("EXPERIMENT.PROJECT", "EXPERIMENT.NAME", "EXPERIMENT.TAG", "DATASET.TYPE"),
+    *("DISTILLER.TYPE", "DISTILLER.TEACHER", "DISTILLER.STUDENT"),
+    *("SOLVER.TRAINER", "SOLVER.BATCH_SIZE", "SOLVER.EPOCHS", "SOLVER.LR", "LOG.PREFIX"),
+)
+
+
 def add_defaults() -> None:
-    """Add the sections and keys to the host's ``CFG``, except those that exist."""
+    """Add the sections and keys to the host's ``CFG``; what is there already stays."""
+    _check_keys()
     for name, kind in METHODS.items():
         _add_method(name.upper(), kind)
     if "DISK" in CFG:
@@ -48,8 +56,33 @@ def add_defaults() -> None:
     capacity = inspect.signature(GuideReplay).parameters["capacity"].default
     CFG.DISK.ALTERNATING.REPLAY_CAPACITY = capacity  # samples that the record holds at most
     CFG.DISTILLER.WARM_START = ""  # checkpoint of a CE-trained student, for any distiller
-    CFG.SOLVER.SEED = None  # seeds initial weights and every epoch, for any distiller and trainer
+    CFG.SOLVER.SEED = CFG.SOLVER.get("SEED")  # seeds initial weights and every epoch, for any distiller and trainer
     CFG.LOG.WANDB = False
+
+
+def _check_keys() -> None:
+    """Validate that a fork's configuration still has the keys that this adapter reads.
+
+    Raises:
+        ImportError: it lacks some, or has a section of the name of ours.
+    """
+    lacking = [key for key in _READ if not has_key(CFG, key)]
+    if lacking:
+        raise ImportError(
+            f"the host's mdistiller/engine/cfg.py must have the keys {', '.join(_READ)}; it lacks {lacking}"
+        )
+    if "DISK" in CFG and not has_key(CFG, "DISK.ALTERNATING.REPLAY_CAPACITY"):
+        raise ImportError("the host's mdistiller/engine/cfg.py has a section DISK of its own")
+
+
+def has_key(cfg: CfgNode, key: str) -> bool:
+    """Return whether a configuration has a dotted key."""
+    node: Any = cfg
+    for name in key.split("."):
+        if not isinstance(node, CfgNode) or name not in node:
+            return False
+        node = node[name]
+    return True
 
 
 def _add_method(section: str, kind: type[Method]) -> None:

@@ -19,8 +19,8 @@ from disk_plugin.features.method import Method, Outputs
 from disk_plugin.replay import GuideReplay
 
 from . import config
-from .feature_maps import build_method, pooled, probe, shown
-from .method_distiller import MethodDistiller, ce_loss, check_trainer
+from .feature_maps import build_method, outputs_of, pooled, probe, shown
+from .method_distiller import MethodDistiller, base_arguments, ce_loss, check_trainer
 
 Inputs = dict[str, Tensor]
 _LOSS = "loss."  # before the name of a method's loss, among what is gathered from replicas
@@ -43,7 +43,7 @@ class GuidedDistiller(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> None:
         # before the guide, so that with one seed a method alone starts from the same values
         method = None if self.method_name is None else self._built(self.method_name, student, teacher, cfg)
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, **base_arguments(cfg))
         teacher.requires_grad_(False)
         check_trainer(cfg)
         self.joint = cfg.SOLVER.TRAINER != "disk"
@@ -87,7 +87,7 @@ class GuidedDistiller(Distiller):
         """Return the prediction (N, C) and, by name, the other per-sample tensors that ``terms`` needs."""
         method = self.method
         if method is None:
-            logits, _ = self.student(image)
+            logits, _ = outputs_of(self.student, image)
             return logits, self.guide_inputs(image)[0]
         inputs, features = self.guide_inputs(image)
         teacher = shown(inputs["teacher_logits"], features, method.reads, self._teacher_map)
@@ -95,8 +95,8 @@ class GuidedDistiller(Distiller):
         return logits, {**inputs, **{f"{_LOSS}{name}": loss for name, loss in losses.items()}}
 
     def student_outputs(self, image: Tensor) -> Outputs:
-        """Run the student and return what the method reads."""
-        logits, features = self.student(image)
+        """Run the student; return what the method reads."""
+        logits, features = outputs_of(self.student, image)
         return shown(logits, features, frozenset() if self.method is None else self.method.reads)
 
     def terms(self, logits: Tensor, target: Tensor, inputs: Inputs, epoch: int) -> GuidedTerms:
@@ -106,7 +106,8 @@ class GuidedDistiller(Distiller):
 
     def forward_test(self, image: Tensor) -> Tensor:
         """Return the logits of inference."""
-        return self.student(image)[0] if self.method is None else self.method.predict(self.student_outputs(image))
+        outputs = self.student_outputs(image)
+        return outputs.logits if self.method is None else self.method.predict(outputs)
 
     def forward_train(self, image: Tensor, target: Tensor, epoch: int, **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the prediction and the losses per sample, or, if ``gathers``, what the trainer needs for them."""
@@ -134,7 +135,7 @@ class GuidedDistiller(Distiller):
     def guide_inputs(self, image: Tensor) -> tuple[Inputs, dict[str, Any]]:
         """Return the guide's inputs (the teacher's logits, and features if used), and all of the teacher's features."""
         with torch.no_grad():
-            logits, features = self.teacher(image)
+            logits, features = outputs_of(self.teacher, image)
         inputs = {"teacher_logits": logits}
         if self._use_features:
             inputs["teacher_features"] = pooled(features)

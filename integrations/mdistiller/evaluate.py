@@ -1,16 +1,20 @@
 """Evaluate a checkpoint as the host's ``tools/eval.py`` does, also of methods that predict."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from mdistiller.distillers import distiller_dict
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from disk_plugin.features import METHODS
 
+from . import loaders
 from .checkpoints import deployed_method, deployed_student, load_file, load_weights, read_student
 from .distillers import predicting_method
-from .epoch_files import current_file
+from .epoch_files import in_force
+from .feature_maps import outputs_of
 from .host import build_model
 
 
@@ -31,8 +35,6 @@ def evaluate(cfg: CfgNode, path: Path) -> tuple[float, float, float]:
         FileNotFoundError: no such file.
         ValueError: it holds no student of ``cfg.DISTILLER.STUDENT``, or a student without the method that predicts.
     """
-    from mdistiller.dataset import get_dataset
-    from mdistiller.distillers import Vanilla
     from mdistiller.engine.utils import validate
 
     student = build_model(cfg, cfg.DISTILLER.STUDENT)
@@ -48,9 +50,19 @@ def evaluate(cfg: CfgNode, path: Path) -> tuple[float, float, float]:
             )
         weights = read_student(str(path), key="--evaluate")
         load_weights(student, weights, f"--evaluate {path}", f"student {cfg.DISTILLER.STUDENT}")
-    _, val_loader, _, _ = get_dataset(cfg)
-    top1, top5, loss = validate(val_loader, torch.nn.DataParallel(Vanilla(student).cuda()))
+    top1, top5, loss, *_ = validate(loaders.load(cfg).val, torch.nn.DataParallel(_Alone(student).cuda()))
     return float(top1), float(top5), float(loss)
+
+
+class _Alone(nn.Module):
+    """A student as the host's ``validate`` calls it, whatever the host calls a distiller without a teacher."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, image: Tensor, **_: Any) -> Tensor:
+        return outputs_of(self.student, image)[0]
 
 
 def _method(cfg: CfgNode) -> str | None:

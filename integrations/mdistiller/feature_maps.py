@@ -35,25 +35,50 @@ def probe(model: nn.Module, cfg: CfgNode) -> tuple[Tensor, Features]:
     size = _INPUT_SIZES.get(cfg.DATASET.TYPE, 32)
     noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     try:
-        logits, features = model.eval()(noise)
+        logits, features = outputs_of(model.eval(), noise)
     finally:
         for module, training in modes.items():
             module.training = training
     return logits, features
 
 
+def outputs_of(model: nn.Module, image: Tensor) -> tuple[Tensor, Features]:
+    """Return logits and features, none of a model that returns logits alone.
+
+    Raises:
+        ValueError: the model returns something else.
+    """
+    found = model(image)
+    if isinstance(found, Tensor):
+        return found, {}
+    if isinstance(found, tuple | list) and len(found) > 1 and isinstance(found[0], Tensor):
+        if isinstance(found[1], dict):
+            return found[0], found[1]
+        shown = f"(Tensor, {type(found[1]).__name__})"
+    else:
+        shown = type(found).__name__
+    raise ValueError(
+        f"a model of the host returns (logits, features by name), {type(model).__name__} returns {shown}: it has no "
+        f"'feats' and 'pooled_feat' to read"
+    )
+
+
 def pooled(features: Features) -> Tensor:
     """Return the pooled features (N, D), which the guide reads."""
     if "pooled_feat" not in features:
         raise ValueError(
-            f"the teacher returns features {sorted(features)} without 'pooled_feat': set DISK.GUIDE.USE_FEATURES False"
+            f"the model returns features {sorted(features)} without 'pooled_feat': set DISK.GUIDE.USE_FEATURES False"
         )
     return features["pooled_feat"].flatten(1)
 
 
 def student_map(features: Features) -> Tensor:
-    """Return the student's last map (N, C, H, W), after its ReLU if the host returns it before."""
-    return features["preact_feats"][-1].relu() if "preact_feats" in features else features["feats"][-1]
+    """Return the last map (N, C, H, W) that the student's features hold, activated where the host says how."""
+    if "preact_feats" in features:
+        return features["preact_feats"][-1].relu()
+    if "feats" not in features:
+        raise ValueError(f"a method reads the last map, the model returns features {sorted(features)} without 'feats'")
+    return features["feats"][-1]
 
 
 def shown(logits: Tensor, features: Features, reads: frozenset[str], read_map: ReadMap = student_map) -> Outputs:

@@ -39,6 +39,7 @@ class Folder:
         canonical = yaml.safe_dump(defining(settings), sort_keys=True)
         self.path = self._parent / f"{self._name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
         self._aside = self.path.with_name(f"{self.path.name}.overwritten")
+        self._new = False
         self._copied: tuple[Path, tuple[int, int]] | None = None  # source folder, stamp of the copied checkpoint
 
     def start(self, *, overwrite: bool) -> None:
@@ -59,10 +60,16 @@ class Folder:
                 f"anew by --overwrite, or repeat it beside the first by "
                 f"{'--seed N (it has no seed)' if seed is None else f'another --seed than {seed}'}"
             )
+        self._new = not self.path.exists()
         write_settings(self.path, self.settings)
 
+    def abandon(self) -> None:
+        """Delete the folder of a run that was started here and came to no training."""
+        if self._new and not (self.path / CHECKPOINT).exists():
+            shutil.rmtree(self.path)
+
     def finalize(self) -> list[str]:
-        """Finalize (commit or roll back): delete the replaced run, or restore it if the new one has no checkpoint.
+        """Finalize (commit or roll back): delete the overwritten run, or undo a start without a checkpoint.
 
         Returns:
             Notes for the user.

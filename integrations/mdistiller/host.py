@@ -10,18 +10,21 @@ from typing import Any
 import mdistiller.models as host_models
 from mdistiller.distillers import distiller_dict
 from torch import nn
+from torchvision.datasets import CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from yacs.config import CfgNode
 
 from disk_plugin.training import GuidePasses
 
+from . import loaders
 from .checkpoints import fingerprint, load_weights, read_checkpoint, save_atomically, warm_start_weights
 from .config import build_guide_optimizer, build_recipe
 from .distillers import GuidedDistiller
 from .method_distiller import MethodDistiller
+from .trainers import check_rates
 
 _CIFAR = "cifar-100-python"
-_CLASSES = {"cifar100": 100, "tiny_imagenet": 200, "imagenet": 1000}
+_FOLDERS = {"imagenet": "imagenet", "tiny_imagenet": "tiny-imagenet-200"}  # of images, with train/ and val/
 
 
 def use_data(cfg: CfgNode, folder: str | None) -> None:
@@ -29,23 +32,30 @@ def use_data(cfg: CfgNode, folder: str | None) -> None:
 
     Raises:
         FileNotFoundError: the folder does not hold the dataset.
+        ValueError: the host reads this dataset in a way that cannot be redirected.
     """
     if folder is None:
         return
     root, kind = Path(folder).expanduser().resolve(), cfg.DATASET.TYPE
-    module = _data_module(cfg)
+    module = _data_module(kind)
+    settable = [name for name in ("get_data_folder", "data_folder") if hasattr(module, name)]
+    if module is None or not settable:
+        lacks = "no module for it" if module is None else "neither get_data_folder nor data_folder in its module"
+        raise ValueError(
+            f"--data-root cannot redirect DATASET.TYPE {kind!r}: mdistiller/dataset ({', '.join(loaders.modules())}) "
+            f"has {lacks}; leave --data-root out and put the data where the host looks for it"
+        )
     if kind == "cifar100":
-        _need("cifar100", [root / _CIFAR / name for name in ("train", "test", "meta")])
-        module.get_data_folder = lambda: str(root)
-        dataset = module.datasets.CIFAR100
-        dataset.train_list = [[name, None] for name, _ in dataset.train_list]
-        dataset.test_list = [[name, None] for name, _ in dataset.test_list]
-        dataset.meta = {**dataset.meta, "md5": None}
-        return
-    name = {"imagenet": "imagenet", "tiny_imagenet": "tiny-imagenet-200"}[kind]
-    root = root / name if (root / name).is_dir() else root
-    _need(kind, [root / "train", root / "val"])
-    module.data_folder = str(root)
+        _need(kind, [root / _CIFAR / name for name in ("train", "test", "meta")])
+        CIFAR100.train_list = [[name, None] for name, _ in CIFAR100.train_list]
+        CIFAR100.test_list = [[name, None] for name, _ in CIFAR100.test_list]
+        CIFAR100.meta = {**CIFAR100.meta, "md5": None}
+    elif kind in _FOLDERS:
+        root = root / _FOLDERS[kind] if (root / _FOLDERS[kind]).is_dir() else root
+        _need(kind, [root / "train", root / "val"])
+    else:
+        _need(kind, [root])
+    setattr(module, settable[0], str(root) if settable[0] == "data_folder" else lambda: str(root))
 
 
 def fingerprint_data(cfg: CfgNode, folder: str | None) -> str:
@@ -61,15 +71,21 @@ def fingerprint_data(cfg: CfgNode, folder: str | None) -> str:
         files = [Path(folder).expanduser().resolve() / _CIFAR / name for name in ("train", "test")]
         sizes = " and ".join(str(file.stat().st_size) for file in files)
         return f"files of {sizes} bytes, {_digest(file.read_bytes() for file in files)}"
-    roots = [Path(_data_module(cfg).data_folder, split) for split in ("train", "val")]
-    if not all(root.is_dir() for root in roots):
-        return whose  # the host raises for it
+    data = getattr(_data_module(cfg.DATASET.TYPE), "data_folder", None) if folder is None else folder
+    if folder is not None and cfg.DATASET.TYPE in _FOLDERS:
+        data = _data_module(cfg.DATASET.TYPE).data_folder
+    roots = [Path(data, split) for split in ("train", "val")] if isinstance(data, str) else []
+    if not roots or not all(root.is_dir() for root in roots):
+        return whose if folder is None else f"files {_digest([_files(Path(folder).expanduser())])}"
     counts = " and ".join(str(len([path for path in root.iterdir() if path.name[0] != "."])) for root in roots)
     return ", ".join([*([whose] if whose else []), f"{counts} folders", _digest(map(_listing, roots))])
 
 
-def _data_module(cfg: CfgNode) -> Any:
-    return importlib.import_module(f"mdistiller.dataset.{cfg.DATASET.TYPE}")
+def _data_module(kind: str) -> Any:
+    """Return the host's module that reads a dataset: that of its name, in whatever spelling; or None."""
+    plain = kind.replace("_", "").lower()
+    found = [name for name in loaders.modules() if name.replace("_", "").lower() == plain]
+    return importlib.import_module(f"mdistiller.dataset.{found[0]}") if found else None
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -90,6 +106,12 @@ def _listing(root: Path) -> bytes:
     return "\n".join(lines).encode()
 
 
+def _files(root: Path) -> bytes:
+    """Return names and sizes of all files under ``root``."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return "\n".join(f"{path.relative_to(root)} {path.stat().st_size}" for path in files).encode()
+
+
 def _need(kind: str, paths: list[Path]) -> None:
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
@@ -97,27 +119,52 @@ def _need(kind: str, paths: list[Path]) -> None:
 
 
 def models(cfg: CfgNode) -> dict[str, Any]:
-    """Return the host's dictionary of models for the dataset.
+    """Return the host's dictionary of models for the dataset, as its script chooses it.
 
     Raises:
-        ValueError: an unknown dataset.
+        ValueError: the host has none.
     """
-    known = {
-        "cifar100": host_models.cifar_model_dict,
-        "tiny_imagenet": host_models.tiny_imagenet_model_dict,
-        "imagenet": host_models.imagenet_model_dict,
-    }
-    if cfg.DATASET.TYPE not in known:
-        raise ValueError(f"DATASET.TYPE must be one of {', '.join(known)}, got {cfg.DATASET.TYPE!r}")
-    return known[cfg.DATASET.TYPE]
+    known = {name: value for name, value in vars(host_models).items() if name.endswith("_model_dict")}
+    own = f"{cfg.DATASET.TYPE}_model_dict"
+    wanted = own if own in known or cfg.DATASET.TYPE == "imagenet" else "cifar_model_dict"
+    if wanted not in known:
+        raise ValueError(
+            f"DATASET.TYPE {cfg.DATASET.TYPE!r} needs {wanted} in the host's mdistiller/models, which has "
+            f"{', '.join(sorted(known)) or 'no *_model_dict'}"
+        )
+    return known[wanted]
 
 
 def build_model(cfg: CfgNode, name: str) -> nn.Module:
-    """Build one of the host's models for the dataset, untrained."""
+    """Build one of the host's models for the dataset, untrained.
+
+    Raises:
+        ValueError: the host's dictionary holds neither of the two kinds of entry.
+    """
     entry = models(cfg)[name]
-    if cfg.DATASET.TYPE == "imagenet":
+    if _pretrains(entry):
         return entry(pretrained=False)
-    return entry[0](num_classes=_CLASSES[cfg.DATASET.TYPE])
+    if not isinstance(entry, tuple | list) or not entry or not callable(entry[0]):
+        raise ValueError(
+            f"the host's dictionary of models must hold (constructor, path of weights) or a constructor that takes "
+            f"pretrained, got {entry!r:.60} for {name}"
+        )
+    return entry[0](num_classes=loaders.load(cfg).num_classes)
+
+
+def _pretrains(entry: Any) -> bool:
+    """Whether a model's entry is a constructor that loads its own weights, as the host has for ImageNet."""
+    return callable(entry)
+
+
+def build_teacher(cfg: CfgNode) -> nn.Module:
+    """Build the teacher with its weights, after :func:`use_teacher`."""
+    entry = models(cfg)[cfg.DISTILLER.TEACHER]
+    if _pretrains(entry):
+        return entry(pretrained=True)
+    teacher = build_model(cfg, cfg.DISTILLER.TEACHER)
+    teacher.load_state_dict(read_checkpoint(entry[1], key="--teacher-checkpoint"))
+    return teacher
 
 
 def use_teacher(cfg: CfgNode, checkpoint: str | None, scratch: Path, *, trust: bool) -> str:
@@ -133,7 +180,7 @@ def use_teacher(cfg: CfgNode, checkpoint: str | None, scratch: Path, *, trust: b
     if cfg.DISTILLER.TYPE == "NONE":
         return "none"
     name, known = cfg.DISTILLER.TEACHER, models(cfg)
-    if cfg.DATASET.TYPE == "imagenet":
+    if _pretrains(known[name]):
         if checkpoint is None:
             return "the host's"  # downloaded by the host
         weights = read_checkpoint(checkpoint, key="--teacher-checkpoint", trust=trust)
@@ -149,7 +196,7 @@ def use_teacher(cfg: CfgNode, checkpoint: str | None, scratch: Path, *, trust: b
 
         known[name] = trained
         return fingerprint(weights)
-    path = checkpoint or known[name][1]
+    path = checkpoint or next(iter(known[name][1:]), None)
     if path is None:
         raise FileNotFoundError(f"the host has no weights of teacher {name}: pass --teacher-checkpoint FILE")
     if checkpoint is None and not Path(path).is_file():
@@ -161,7 +208,7 @@ def use_teacher(cfg: CfgNode, checkpoint: str | None, scratch: Path, *, trust: b
     load_weights(build_model(cfg, name), weights, f"--teacher-checkpoint {path}", f"teacher {name}")
     converted = str(scratch / "teacher")
     save_atomically({"model": weights}, converted)
-    known[name] = (known[name][0], converted)
+    known[name] = (known[name][0], converted, *known[name][2:])
     return fingerprint(weights)
 
 
@@ -193,14 +240,9 @@ def validate(cfg: CfgNode) -> list[str]:
     kind = distiller_dict[cfg.DISTILLER.TYPE]
     if not (isinstance(kind, type) and issubclass(kind, GuidedDistiller | MethodDistiller)):
         return []
-    if cfg.DATASET.TYPE == "imagenet":
-        teacher = models(cfg)[cfg.DISTILLER.TEACHER](pretrained=True)
-    else:
-        teacher = build_model(cfg, cfg.DISTILLER.TEACHER)
-        weights = read_checkpoint(models(cfg)[cfg.DISTILLER.TEACHER][1], key="--teacher-checkpoint")
-        teacher.load_state_dict(weights)
-    distiller = kind(build_model(cfg, cfg.DISTILLER.STUDENT), teacher, cfg)
+    distiller = kind(build_model(cfg, cfg.DISTILLER.STUDENT), build_teacher(cfg), cfg)
     if cfg.SOLVER.TRAINER == "disk":
+        check_rates()
         GuidePasses(distiller.disk, build_recipe(cfg), build_guide_optimizer(cfg, distiller.disk))
     note = distiller.dual.note if isinstance(distiller, GuidedDistiller) else None
     return [] if note is None else [f"DISK.DUAL: {note}"]

@@ -1,9 +1,11 @@
 """A method alone, without the guide, as a distiller of the host."""
 
+import inspect
 from typing import Any
 
 import torch
 from mdistiller.distillers._base import Distiller
+from mdistiller.engine import trainer_dict
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from yacs.config import CfgNode
@@ -12,7 +14,8 @@ from disk_plugin.features import METHODS
 from disk_plugin.features.method import Method, Outputs
 
 from . import config
-from .feature_maps import build_method, shown
+from .feature_maps import build_method, outputs_of, shown
+from .trainer_fit import unfit
 
 
 class MethodDistiller(Distiller):
@@ -21,7 +24,7 @@ class MethodDistiller(Distiller):
     method_name: str
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: CfgNode) -> None:
-        super().__init__(student, teacher)
+        super().__init__(student, teacher, **base_arguments(cfg))
         teacher.requires_grad_(False)
         check_trainer(cfg)
         kind, section = METHODS[self.method_name], self.method_name.upper()
@@ -39,7 +42,7 @@ class MethodDistiller(Distiller):
     def forward_train(self, image: Tensor, target: Tensor, **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the prediction and the losses per sample."""
         with torch.no_grad():
-            logits, features = self.teacher(image)
+            logits, features = outputs_of(self.teacher, image)
         teacher = shown(logits, features, self.method.reads, self.teacher_map)
         prediction, losses = self.method.evaluate(self.student_outputs(image), teacher, target)
         found = {f"loss_{name}": self.loss_weight * loss for name, loss in losses.items()}
@@ -50,8 +53,8 @@ class MethodDistiller(Distiller):
         return self.method.predict(self.student_outputs(image))
 
     def student_outputs(self, image: Tensor) -> Outputs:
-        """Run the student and return what the method reads."""
-        logits, features = self.student(image)
+        """Run the student; return what the method reads."""
+        logits, features = outputs_of(self.student, image)
         return shown(logits, features, self.method.reads)
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
@@ -72,10 +75,26 @@ def ce_loss(logits: Tensor, target: Tensor, weight: float, ignore_index: int = -
     return {"loss_ce": weight * loss * (len(target) / counted)}
 
 
+def base_arguments(cfg: CfgNode) -> dict[str, CfgNode]:
+    """Return what a fork's ``Distiller`` takes beside student and teacher."""
+    return {"cfg": cfg} if "cfg" in inspect.signature(Distiller.__init__).parameters else {}
+
+
 def check_trainer(cfg: CfgNode) -> None:
-    """Raise ValueError if the trainer wants two named losses, or batches with negative samples."""
-    if cfg.SOLVER.TRAINER in ("crd", "dot", "crd_dot"):
+    """Raise ValueError if the trainer shows a distiller other things than image, target, epoch, or wants named losses.
+
+    Raises:
+        ValueError: it does; the message says what it passes or reads.
+    """
+    trainer = trainer_dict.get(cfg.SOLVER.TRAINER)
+    known = {"crd": "shows it negative samples", "dot": "reads two losses by name", "crd_dot": "does both"}
+    reason = unfit(trainer) if isinstance(trainer, type) else known.get(cfg.SOLVER.TRAINER)
+    if reason is not None and cfg.SOLVER.TRAINER in ("base", "disk"):
+        raise ValueError(
+            f"{cfg.DISTILLER.TYPE} cannot be trained by this checkout's own trainers: the base one {reason}"
+        )
+    if reason is not None:
         raise ValueError(
             f"{cfg.DISTILLER.TYPE} needs SOLVER.TRAINER base or, with a guide, disk (Algorithm 1), got "
-            f"{cfg.SOLVER.TRAINER!r}"
+            f"{cfg.SOLVER.TRAINER!r}, which {reason}"
         )

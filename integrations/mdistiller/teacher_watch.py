@@ -25,7 +25,9 @@ class TeacherWatch:
         distiller.register_forward_hook(self._compare, with_kwargs=True)
 
     def _keep(self, _: Any, __: Any, output: Any) -> None:
-        self._predicted.append((output[0] if isinstance(output, tuple) else output).argmax(1))
+        logits = output[0] if isinstance(output, tuple) else output
+        if isinstance(logits, Tensor) and logits.ndim == 2:  # a fork's teacher may return something else
+            self._predicted.append(logits.argmax(1))
 
     @torch.no_grad()
     def _compare(self, distiller: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -33,10 +35,13 @@ class TeacherWatch:
         target = kwargs.get("target")
         # DataParallel scatters a batch in the order of its devices
         shares = sorted(self._predicted, key=lambda share: -1 if share.device.index is None else share.device.index)
+        logits = output[0] if isinstance(output, tuple) else None
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            return
         if not distiller.training or target is None or sum(map(len, shares)) != len(target):
             return
         teacher = torch.cat([share.to(target.device) for share in shares]) == target
-        student = output[0].argmax(1) == target
+        student = logits.argmax(1) == target
         unknown = torch.zeros(len(target), device=target.device)
         right = {"correct": student.to(unknown), "teacher_correct": teacher.to(unknown), "counted": 1 + unknown}
-        self.tell(DiSKTerms._make([unknown] * len(DiSKTerms._fields))._replace(**right), output[0].shape[1])
+        self.tell(DiSKTerms._make([unknown] * len(DiSKTerms._fields))._replace(**right), logits.shape[1])

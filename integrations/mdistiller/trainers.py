@@ -1,5 +1,7 @@
 """The host's trainers, and Algorithm 1 as one more: ``SOLVER.TRAINER disk``."""
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -116,6 +118,8 @@ class DISKTrainer(CompleteTrainer):
 def add() -> None:
     """Replace the host's trainers by complete ones, add ``disk``, and repair what breaks saving and resuming."""
     for name, trainer in list(trainer_dict.items()):
+        if not isinstance(trainer, type):
+            continue
         if issubclass(trainer, host.BaseTrainer) and not issubclass(trainer, CompleteTrainer):
             trainer_dict[name] = type(trainer.__name__, (CompleteTrainer, trainer), {"__doc__": trainer.__doc__})
     trainer_dict["disk"] = DISKTrainer
@@ -126,13 +130,29 @@ def add() -> None:
     host.adjust_learning_rate = _with_float_rates(host.adjust_learning_rate)
 
 
-def _with_float_rates(adjust: Callable[..., float]) -> Callable[..., float]:
-    """Let the host decay its rates, but as Python floats: ``torch.load`` raises on NumPy scalars."""
+def _with_float_rates(adjust: Callable[..., Any]) -> Callable[..., float | None]:
+    """Let the host decay its rates, and keep them Python floats: torch refuses to load a NumPy scalar."""
 
-    def adjust_learning_rate(epoch: int, cfg: Any, optimizer: torch.optim.Optimizer) -> float:
-        rate = float(adjust(epoch, cfg, optimizer))
-        for group in optimizer.param_groups:
-            group["lr"] = float(group["lr"])
-        return rate
+    @functools.wraps(adjust)
+    def adjust_learning_rate(*args: Any, **kwargs: Any) -> float | None:
+        rate = adjust(*args, **kwargs)
+        for optimizer in (*args, *kwargs.values()):
+            for group in optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else ():
+                group["lr"] = float(group["lr"])
+        return None if rate is None else float(rate)
 
     return adjust_learning_rate
+
+
+def check_rates() -> None:
+    """Validate that the guide's rate can follow the host's.
+
+    Raises:
+        ValueError: the host's ``adjust_learning_rate`` takes other arguments.
+    """
+    taken = list(inspect.signature(host.adjust_learning_rate).parameters)
+    if taken != ["epoch", "cfg", "optimizer"]:
+        raise ValueError(
+            f"SOLVER.TRAINER disk needs the host's adjust_learning_rate(epoch, cfg, optimizer), which takes "
+            f"({', '.join(taken)}) here: train jointly, by SOLVER.TRAINER base"
+        )
