@@ -21,7 +21,6 @@ from .method_distiller import ce_loss
 from .seeds import restart_workers, seed_everything
 from .teacher_watch import TeacherWatch
 
-
 FOLDER: list[str] = []  # the run's, set by the launcher: some forks log to a folder that they name by the time
 STARTED: list[bool] = []  # whether training has begun
 
@@ -39,7 +38,8 @@ class CompleteTrainer(host.BaseTrainer):
             weights = warm_start_weights(cfg)
             load_weights(module.student, weights, f"DISTILLER.WARM_START {cfg.DISTILLER.WARM_START}", "student")
         super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
-        self.log_path = FOLDER[0] if FOLDER else self.log_path
+        if FOLDER:
+            self.log_path: str = FOLDER[0]
         keep_settings(self.optimizer)
         self.guided = isinstance(module, GuidedDistiller)
         self.core = self.guided_training(module) if self.guided else None

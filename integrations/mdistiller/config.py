@@ -21,7 +21,6 @@ from disk_plugin.presets import PAPER
 from disk_plugin.replay import GuideReplay
 from disk_plugin.training import Recipe
 
-
 _READ = (
     *("EXPERIMENT.PROJECT", "EXPERIMENT.NAME", "EXPERIMENT.TAG", "DATASET.TYPE"),
     *("DISTILLER.TYPE", "DISTILLER.TEACHER", "DISTILLER.STUDENT"),

@@ -28,7 +28,7 @@ def share(own: Mapping[str, GetDataset]) -> None:
     Args:
         own: by ``DATASET.TYPE``, functions with the arguments and results of the host's.
     """
-    module = importlib.import_module("mdistiller.dataset")
+    module: Any = importlib.import_module("mdistiller.dataset")
     host: GetDataset = module.get_dataset
 
     def get_dataset(cfg: CfgNode) -> Loaders:

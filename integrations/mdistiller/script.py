@@ -60,10 +60,11 @@ def train(config: Path, *, resume: bool) -> None:
     """Take the steps of the original ``tools/train.py``: loaders, models, distiller, trainer."""
     from mdistiller.distillers import distiller_dict
     from mdistiller.engine import trainer_dict
-    from mdistiller.engine.cfg import CFG as cfg
+    from mdistiller.engine.cfg import CFG
 
     from . import host, loaders
 
+    cfg: Any = CFG
     cfg.merge_from_file(str(config))
     cfg.freeze()
     found, kind = loaders.load(cfg), cfg.DISTILLER.TYPE

@@ -10,8 +10,10 @@ from mdistiller.engine import trainer_dict
 from mdistiller.engine.cfg import CFG
 from yacs.config import CfgNode
 
+from .complete_trainer import CompleteTrainer
 from .config import is_number
 from .distillers import GuidedDistiller
+from .method_distiller import MethodDistiller
 
 Settings = dict[str, Any]
 FORM = "what bounds g"
@@ -86,6 +88,15 @@ def check_names(cfg: CfgNode, models: dict[str, Any]) -> None:
     if trainer == "disk" and not is_guided(cfg):
         guided = [name for name, each in distiller_dict.items() if _is_guided(each)]
         raise ValueError(f"SOLVER.TRAINER disk needs DISTILLER.TYPE {' or '.join(guided)}, got {kind}")
+    if _is_own(distiller_dict[kind]) and cfg.EXPERIMENT.get("LOGIT_STAND"):
+        raise ValueError(f"EXPERIMENT.LOGIT_STAND True is for this checkout's own distillers, {kind} does not read it")
+    if (cfg.SOLVER.SEED is not None or cfg.DISTILLER.WARM_START or _is_guided(distiller_dict[kind])) and not (
+        isinstance(trainer_dict[trainer], type) and issubclass(trainer_dict[trainer], CompleteTrainer)
+    ):
+        raise ValueError(
+            f"SOLVER.SEED, DISTILLER.WARM_START and a guide need a SOLVER.TRAINER that is a BaseTrainer of the host, "
+            f"got {trainer!r}, which is none"
+        )
     if trainer in ("crd", "crd_dot") and kind != "CRD":
         raise ValueError(f"SOLVER.TRAINER {trainer} needs DISTILLER.TYPE CRD, got {kind}")
 
@@ -124,6 +135,10 @@ def default_settings() -> Settings:
 def is_guided(cfg: CfgNode) -> bool:
     """Return whether the distiller has a guide, and so a multiplier and a budget."""
     return _is_guided(distiller_dict[cfg.DISTILLER.TYPE])
+
+
+def _is_own(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, GuidedDistiller | MethodDistiller)
 
 
 def _is_guided(kind: Any) -> bool:
