@@ -515,6 +515,12 @@ def test_a_value_of_another_type_in_a_file_is_refused_with_its_cure_and_the_cure
     assert state["module.disk.budget"] == 1
 
 
+def test_a_number_in_place_of_a_word_reaches_the_hosts_script_as_the_word_that_it_is(host):
+    folder = launch(host, "DISK.DISCOUNT", "0.4", "EXPERIMENT.TAG", "'1,2'", epochs=1)
+    assert folder.name.startswith("1,2-")
+    assert load(folder / "latest")["model"]["module.disk.level.log_guide"] != 0
+
+
 @pytest.mark.parametrize("content", ["[1, 2]", "1: 2", "SOLVER:\n  1: 2"])
 def test_a_configuration_file_without_named_sections_is_refused(host, content):
     path = host.folder / "odd.yaml"

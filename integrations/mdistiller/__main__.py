@@ -149,20 +149,21 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
         check_imported({name: kind for name, kind in imported.items() if name not in METHODS})
     METHODS.update(imported)
     register()
-    from . import host, loaders, settings
+    from . import budget, host, loaders, own, settings
     from .folder import Folder
     from .script import PLAIN, check_script
 
     if args.script != PLAIN and args.evaluate is None:
         check_script(root / args.script)
-    loaders.share({})
 
     checkout.use_device(args.device)
     cfg = settings.merge(_config_file(args.cfg, root), args.options, distiller=args.distiller, seed=args.seed)
+    own.add_models(cfg, own.collected(args.imports, "MODELS"))
     settings.check_names(cfg, host.models(cfg))
     if args.teacher_checkpoint is not None and cfg.DISTILLER.TYPE == "NONE":
         raise ValueError("--teacher-checkpoint needs a distiller with a teacher, got NONE")
-    host.use_data(cfg, args.data_root)
+    is_own = own.add_datasets(cfg, own.collected(args.imports, "DATASETS"), args.data_root)
+    host.use_data(cfg, None if is_own else args.data_root)
     if args.evaluate in ("best", "latest"):
         folder = Folder(cfg, settings.get_settings(cfg, data="", teacher="", warm_start=""))
         folder.find()
@@ -173,14 +174,22 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
     if cfg.LOG.WANDB and (wandb is None or wandb.origin is None):  # no origin: a folder of logs
         raise ValueError("LOG.WANDB True needs wandb: pip install wandb, or set LOG.WANDB False")
     teacher = host.use_teacher(cfg, args.teacher_checkpoint, scratch, trust=args.trust_checkpoint)
-    data, warm_start = host.fingerprint_data(cfg, args.data_root), host.check_warm_start(cfg)
-    defining = settings.get_settings(cfg, data=data, teacher=teacher, warm_start=warm_start)
-    notes = host.validate(cfg)
-    folder = Folder(cfg, defining)
+    data = loaders.described(cfg) if is_own else host.fingerprint_data(cfg, args.data_root)
+    defining = settings.settings_of(cfg, data=data, teacher=teacher, warm_start=host.check_warm_start(cfg))
+    folder, estimates = Folder(cfg, defining), cfg.DISK.BUDGET == budget.ESTIMATE
+    if estimates:
+        budget.check_estimate(cfg)
+        cfg.DISK.BUDGET, how = (0.0, "") if args.resume else budget.estimated(cfg)
+    notes = host.rehearse(cfg)
     if args.resume:
         notes += folder.resume(chosen=args.chosen, allow_changed_settings=args.allow_changed_settings)
     else:
         folder.start(overwrite=args.overwrite)
+    if estimates and args.resume:
+        cfg.DISK.BUDGET = budget.recorded(folder.path)
+    elif estimates:
+        budget.record(folder.path, cfg.DISK.BUDGET, how)
+        notes += [how]
     _tell(notes)
     settings.dump(cfg, folder.path.name, scratch / "config.yaml")
     return cfg, folder

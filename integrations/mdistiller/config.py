@@ -20,6 +20,7 @@ from disk_plugin.features.launching import settings_of
 from disk_plugin.presets import PAPER
 from disk_plugin.replay import GuideReplay
 from disk_plugin.training import Recipe
+from disk_plugin.uniform import UniformGuide
 
 _READ = (
     *("EXPERIMENT.PROJECT", "EXPERIMENT.NAME", "EXPERIMENT.TAG", "DATASET.TYPE"),
@@ -38,6 +39,7 @@ def add_defaults() -> None:
     recipe = PAPER["recipe"]
     # the scheduler sets the multiplier of a budget: two equal bounds keep it constant
     CFG.DISK = _section(DiSKLoss, without=("multiplier", "weight"))
+    CFG.DISK.UNIFORM = False  # one g for all samples, UniformGuide(discount=DISK.DISCOUNT): the control of every guide
     CFG.DISK.GUIDE = _section(GuideHead)
     CFG.DISK.GUIDE.USE_FEATURES = True  # the teacher's pooled features, beside its logits
     CFG.DISK.DUAL = _section(DualScheduler)
@@ -54,6 +56,7 @@ def add_defaults() -> None:
     CFG.DISK.ALTERNATING.REPLAY = False  # guide passes after the first iteration's are on a record, not over the loader
     capacity = inspect.signature(GuideReplay).parameters["capacity"].default
     CFG.DISK.ALTERNATING.REPLAY_CAPACITY = capacity  # samples that the record holds at most
+    CFG.DATASET.HELD_OUT = 0.0  # share of the training images that no run with this share sees, whatever its seed
     CFG.DISTILLER.WARM_START = ""  # checkpoint of a CE-trained student, for any distiller
     CFG.SOLVER.SEED = CFG.SOLVER.get("SEED")  # seeds initial weights and every epoch, for any distiller and trainer
     CFG.LOG.WANDB = False
@@ -142,9 +145,27 @@ def build_loss(cfg: CfgNode, num_classes: int, feature_dim: int) -> DiSKLoss:
     guide = _arguments(cfg.DISK.GUIDE)
     feature_dim = feature_dim if guide.pop("use_features") else 0
     loss = _arguments(cfg.DISK)
+    uniform = loss.pop("uniform")
     if is_number(loss["discount"]):
-        loss["discount"] = float(loss["discount"])  # a string in the configuration, which has one type per key
+        loss["discount"] = float(loss["discount"])  # a word in the configuration, which has one type per key
+    if uniform:
+        _check_uniform(cfg)
+        return DiSKLoss(UniformGuide(discount=loss.pop("discount")), **loss)
     return DiSKLoss(GuideHead(num_classes, feature_dim, **guide), **loss)
+
+
+def follows_discount(cfg: CfgNode) -> bool:
+    """Return whether the loss has a discount: no setting of it or of its schedule asks for a budget."""
+    disk, dual = cfg.DISK, cfg.DISK.DUAL
+    asked = (disk.BUDGET, dual.MULTIPLIER, dual.PERIOD, dual.BUDGET, dual.BUDGET_PERIOD)
+    return disk.DISCOUNT is not None and all(value is None for value in asked) and dual.RULE == "cosine"
+
+
+def _check_uniform(cfg: CfgNode) -> None:
+    if not follows_discount(cfg):
+        raise ValueError("DISK.UNIFORM True follows DISK.DISCOUNT, auto or a number: leave out what asks for a budget")
+    if cfg.SOLVER.TRAINER == "disk":
+        raise ValueError("DISK.UNIFORM True has no guide that Algorithm 1 could train: leave out SOLVER.TRAINER disk")
 
 
 def build_dual(cfg: CfgNode, loss: DiSKLoss, epochs_per_iteration: int) -> DualScheduler:
@@ -152,7 +173,7 @@ def build_dual(cfg: CfgNode, loss: DiSKLoss, epochs_per_iteration: int) -> DualS
     dual = _arguments(cfg.DISK.DUAL)
     if dual["epochs"] is None:
         dual["epochs"] = math.ceil(cfg.SOLVER.EPOCHS / epochs_per_iteration)
-    if dual["budget"] is None and loss.level is None:
+    if dual["budget"] is None and loss.level is None and not cfg.DISK.UNIFORM:
         dual["budget"] = loss.budget.item()  # given, so that a checkpoint's does not override a changed one
     with ignoring_low_multiplier():  # the launcher prints the note
         return DualScheduler(loss, **dual)

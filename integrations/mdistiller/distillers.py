@@ -50,7 +50,7 @@ class GuidedDistiller(Distiller):
         config.check_passes(cfg)
         self.epochs_per_iteration = 1 if self.joint else cfg.DISK.ALTERNATING.STUDENT_PASSES
         logits, features = probe(teacher, cfg)
-        self._use_features = bool(cfg.DISK.GUIDE.USE_FEATURES)
+        self._use_features = bool(cfg.DISK.GUIDE.USE_FEATURES) and not cfg.DISK.UNIFORM
         self.disk = config.build_loss(cfg, logits.shape[1], pooled(features).shape[1] if self._use_features else 0)
         self.dual = config.build_dual(cfg, self.disk, self.epochs_per_iteration)
         self.gathers = False

@@ -13,6 +13,8 @@ from yacs.config import CfgNode
 from disk_plugin.features.method import LAST_MAP, Method, Outputs, Pair
 from disk_plugin.taps.classifier import check_classifier, pooled_classifier
 
+from . import loaders
+
 Features = dict[str, Any]
 ReadMap = Callable[[Features], Tensor]
 
@@ -32,8 +34,9 @@ def probe(model: nn.Module, cfg: CfgNode) -> tuple[Tensor, Features]:
     """Return logits and features of two images of noise, without changing the model or the random state."""
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    size = _INPUT_SIZES.get(cfg.DATASET.TYPE, 32)
-    noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    size = _INPUT_SIZES.get(cfg.DATASET.TYPE)
+    shape = loaders.image_shape(cfg) if size is None else (3, size, size)
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     try:
         logits, features = outputs_of(model.eval(), noise)
     finally:

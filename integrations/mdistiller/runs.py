@@ -24,7 +24,7 @@ _BEFORE = {"DISK.ALTERNATING.REPLAY": False, FORM: "budget"}
 # a checkpoint's content or shapes, or the whole run, depend on these: they never change on resume
 _LASTING = re.compile(
     r"DISTILLER\.|DATASET\.|EXPERIMENT\.|teacher weights|what bounds g$|SOLVER\.(TRAINER|TYPE|SEED)"
-    r"|DISK\.(GUIDE\.|STUDENT_TEMPERATURE)|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY(_CAPACITY)?$|STUDENT_PASSES)"
+    r"|DISK\.(GUIDE\.|UNIFORM|STUDENT_TEMPERATURE)|DISK\.ALTERNATING\.(OPTIMIZER|REPLAY(_CAPACITY)?$|STUDENT_PASSES)"
 )
 
 

@@ -11,7 +11,7 @@ from mdistiller.engine.cfg import CFG
 from yacs.config import CfgNode
 
 from .complete_trainer import CompleteTrainer
-from .config import is_number
+from .config import follows_discount, is_number
 from .distillers import GuidedDistiller
 from .method_distiller import MethodDistiller
 
@@ -120,13 +120,6 @@ def get_settings(cfg: CfgNode, *, data: str, teacher: str, warm_start: str) -> S
     }
 
 
-def follows_discount(cfg: CfgNode) -> bool:
-    """Return whether the loss has a discount, as no setting of it or of its schedule is one of a budget."""
-    disk, dual = cfg.DISK, cfg.DISK.DUAL
-    asked = (disk.BUDGET, dual.MULTIPLIER, dual.PERIOD, dual.BUDGET, dual.BUDGET_PERIOD)
-    return disk.DISCOUNT is not None and all(value is None for value in asked) and dual.RULE == "cosine"
-
-
 def default_settings() -> Settings:
     """Return the defaults of host and DiSK by dotted key."""
     return _flat("", CFG)
@@ -149,7 +142,17 @@ def dump(cfg: CfgNode, name: str, path: Path) -> None:
     """Write the merged configuration for the host, so that its naming yields the folder ``name``."""
     cfg = cfg.clone()
     cfg.EXPERIMENT.NAME = name
+    _quote(cfg)
     path.write_text(cfg.dump())
+
+
+def _quote(node: CfgNode) -> None:
+    """Quote words that yacs would read as something else, such as the discount '0.4'."""
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            _quote(value)
+        elif isinstance(value, str) and not isinstance(CfgNode._decode_cfg_value(value), str):
+            node[key] = repr(value)
 
 
 def _flat(prefix: str, node: CfgNode) -> Settings:
