@@ -175,12 +175,12 @@ def _prepare(args: argparse.Namespace, scratch: Path) -> tuple[Any, Any]:
         raise ValueError("LOG.WANDB True needs wandb: pip install wandb, or set LOG.WANDB False")
     teacher = host.use_teacher(cfg, args.teacher_checkpoint, scratch, trust=args.trust_checkpoint)
     data = loaders.described(cfg) if is_own else host.fingerprint_data(cfg, args.data_root)
-    defining = settings.settings_of(cfg, data=data, teacher=teacher, warm_start=host.check_warm_start(cfg))
+    defining = settings.get_settings(cfg, data=data, teacher=teacher, warm_start=host.check_warm_start(cfg))
     folder, estimates = Folder(cfg, defining), cfg.DISK.BUDGET == budget.ESTIMATE
     if estimates:
         budget.check_estimate(cfg)
         cfg.DISK.BUDGET, how = (0.0, "") if args.resume else budget.estimated(cfg)
-    notes = host.rehearse(cfg)
+    notes = host.validate(cfg)
     if args.resume:
         notes += folder.resume(chosen=args.chosen, allow_changed_settings=args.allow_changed_settings)
     else:

@@ -13,7 +13,7 @@ from disk_plugin.features import METHODS
 from . import loaders
 from .checkpoints import deployed_method, deployed_student, load_file, load_weights, read_student
 from .distillers import predicting_method
-from .epoch_files import in_force
+from .epoch_files import current_file
 from .feature_maps import outputs_of
 from .host import build_model
 

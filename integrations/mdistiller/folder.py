@@ -32,8 +32,7 @@ class Folder:
     """
 
     def __init__(self, cfg: CfgNode, settings: Settings) -> None:
-        self.settings = settings
-        self._guided = is_guided(cfg)
+        self.settings, self._guided = settings, is_guided(cfg)
         self._parent = Path(cfg.LOG.PREFIX, cfg.EXPERIMENT.PROJECT)
         self._name = (cfg.EXPERIMENT.NAME or cfg.EXPERIMENT.TAG).replace(os.sep, "_")
         canonical = yaml.safe_dump(defining(settings), sort_keys=True)
