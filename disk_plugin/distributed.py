@@ -175,6 +175,18 @@ def share_statistics(disk: DiSKLoss, process_group: Group = None) -> None:
 
 
 @torch.no_grad()
+def split_statistics(disk: DiSKLoss, process_group: Group = None) -> None:
+    """Undo ``share_statistics``: give each process an equal part, after all have loaded what was shared.
+
+    Args:
+        disk: each process's own loss, unwrapped.
+        process_group: the ranks that share them; None for all.
+    """
+    if dist.is_available() and dist.is_initialized():
+        disk.epoch_statistics[:5] /= dist.get_world_size(process_group)
+
+
+@torch.no_grad()
 def share_student_temperature(disk: DiSKLoss, process_group: Group = None) -> None:
     """Average the fitted student temperature over ranks; does nothing unless it is fitted.
 

@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from disk_plugin import DiSKLoss
 from disk_plugin.distiller import fit_to_teacher, outputs_of, reads_student_features
-from disk_plugin.distributed import SharedGuide, attach, mean_over_processes, share_statistics
+from disk_plugin.distributed import SharedGuide, attach, mean_over_processes, share_statistics, split_statistics
 from disk_plugin.features import Guided, Outputs
 from disk_plugin.taps import FeatureTap, logits_of, with_features
 from disk_plugin.training import GuidedTraining
@@ -195,7 +195,7 @@ class DistillationMixin:
             path = Path(checkpoint, STATE_NAME)
             if not path.is_file():
                 raise RuntimeError(f"resume without the guide's state: {checkpoint} holds no {STATE_NAME}")
-            self._loaded = torch.load(path, map_location=self.args.device, weights_only=True)
+            self._loaded = torch.load(path, map_location="cpu", weights_only=True)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _begin_training(self) -> None:
@@ -220,8 +220,7 @@ class DistillationMixin:
             self._shared = attach(self.guided)
         if self._loaded is not None:
             self.guided_training.load_state_dict(self._loaded)
-            if _several_processes() and dist.get_rank():
-                self.guided.disk.reset_statistics()  # the first process has those of all
+            split_statistics(self.guided.disk)
             self._loaded = None
         self.guided.zero_grad()
         self._schedule_steps = steps
