@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,11 @@ if tuple(int(number) for number in re.findall(r"\d+", transformers.__version__)[
 from transformers import Trainer, TrainerCallback  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Host
+else:
+    _Host = object  # the mixin stands before a Trainer
+
 __all__ = ["DiSKTrainer", "DistillationMixin"]
 
 STATE_NAME = "disk.pt"
@@ -46,7 +51,7 @@ _SETTINGS = frozenset(inspect.signature(DiSKLoss).parameters) - {"guide"}
 _PARTS = 20  # epochs of the schedule where the host cannot tell how long one of its own is
 
 
-class DistillationMixin:
+class DistillationMixin(_Host):
     """A Trainer whose training loss is a distillation loss guided by DiSK: ``class T(DistillationMixin, Trainer)``.
 
     The student is ``model``, wrapped as the Trainer wraps it. The teacher is frozen, runs without gradients on the same
@@ -230,8 +235,10 @@ class DistillationMixin:
             raise RuntimeError("the distillation loss needs train() to have begun, got a training batch before it")
         return self.guided_training
 
-    def _end_epoch(self) -> None:
-        means = self._started().end_epoch()
+    def _end_epoch(self, *, complete: bool) -> None:
+        """Log an epoch's means; of one that is not complete, a resumed run goes on with the rest."""
+        training = self._started()
+        means = training.end_epoch() if complete else training.means()
         self.log({f"disk_{name}": value for name, value in means.items() if math.isfinite(value)})
 
     def _label_names(self, inputs: Mapping[str, Any]) -> list[str]:
@@ -262,9 +269,8 @@ class DistillationMixin:
         return shown, {"logits": shown.logits}
 
     def _refuse_unsupported(self) -> None:
-        flags = ("is_fsdp_enabled", "is_fsdp_xla_enabled", "is_deepspeed_enabled")
-        flags += ("is_distributed_loading_by_transformers",)
-        sharded = [name for name in flags if getattr(self, name, False)]
+        flags = "is_fsdp_enabled", "is_fsdp_xla_enabled", "is_deepspeed_enabled"
+        sharded = [name for name in (*flags, "is_distributed_loading_by_transformers") if getattr(self, name, False)]
         if sharded:
             raise ValueError(
                 f"the guide is outside the model, where sharded training would neither shard nor save it: use DDP "
@@ -298,26 +304,29 @@ class _GuidedEpochs(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.guided.zero_grad()
-        if self.steps is not None and (state.global_step % self.steps == 0 or state.global_step >= state.max_steps):
-            self._end()
-            if state.global_step < state.max_steps:
-                self._begin()
+        if self.steps is None:
+            return
+        complete = state.global_step % self.steps == 0
+        if complete or state.global_step >= state.max_steps:
+            self._end(complete)
+        if complete and state.global_step < state.max_steps:
+            self._begin()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.steps is None:
-            self._end()
+            self._end(float(state.epoch).is_integer())
 
     def _begin(self) -> None:
         self.trainer.guided_training.begin_epoch(self.epoch)
 
-    def _end(self) -> None:
-        self.trainer._end_epoch()
+    def _end(self, complete: bool) -> None:
+        self.trainer._end_epoch(complete=complete)
         self.epoch += 1
 
 
 def _check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """Raise ValueError for a problem without a softmax and for classifiers of other labels."""
-    configs = [getattr(model, "config", None) for model in (student, teacher)]
+    configs: list[Any] = [getattr(model, "config", None) for model in (student, teacher)]
     for config in configs:
         problem = getattr(config, "problem_type", None)
         if problem in ("regression", "multi_label_classification"):
@@ -343,7 +352,8 @@ def _is_causal(trainer: Any, model: nn.Module) -> bool:
 
 def _positions_last(shown: Outputs, causal: bool) -> Outputs:
     """Turn token outputs (N, L, C) into (N, C, L), of a causal model without the last position."""
-    return Outputs(*(None if each is None else _tokens_last(each, causal) for each in shown[:2]))
+    features = None if shown.features is None else _tokens_last(shown.features, causal)
+    return Outputs(_tokens_last(shown.logits, causal), features)
 
 
 def _tokens_last(value: Tensor, causal: bool) -> Tensor:

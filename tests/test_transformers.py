@@ -127,8 +127,8 @@ def bert(width=8, seed=0):
 
 def gpt(width=8, seed=0):
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=C, n_embd=width, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
-    return GPT2LMHeadModel(config)
+    sizes = {"n_embd": width, "n_layer": 1, "n_head": 2, "n_positions": 8, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=C, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes))
 
 
 def t5(width=8, seed=0):
@@ -189,7 +189,9 @@ def test_it_trains_as_readmes_loop_bit_for_bit(tmp_path):
 
 def test_the_loss_it_makes_fits_the_teacher_and_leaves_the_hosts_random_state(tmp_path):
     args = arguments(tmp_path)
-    trainer = DiSKTrainer(model=convnext(), teacher=convnext(16, seed=1), args=args, train_dataset=Images(), temperature=3.0)
+    trainer = DiSKTrainer(
+        model=convnext(), teacher=convnext(16, seed=1), args=args, train_dataset=Images(), temperature=3.0
+    )
     after = torch.rand(1)
     Trainer(model=convnext(), args=args, train_dataset=Images())
     assert torch.equal(after, torch.rand(1))
@@ -208,15 +210,17 @@ def test_the_host_logs_an_epochs_means(tmp_path):
 @pytest.mark.parametrize(
     ("words", "epochs", "stepped"),
     [
-        ({"num_train_epochs": 1.5}, 2, 2),
-        ({"max_steps": 7}, 3, 3),
+        ({"num_train_epochs": 1.5}, 2, 1),
+        ({"max_steps": 7}, 3, 2),
         ({"max_steps": 6, "epoch_steps": 2}, 3, 3),
-        ({"num_train_epochs": 1, "epoch_steps": 2}, 2, 2),
+        ({"num_train_epochs": 1, "epoch_steps": 2}, 2, 1),
     ],
 )
 def test_the_schedule_spans_what_the_host_trains(tmp_path, words, epochs, stepped):
-    dual = trained(tmp_path, loss_of(), **words).guided_training.schedule.dual
-    assert (dual.epochs, dual.epoch) == (epochs, stepped)
+    trainer = trained(tmp_path, loss_of(), **words)
+    dual = trainer.guided_training.schedule.dual
+    assert (dual.epochs, dual.epoch) == (epochs, stepped)  # an epoch that is cut short does not step, but is logged
+    assert sum("disk_usage" in each for each in trainer.state.log_history) == epochs
 
 
 def test_a_dataset_without_a_length_has_a_schedule_over_the_steps(tmp_path):
@@ -273,7 +277,9 @@ def test_accumulated_micro_batches_are_the_full_batch(tmp_path, model, data, for
     """Of 4 and 2 samples, and of other numbers of labels."""
     loss, teacher = loss_of(**form), model(16, seed=1)
     whole, parts = (copy.deepcopy(loss) for _ in range(2))
-    expected = trained(tmp_path, whole, data, model=model(), teacher=teacher, per_device_train_batch_size=6, max_steps=1)
+    expected = trained(
+        tmp_path, whole, data, model=model(), teacher=teacher, per_device_train_batch_size=6, max_steps=1
+    )
     found = trained(tmp_path, parts, data, model=model(), teacher=teacher, gradient_accumulation_steps=2, max_steps=1)
     assert found.state.global_step == expected.state.global_step == 1
     for name in ("model", "guided"):
@@ -405,7 +411,9 @@ def test_an_optimizer_of_ones_own_gets_the_guide_too(tmp_path):
 
 def test_a_second_train_goes_on_and_model_init_begins_anew(tmp_path):
     args = arguments(tmp_path, num_train_epochs=1)
-    trainer = DiSKTrainer(model_init=lambda: convnext(), teacher=convnext(16, seed=1), args=args, train_dataset=Images(), discount=0.3)
+    trainer = DiSKTrainer(
+        model_init=lambda: convnext(), teacher=convnext(16, seed=1), args=args, train_dataset=Images(), discount=0.3
+    )
     trainer.train()
     first = copy.deepcopy((trainer.model.state_dict(), trainer.guided.state_dict()))
     trainer.train()
@@ -445,10 +453,8 @@ def test_a_causal_model_is_distilled_on_the_token_that_follows(tmp_path):
     words = {"model": gpt(), "teacher": gpt(16, seed=1), "max_steps": 1}
     loss = DiSKLoss(GuideHead(C), ce_weight=1.0, distill_weight=0.0, discount=0)
     trainer = trained(tmp_path, loss, Sentences(4), Recorded, **words)
-    plain = gpt().train()(**trainer.seen[0]).loss  # which shifts by itself
-    found = [each["train_loss"] for each in trainer.state.log_history if "train_loss" in each]
-    assert gpt().config.resid_pdrop == 0.1  # dropout is the same, as it is seeded
-    assert found[0] == pytest.approx(plain.item(), rel=0.2)
+    plain = gpt()(**trainer.seen[0]).loss  # which shifts by itself
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(plain.item(), rel=1e-6)
 
 
 class Distilling(DistillationMixin, Seq2SeqTrainer):
@@ -483,7 +489,9 @@ def test_labels_under_another_name(tmp_path):
     args = arguments(tmp_path, num_train_epochs=1)
     words = {"args": args, "data_collator": collate, "teacher": convnext(16, seed=1), "loss": loss_of()}
     DiSKTrainer(model=convnext(), **words, train_dataset=Images(label="label")).train()
-    with pytest.raises(ValueError, match=r"must hold labels under one of \['labels', 'label'\], got \['pixel_values'\]"):
+    with pytest.raises(
+        ValueError, match=r"must hold labels under one of \['labels', 'label'\], got \['pixel_values'\]"
+    ):
         DiSKTrainer(model=convnext(), **words, train_dataset=Images(label="other")).train()
 
 
@@ -497,16 +505,23 @@ class Headless(nn.Module):
 
 
 def moved():
-    names = ["a", "b", "c", "d", "e"]
-    return [{"id2label": dict(enumerate(each)), "label2id": {k: i for i, k in enumerate(each)}} for each in (names, names[::-1])]
+    """Two orders of the same labels."""
+    orders = ["abcde", "edcba"]
+    return [
+        {"id2label": dict(enumerate(each)), "label2id": {name: i for i, name in enumerate(each)}} for each in orders
+    ]
 
 
 @pytest.mark.parametrize(
     ("kind", "message", "words"),
     [
         (TypeError, "must return logits .* got dict with keys", lambda: {"model": Headless()}),
-        (TypeError, "must return logits .* got dict with keys", lambda: {"teacher": Headless(), "loss": loss_of(), "num": 1}),
-        (ValueError, "the teacher must have the student's num_labels 5, got 7", lambda: {"teacher": convnext(16, num_labels=7)}),
+        (TypeError, "must return logits .* got dict with keys", lambda: {"teacher": Headless(), "loss": loss_of()}),
+        (
+            ValueError,
+            "the teacher must have the student's num_labels 5, got 7",
+            lambda: {"teacher": convnext(16, num_labels=7)},
+        ),
         (
             ValueError,
             r"the student's order of labels, got another label2id of \['a', 'b', 'd'\]",
@@ -523,7 +538,6 @@ def moved():
 )
 def test_errors_say_what_was_expected(tmp_path, kind, message, words):
     words = {"model": convnext(), "teacher": convnext(16, seed=1)} | words()
-    words.pop("num", None)
     with pytest.raises(kind, match=message):
         DiSKTrainer(args=arguments(tmp_path), train_dataset=Images(), **words).train()
 
@@ -534,7 +548,9 @@ def test_sharded_training_is_refused(tmp_path):
             super().create_accelerator_and_postprocess()
             self.is_fsdp_enabled = True
 
-    with pytest.raises(ValueError, match=r"sharded training would neither shard nor save it.* got \['is_fsdp_enabled'\]"):
+    with pytest.raises(
+        ValueError, match=r"sharded training would neither shard nor save it.* got \['is_fsdp_enabled'\]"
+    ):
         Sharded(model=convnext(), teacher=convnext(16), args=arguments(tmp_path), train_dataset=Images())
 
 

@@ -164,16 +164,24 @@ class GuidedTraining:
             return self.guide_passes.run(self.schedule.epoch, repeated(loader), guide_loss)
 
     def end_epoch(self) -> dict[str, float]:
-        """Step the schedule; return the epoch's multiplier, budget, target, and means over the samples of all ranks."""
+        """Step the schedule; return the ended epoch's ``means()``."""
+        means = self.means()
+        self.schedule.end()
+        if self.guide_passes is not None:
+            self.guide_passes.run_replay(self.schedule.epoch)
+        return means
+
+    def means(self) -> dict[str, float]:
+        """Return multiplier, budget, target and means over the samples of all ranks, and begin new means.
+
+        ``end_epoch`` calls it; a host that stops within an epoch calls it alone.
+        """
         means = {"multiplier": float(self.disk.multiplier), "budget": float(self.disk.budget)}
         if self.disk.level is not None:
             means["discount_target"] = float(self.disk.level.target)
         self.report.sum_over_processes()
         means |= self.report.means()
         self.report = self._new_report()
-        self.schedule.end()
-        if self.guide_passes is not None:
-            self.guide_passes.run_replay(self.schedule.epoch)
         return means
 
     def restart_report(self) -> None:
