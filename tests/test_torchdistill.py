@@ -1,8 +1,7 @@
-"""DiSK in torchdistill: its box, built from a configuration, against docs/write_a_host.md's loop on the same batches."""
+"""DiSK in torchdistill: its box against docs/write_a_host.md's loop, on the same batches; its own example script."""
 
 import copy
 import os
-import re
 import subprocess
 import sys
 import types
@@ -20,8 +19,8 @@ from disk_plugin.training import GuidedTraining
 
 pytest.importorskip("torchdistill")
 
-from torchdistill.common.main_util import import_dependencies, load_ckpt, save_ckpt  # noqa: E402
-from torchdistill.core.distillation import get_distillation_box  # noqa: E402
+from torchdistill.common.main_util import import_dependencies, load_ckpt, save_ckpt
+from torchdistill.core.distillation import get_distillation_box
 
 EPOCHS = 4
 CHECKOUT = os.environ.get("DISK_TORCHDISTILL")
@@ -312,3 +311,106 @@ def test_a_host_that_is_absent_or_too_old_is_named_with_the_pip_line(version, me
     monkeypatch.delitem(sys.modules, "disk_plugin.integrations.torchdistill", raising=False)
     with pytest.raises(ImportError, match=message):
         import disk_plugin.integrations.torchdistill  # noqa: F401
+
+
+MODELS = """
+import torch
+from torch import nn
+from torchdistill.models.registry import register_model
+
+
+@register_model(key="tiny_student")
+class Student(nn.Sequential):
+    def __init__(self):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        super().__init__(*layers, nn.Flatten(), nn.Linear(4, 8))
+
+
+@register_model(key="tiny_teacher")
+class Teacher(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8))
+        corners = torch.tensor([[k >> i & 1 for i in range(3)] for k in range(8)]).float() - 0.5
+        self[3].weight.data, self[3].bias.data = 40 * corners, -20 * corners.sum(1)
+"""
+YAML = """
+dependencies: [{name: tiny_models}, {name: disk_plugin.integrations.torchdistill}]
+datasets:
+  images: !import_call
+    key: 'torchvision.datasets.ImageFolder'
+    init:
+      kwargs:
+        root: ROOT/images
+        transform: !import_call {key: 'torchvision.transforms.ToTensor', init: }
+models:
+  teacher_model: {key: tiny_teacher, kwargs: {}}
+  student_model: {key: tiny_student, kwargs: {}, src_ckpt: SOURCE, dst_ckpt: ROOT/NAME.pt}
+train:
+  log_freq: 100
+  num_epochs: EPOCHS
+  train_data_loader: &loader
+    dataset_id: images
+    sampler:
+      class_or_func: !import_get {key: 'torch.utils.data.SequentialSampler'}
+      kwargs:
+    kwargs: {batch_size: 8, num_workers: 0}
+  val_data_loader: {<<: *loader}
+  teacher: {forward_proc: forward_batch_only, sequential: [], wrapper: DataParallel, requires_grad: False}
+  student: {forward_proc: forward_batch_only, sequential: [], wrapper: DistributedDataParallel}
+  optimizer: {key: SGD, kwargs: {lr: 0.03, momentum: 0.9}}
+  pre_epoch_process: 'disk_pre_epoch_process'
+  post_epoch_process: 'disk_post_epoch_process'
+  criterion:
+    key: 'WeightedSumLoss'
+    kwargs:
+      sub_terms:
+        disk:
+          criterion: {key: 'DiSK', kwargs: {num_classes: 8, epochs: 4, loss: {temperature: 4}}}
+          weight: 1.0
+test:
+  test_data_loader: {<<: *loader}
+"""
+
+
+def write_images(folder):
+    from PIL import Image
+
+    torch.manual_seed(0)
+    for label in range(8):
+        (folder / str(label)).mkdir(parents=True)
+        colour = torch.tensor([label >> i & 1 for i in range(3)]) * 130 + 60
+        for number in range(6):
+            pixels = (colour + 25 * torch.randn(12, 12, 3)).clamp(0, 255).byte()
+            Image.frombytes("RGB", (12, 12), pixels.numpy().tobytes()).save(folder / str(label) / f"{number}.png")
+
+
+def example(root, name, epochs, *flags, source=""):
+    """Run the host's own script; return its log."""
+    text = YAML.replace("ROOT", str(root)).replace("NAME", name).replace("EPOCHS", str(epochs))
+    (root / f"{name}.yaml").write_text(text.replace("SOURCE", source))
+    (root / "tiny_models.py").write_text(MODELS)
+    script = Path(CHECKOUT) / "examples/torchvision/image_classification.py"
+    words = [sys.executable, script, "--config", root / f"{name}.yaml", "--device", "cpu", "--seed", "1", *flags]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(root), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, words)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(CHECKOUT is None, reason="DISK_TORCHDISTILL must name a checkout of torchdistill")
+def test_the_hosts_example_trains_and_resumes_bit_for_bit(tmp_path):
+    write_images(tmp_path / "images")
+    log = example(tmp_path, "whole", 4)
+    assert log.count("DiSK: multiplier") == 4
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert whole["optimizer"]["param_groups"][0]["disk"]["epoch"] == 3  # it saves what validates best
+    example(tmp_path, "part", 2)
+    first = torch.load(tmp_path / "part.pt", weights_only=False)
+    assert first["optimizer"]["param_groups"][0]["disk"]["epoch"] == 1
+    log = example(tmp_path, "again", 4, "--start_epoch", "2", source=str(tmp_path / "part.pt"))
+    assert log.count("DiSK: multiplier") == 2
+    again = torch.load(tmp_path / "again.pt", weights_only=False)
+    for key in ("model", "optimizer"):
+        torch.testing.assert_close(again[key], whole[key], rtol=0, atol=0)
