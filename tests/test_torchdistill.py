@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 import types
@@ -19,6 +20,7 @@ from disk_plugin.training import GuidedTraining
 
 pytest.importorskip("torchdistill")
 
+import yaml  # which the host needs
 from torchdistill.common.main_util import import_dependencies, load_ckpt, save_ckpt
 from torchdistill.core.distillation import get_distillation_box
 
@@ -300,6 +302,26 @@ def test_clipping_first_shortens_the_guides_gradient():
     for student, guide in lengths:
         assert 0.01 / 2**0.5 * 0.999 <= student <= 0.01
         assert 0 < guide <= student * 1.001
+
+
+def test_the_lines_that_the_docs_show_train():
+    page = (Path(__file__).parents[1] / "docs/hosts/torchdistill.md").read_text()
+    shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
+    assert [each["name"] for each in shown["dependencies"]] == ["disk_plugin.integrations.torchdistill"]
+    section = shown["train"]
+    kwargs = section["criterion"]["kwargs"]["sub_terms"]["disk"]["criterion"]["kwargs"]
+    kwargs["num_classes"] = 5
+    section["teacher"]["forward_proc"] = "forward_batch_only"
+    box = box_of(config(**section))
+    train(box, 1)
+    assert term_of(box).guided.disk.temperature == 4
+
+
+def test_accelerate_is_refused():
+    box = box_of(config())
+    box.accelerator = object()
+    with pytest.raises(RuntimeError, match="DiSK is not trained under accelerate"):
+        box.pre_epoch_process(epoch=0)
 
 
 @pytest.mark.parametrize(
