@@ -19,7 +19,6 @@ from disk_plugin.taps import with_features
 from disk_plugin.training import GuidedTraining
 from disk_plugin.training.clipping import shorten
 
-OLDEST = (2, 2)
 _PIP = "pip install 'lightning>=2.2'"
 
 
@@ -33,7 +32,7 @@ def _host() -> Any:
             if error.name not in (name, name.partition(".")[0]):
                 raise
             continue
-        if tuple(int(number) for number in re.findall(r"\d+", host.__version__)[:2]) < OLDEST:
+        if tuple(int(number) for number in re.findall(r"\d+", host.__version__)[:2]) < (2, 2):
             raise ImportError(f"disk_plugin.integrations.lightning needs {name} >= 2.2, got {host.__version__}: {_PIP}")
         return host
     raise ImportError(f"disk_plugin.integrations.lightning needs lightning >= 2.2, found none: {_PIP}")
@@ -109,8 +108,6 @@ class DiSKCallback(Callback):
         self._shared: SharedGuide | None = None
         self._replaced: dict[str, Any] | None = None  # the module's own training_step, if it was an attribute of it
         self._loaded, self._judged, self._num_classes = False, False, 0
-
-    # ---- fit begins and ends ----
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Replace the training step, before a checkpoint is loaded."""
@@ -203,8 +200,6 @@ class DiSKCallback(Callback):
             self._shared.detach()
         self._replaced = self._shared = None
 
-    # ---- training ----
-
     def _step(self, batch: Any) -> Tensor:
         """Return the loss of a training batch."""
         if not torch.is_grad_enabled():
@@ -241,8 +236,6 @@ class DiSKCallback(Callback):
         self._judged = True
         for name, value in training.end_epoch().items():
             pl_module.log(f"disk_{name}", value, prog_bar=name == "logged_loss", sync_dist=trainer.world_size > 1)
-
-    # ---- checkpoints ----
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of guide, method and schedule, which Lightning keeps beside the module's."""

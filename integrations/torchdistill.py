@@ -1,57 +1,39 @@
-"""DiSK in torchdistill >= 1.1.5: a term of the criterion, named in its YAML files.
-
-::
-
-    dependencies: [{name: 'disk_plugin.integrations.torchdistill'}]
-    train:
-      pre_epoch_process: 'disk_pre_epoch_process'
-      post_epoch_process: 'disk_post_epoch_process'
-      criterion:
-        key: 'WeightedSumLoss'
-        sub_terms: {disk: {criterion: {key: 'DiSK', kwargs: {num_classes: 1000}}, weight: 1.0}}
-"""
+"""DiSK in torchdistill >= 1.1.5: ``key: 'DiSK'`` in the criterion of its YAML files, see docs/hosts/torchdistill.md."""
 
 import logging
 import re
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 
-from disk_plugin import _checks
 from disk_plugin.distributed import attach
 from disk_plugin.features import METHODS, Guided, Method, Outputs
 from disk_plugin.guide import GuideHead, reads_features
 from disk_plugin.loss import DiSKLoss
 from disk_plugin.taps import logits_of
 from disk_plugin.training import GuidedTraining
-from disk_plugin.training.clipping import shorten
+from disk_plugin.training.clipping import call_after_backward, shorten
 
-OLDEST = (1, 1, 5)
 _PIP = "pip install 'torchdistill>=1.1.5'"
-_KEY = "disk"  # in a group of the optimizer's state: it comes back by load_state_dict, whoever calls that
+_KEY = "disk"  # in a group of the optimizer's state, where load_state_dict keeps it
 _logger = logging.getLogger("torchdistill.disk_plugin")  # a child of the host's
 
 
-def _require_host() -> None:
-    try:
-        import torchdistill
-    except ModuleNotFoundError as error:
-        if error.name != "torchdistill":
-            raise
-        raise ImportError(
-            f"disk_plugin.integrations.torchdistill needs torchdistill >= 1.1.5, found none: {_PIP}"
-        ) from error
-    if tuple(int(number) for number in re.findall(r"\d+", torchdistill.__version__)[:3]) < OLDEST:
-        raise ImportError(
-            f"disk_plugin.integrations.torchdistill needs torchdistill >= 1.1.5, got {torchdistill.__version__}: {_PIP}"
-        )
-
-
-_require_host()
+try:
+    import torchdistill
+except ModuleNotFoundError as error:
+    if error.name != "torchdistill":
+        raise
+    raise ImportError(
+        f"disk_plugin.integrations.torchdistill needs torchdistill >= 1.1.5, found none: {_PIP}"
+    ) from error
+if tuple(int(number) for number in re.findall(r"\d+", torchdistill.__version__)[:3]) < (1, 1, 5):
+    raise ImportError(
+        f"disk_plugin.integrations.torchdistill needs torchdistill >= 1.1.5, got {torchdistill.__version__}: {_PIP}"
+    )
 
 from torchdistill.core.interfaces import post_epoch_proc, pre_epoch_proc, registry  # noqa: E402
 from torchdistill.losses.registry import register_mid_level_loss  # noqa: E402
@@ -60,28 +42,23 @@ from torchdistill.losses.registry import register_mid_level_loss  # noqa: E402
 class DiSKTerm(nn.Module):
     """A term of the host's criterion, ``key: 'DiSK'``: DiSK, or any method weighted by its guide.
 
-    Guide and method are trained by the host's optimizer and saved inside the optimizer's state, so that the host's own
-    ``save_ckpt`` and ``load_ckpt`` carry them and the student's state stays bare.
+    Guide and method join the host's optimizer, inside whose state ``save_ckpt`` and ``load_ckpt`` carry them.
 
     Args:
         num_classes: C, >= 2.
         loss: arguments of ``DiSKLoss``, such as ``temperature``.
         guide: arguments of ``GuideHead``, such as ``feature_dim``, which needs ``teacher_features``.
         dual: keywords of ``DualScheduler``.
-        epochs: over which the schedule runs; None for the host's ``num_epochs``.
-        method: ``{key, kwargs}`` of a distillation loss that the guide weighs: a name in ``METHODS`` or a class as
-            ``package.module.Class``, which reads logits, features or maps; with ``weight``, ``method_weight`` or
-            ``logit_loss`` of :class:`disk_plugin.features.Guided` beside them.
-        student_features: path of the module whose input is the features, under ``forward_hook`` of the student.
-        teacher_features: that of the teacher.
-        student_maps: name of a map -> path of the module whose output it is.
-        teacher_maps: those of the teacher.
+        epochs: over which the schedule runs; None for the host's ``num_epochs``, of several stages the stage's.
+        method: ``{key, kwargs}`` of a method that the guide weighs: a name in ``METHODS`` or ``package.module.Class``;
+            ``weight``, ``method_weight`` or ``logit_loss`` of ``Guided`` may stand beside them.
+        student_features, teacher_features: path of the module whose input is the features; named in ``forward_hook``.
+        student_maps, teacher_maps: name of a map -> path of the module whose output it is.
         param_group: index of the optimizer's parameter group that guide and method join.
 
     Raises:
-        ValueError: values out of range, a method with a prediction of its own, which the host would not evaluate; in
-            ``forward``, outputs or labels that are missing.
-        TypeError: settings of another name.
+        ValueError: values out of range, a method with a prediction of its own; in ``forward``, outputs or labels that
+            are missing.
         RuntimeError: in ``forward``, the processes before and after an epoch are not the ones of this file.
     """
 
@@ -101,8 +78,6 @@ class DiSKTerm(nn.Module):
         param_group: int = 0,
     ) -> None:
         super().__init__()
-        if epochs is not None:
-            _checks.integer("epochs", epochs, at_least=1)
         disk = DiSKLoss(GuideHead(num_classes, **(guide or {})), **(loss or {}))
         made, settings = _method(method)
         self.guided = Guided(disk, made, **settings)
@@ -125,7 +100,7 @@ class DiSKTerm(nn.Module):
         student, teacher = self.student_paths.outputs(student_io_dict), self.teacher_paths.outputs(teacher_io_dict)
         loss = self.run.training.loss(student, teacher, targets)
         if self.run.clips and loss.requires_grad:
-            loss.register_hook(self.run.shorten_after_backward)
+            call_after_backward(loss, self.run.shorten)
         return loss
 
 
@@ -135,12 +110,9 @@ def _method(config: Mapping[str, Any] | None) -> tuple[Method | None, dict[str, 
         return None, {}
     settings = dict(config)
     key, kwargs = settings.pop("key"), settings.pop("kwargs", None) or {}
-    if key in METHODS:
-        found: Any = METHODS[key]
-    elif "." in key:
-        module, _, name = key.rpartition(".")
-        found = getattr(import_module(module), name)
-    else:
+    module, _, name = key.rpartition(".")
+    found: Any = getattr(import_module(module), name) if module else METHODS.get(key)
+    if found is None:
         raise ValueError(f"method must be one of {sorted(METHODS)} or a class as package.module.Class, got {key!r}")
     if getattr(found, "own_prediction", False):
         raise ValueError(
@@ -150,11 +122,12 @@ def _method(config: Mapping[str, Any] | None) -> tuple[Method | None, dict[str, 
     return found(**kwargs), settings
 
 
-class _Paths:
+class _Paths(NamedTuple):
     """Where a model's I/O dict holds what a method reads."""
 
-    def __init__(self, model: str, features: str | None, maps: dict[str, str]) -> None:
-        self.model, self.features, self.maps = model, features, maps
+    model: str
+    features: str | None
+    maps: dict[str, str]
 
     def outputs(self, io_dict: Any) -> Outputs:
         features = None if self.features is None else self._read(io_dict, self.features, "input")
@@ -179,8 +152,10 @@ class _Run:
         last = getattr(box, "stage_end_epoch", None)  # of several stages
         self.first = 0 if last is None else box.current_epoch
         epochs = (box.num_epochs if last is None else last) - self.first
-        self.training = GuidedTraining(self.guided, epochs=term.epochs or epochs, dual=term.dual)
-        self.group = self.optimizer.param_groups[term.param_group]
+        self.training = GuidedTraining(
+            self.guided, epochs=epochs if term.epochs is None else term.epochs, dual=term.dual
+        )
+        self.index = term.param_group
         self.parameters = self.guided.trainable_parameters()
         self.clips = box.max_grad_norm is not None
         self.epoch = epoch
@@ -192,31 +167,28 @@ class _Run:
             )
         if box.distributed:
             attach(self.guided)
-        self._join({})
+        self.group["params"].extend(self.parameters)
         if saved is not None:
             self._load(saved)
         self.optimizer.register_state_dict_pre_hook(self._before_state_dict)
         self.optimizer.register_state_dict_post_hook(self._after_state_dict)
 
-    def shorten_after_backward(self, _: Tensor) -> None:
-        """Shorten the guide's gradient to the student's when it is complete, before both are clipped by one norm."""
-        Variable._execution_engine.queue_callback(self._shorten)
+    @property
+    def group(self) -> Any:
+        """The optimizer's group, which a loaded state replaces."""
+        return self.optimizer.param_groups[self.index]
 
-    def _shorten(self) -> None:
+    def shorten(self) -> None:
+        """Shorten the guide's gradient to the student's, before both are clipped by one norm."""
         guide = set(self.guided.disk.parameters())
         rest = (each for group in self.optimizer.param_groups for each in group["params"] if each not in guide)
         shorten(guide, rest)
 
-    def _join(self, states: dict[nn.Parameter, Any]) -> None:
-        self.group["params"].extend(self.parameters)
-        self.optimizer.state.update(states)
-
     def _load(self, saved: dict[str, Any]) -> None:
         if saved["epoch"] + 1 != self.epoch:
             _logger.warning(
-                "DiSK: the checkpoint was saved in epoch %d, counted from 0, and the run goes on with epoch %d: is "
-                "--start_epoch %d missing?",
-                *(saved["epoch"], self.epoch, saved["epoch"] + 1),
+                f"DiSK: the checkpoint was saved in epoch {saved['epoch']}, counted from 0, and the run goes on with "
+                f"epoch {self.epoch}: is --start_epoch {saved['epoch'] + 1} missing?"
             )
         self.training.load_state_dict(saved["training"])
         for parameter, state in zip(self.parameters, saved["optimizer"], strict=True):
@@ -230,12 +202,12 @@ class _Run:
         """Take the parameters out: a host loads the state before they have joined."""
         own = set(self.parameters)
         self.group["params"][:] = [parameter for parameter in self.group["params"] if parameter not in own]
-        self._states = {each: optimizer.state.pop(each) for each in self.parameters if each in optimizer.state}
+        self._states: Any = {each: optimizer.state.pop(each) for each in self.parameters if each in optimizer.state}
 
     def _after_state_dict(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        self._join(self._states)
-        index = next(number for number, group in enumerate(optimizer.param_groups) if group is self.group)
-        state_dict["param_groups"][index][_KEY] = {
+        self.group["params"].extend(self.parameters)
+        optimizer.state.update(self._states)
+        state_dict["param_groups"][self.index][_KEY] = {
             "training": self.training.state_dict(),
             "optimizer": [self._states.get(parameter) for parameter in self.parameters],
             "epoch": self.epoch,
@@ -249,11 +221,9 @@ def _term_of(box: Any) -> DiSKTerm:
     return terms[0]
 
 
-def pre_epoch_process(self: Any, epoch: int | None = None, **kwargs: Any) -> None:
+def pre_epoch_process(self: Any, epoch: int, **kwargs: Any) -> None:
     """Begin an epoch: the host's default, the teacher in evaluation mode, the schedule."""
     pre_epoch_proc.default_pre_epoch_process_with_teacher(self, epoch=epoch, **kwargs)
-    if epoch is None:
-        raise ValueError("DiSK's schedule needs box.pre_epoch_process(epoch=...), got none")
     self.teacher_model.eval()  # the host leaves it as it was built
     term = _term_of(self)
     if term.run is None or term.run.optimizer is not self.optimizer:
@@ -266,13 +236,12 @@ def post_epoch_process(self: Any, metrics: Any = None, **kwargs: Any) -> None:
     """End an epoch: the host's default, the schedule, a line in the log."""
     post_epoch_proc.default_post_epoch_process_with_teacher(self, metrics=metrics, **kwargs)
     term = _term_of(self)
-    if term.run is None:
-        raise RuntimeError("DiSK needs pre_epoch_process: 'disk_pre_epoch_process' too")
-    if term.run.epoch == term.run.first:
-        weak = term.run.training.report.weak_teacher(term.num_classes)
+    run: Any = term.run  # without one the first batch has raised
+    if run.epoch == run.first:
+        weak = run.training.report.weak_teacher(term.num_classes)
         if weak is not None:
-            _logger.warning("DiSK: %s", weak)
-    means = term.run.training.end_epoch()
+            _logger.warning(f"DiSK: {weak}")
+    means = run.training.end_epoch()
     _logger.info("DiSK: %s", "  ".join(f"{name}: {value:.4g}" for name, value in means.items()))
 
 

@@ -34,7 +34,7 @@ def test_import_exposes_the_public_names_and_nothing_else():
 
 
 def test_import_loads_no_host_and_no_extra(tmp_path):
-    hosts = "mdistiller", "timm", "torchdistill", "torchvision", "sklearn", "matplotlib", "tqdm", "scipy"
+    hosts = "lightning", "mdistiller", "timm", "torchdistill", "torchvision", "sklearn", "matplotlib", "tqdm", "scipy"
     code = (
         "import sys, torch; before = set(sys.modules); import disk_plugin; "
         f"print(({{*{hosts}}} & set(sys.modules)) - before)"

@@ -1,9 +1,10 @@
 """Clipping student and guide by one global norm."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import Variable
 
 
 @torch.no_grad()
@@ -20,3 +21,8 @@ def shorten(guide: Iterable[nn.Parameter], student: Iterable[nn.Parameter]) -> N
     factor = (lengths[1] / lengths[0]).nan_to_num(nan=1.0).clamp(max=1.0)
     for gradient in gradients[0]:
         gradient.mul_(factor.to(gradient.dtype))
+
+
+def call_after_backward(loss: Tensor, function: Callable[[], None]) -> None:
+    """Call a function at the end of the loss's backward, for a host whose backward and clip are one function."""
+    loss.register_hook(lambda _: Variable._execution_engine.queue_callback(function))  # type: ignore[no-untyped-call]
