@@ -17,7 +17,7 @@ def shorten(guide: Iterable[nn.Parameter], student: Iterable[nn.Parameter]) -> N
     gradients = [[p.grad for p in parameters if p.grad is not None] for parameters in (guide, student)]
     if not all(gradients):
         return
-    lengths = [nn.utils.get_total_norm(each) for each in gradients]
+    lengths = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(each))) for each in gradients]
     factor = (lengths[1] / lengths[0]).nan_to_num(nan=1.0).clamp(max=1.0)
     for gradient in gradients[0]:
         gradient.mul_(factor.to(gradient.dtype))
