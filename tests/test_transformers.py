@@ -266,28 +266,30 @@ def test_a_resume_without_the_guides_state_is_refused(tmp_path):
         trained(tmp_path, loss_of(), resume=True)
 
 
-def stepped(folder, kind, loss, data, model, teacher, **words):
-    words = {"num_train_epochs": 1, "model": model(), "teacher": teacher} | words
-    return trained(folder, loss, data, kind, **words)
-
-
 @pytest.mark.parametrize("form", [{"discount": 0}, {"budget": 1e3, "multiplier": 5.0}, {"budget": 0.0}])
-@pytest.mark.parametrize(("model", "data"), [(convnext, Images(6)), (bert, Sentences(6))])
+@pytest.mark.parametrize(("model", "data"), [(convnext, Images(14)), (bert, Sentences(14))])
 def test_accumulated_micro_batches_are_the_full_batch(tmp_path, model, data, form):
-    """Of 4 and 2 samples, and of other numbers of labels."""
+    """Of 4 and 4 samples, then of 4 and 2; of sentences, each with another number of labels."""
     loss, teacher = loss_of(**form), model(16, seed=1)
     whole, parts = (copy.deepcopy(loss) for _ in range(2))
-    expected = trained(
-        tmp_path, whole, data, model=model(), teacher=teacher, per_device_train_batch_size=6, max_steps=1
-    )
-    found = trained(tmp_path, parts, data, model=model(), teacher=teacher, gradient_accumulation_steps=2, max_steps=1)
-    assert found.state.global_step == expected.state.global_step == 1
+    words = {"teacher": teacher, "data": data, "num_train_epochs": 1, "max_grad_norm": 1.0}
+    expected = trained(tmp_path, whole, model=model(), per_device_train_batch_size=8, **words)
+    found = trained(tmp_path, parts, model=model(), gradient_accumulation_steps=2, **words)
+    assert found.state.global_step == expected.state.global_step == 2
     for name in ("model", "guided"):
         mine, theirs = (getattr(each, name) for each in (found, expected))
         torch.testing.assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()), rtol=1e-5, atol=1e-7)
     if form != {"discount": 0}:
         assert not torch.equal(parts.guide.mlp[-1].bias, loss.guide.mlp[-1].bias)
     assert not torch.equal(found.model.classifier.weight, model().classifier.weight)
+
+
+def test_a_last_step_of_fewer_micro_batches_has_the_mean_of_these(tmp_path):
+    words = {"data": Images(10), "num_train_epochs": 1}
+    expected = trained(tmp_path, loss_of(discount=0), per_device_train_batch_size=8, **words)
+    found = trained(tmp_path, loss_of(discount=0), gradient_accumulation_steps=2, **words)
+    both = (dict(each.model.named_parameters()) for each in (found, expected))
+    torch.testing.assert_close(*both, rtol=1e-5, atol=1e-7)
 
 
 def process(rank, folder, port):
