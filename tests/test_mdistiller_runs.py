@@ -159,8 +159,7 @@ def test_a_copy_that_is_interrupted_leaves_nothing_and_is_made_anew(host, monkey
 
 def test_a_copy_that_trains_no_epoch_is_gone_again_and_says_so(host, capsys):
     original = added(host, epochs=1)
-    with pytest.raises(ValueError, match="batch_size"):
-        launch(host, *ALLOWED, "SOLVER.LR", "0.01", "DATASET.TEST.BATCH_SIZE", "0", find=False)
+    assert "Invalid momentum value: -1.0" in refused(host, *ALLOWED, "SOLVER.MOMENTUM", "-1.0")
     assert folders(host) == {original}
     assert f"no epoch was trained under the changed settings: {original.parent}/" in capsys.readouterr().out
     assert load(original / "latest")["epoch"] == 1
@@ -184,7 +183,7 @@ def fork(host):
     ("distiller", "key", "then", "now"),
     [
         ("KD", "EXPERIMENT.LOGIT_STAND", "False", "True"),
-        ("DISK", "EXPERIMENT.LOGIT_STAND", "True", "False"),
+        ("KD", "EXPERIMENT.LOGIT_STAND", "True", "False"),
         ("THIRD", "DISK.BUDGET", "0.3", "0.7"),
         ("DISK", "KD.TEMPERATURE", "4", "2"),
     ],
