@@ -14,6 +14,9 @@ from disk_plugin.integrations.mdistiller import register
 register()
 ```
 
+Forks run too, such as sunshangquan/logit-standardization-KD: their tables, loaders and trainers are looked up, and what
+this adapter cannot use of them is an error of one line before anything is written.
+
 Run with commit a08d46f (2023-11-05) of the host, torch 2.15, torchvision 0.29 and yacs 0.1.8. The host is not on PyPI:
 ``git clone https://github.com/megvii-research/mdistiller``, and ``pip install "disk-plugin[mdistiller]"`` for what it
 needs beside torch.
@@ -29,8 +32,8 @@ def register() -> None:
       These also seed each epoch if ``SOLVER.SEED`` is set, start the student from ``DISTILLER.WARM_START``, log DiSK's
       terms and the teacher's accuracy, evaluate DiSK's loss once over the gathered batch instead of once per replica,
       and commit an epoch's files together.
-    - ``CFG`` gets their sections and the keys ``SOLVER.SEED`` and ``DISTILLER.WARM_START``. ``LOG.WANDB`` becomes
-      False, as the host fails with True if wandb is not installed.
+    - ``CFG`` gets their sections, the keys ``SOLVER.SEED``, ``DISTILLER.WARM_START`` and, for the launcher,
+      ``DATASET.HELD_OUT``. ``LOG.WANDB`` becomes False, as the host fails with True if wandb is not installed.
     - In ``mdistiller.engine`` checkpoints are replaced atomically and loaded with ``weights_only``, which is torch's
       default from 2.6 on. Learning rates are Python floats, as it refuses the NumPy scalars that the host saves after a
       decay.

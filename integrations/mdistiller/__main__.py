@@ -78,8 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODULE",
         action="append",
         default=[],
-        help="import your own module first: its methods become NAME and DISK_NAME, and it may add models and "
-        "datasets to the host's tables; may be given several times",
+        help="import a module of your own first: its methods become NAME and DISK_NAME, and its dicts MODELS "
+        "(constructors that take num_classes) and DATASETS (functions of the configuration that return what the host's "
+        "get_dataset does) join the host's; may be given several times",
     )
     add(
         "--cfg",
