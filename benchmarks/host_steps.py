@@ -3,9 +3,10 @@
 resnet50 -> resnet18, 1000 classes, random weights and images. Lightning: a whole step of ``Trainer.fit``, with
 ``DiSKCallback`` or with a ``training_step`` of plain KD. torchdistill: ``forward_process`` and
 ``post_forward_process``, with the criterion's term ``DiSK`` or its own ``KDLoss``; the teacher is in evaluation mode in
-both, which the host leaves to its user.
+both, which the host leaves to its user. transformers: ``training_step`` and what the Trainer does after it, with
+``DiSKTrainer`` or with a ``compute_loss`` of plain KD.
 
-Usage: python benchmarks/host_steps.py [--host lightning,torchdistill] [--pairs N] [--image-size N] [--dry-run]
+Usage: python benchmarks/host_steps.py [--host NAME,NAME] [--pairs N] [--image-size N] [--dry-run]
 """
 
 import argparse
@@ -129,7 +130,58 @@ def torchdistill_steps(student: nn.Module, teacher: nn.Module, image: Tensor, ta
     return stepper(box_of("disk")), stepper(box_of("default")), f"torchdistill {torchdistill.__version__}"
 
 
-HOSTS = {"lightning": lightning_steps, "torchdistill": torchdistill_steps}
+def transformers_steps(student: nn.Module, teacher: nn.Module, image: Tensor, target: Tensor) -> tuple[Step, Step, str]:
+    """Return a step with DiSK and one of plain KD, each of a ``Trainer`` that has begun."""
+    import tempfile
+
+    import transformers
+
+    from disk_plugin.integrations.transformers import DiSKTrainer
+
+    class Classifier(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = copy.deepcopy(net)
+
+        def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            return {"logits": self.net(pixel_values)}
+
+    class KDTrainer(transformers.Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            pixels = {"pixel_values": inputs["pixel_values"]}
+            with torch.no_grad():
+                teacher_logits = frozen(**pixels)["logits"]
+            both = model(**pixels)["logits"], teacher_logits
+            log_probs, soft = ((each / TEMPERATURE).log_softmax(-1) for each in both)
+            return kl_div(log_probs, soft, reduction="batchmean", log_target=True) * TEMPERATURE**2
+
+    frozen = Classifier(teacher).eval().requires_grad_(False)
+    quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
+    quiet |= {"use_cpu": True, "max_steps": 2, "per_device_train_batch_size": 2, "max_grad_norm": 0.0}
+    rate = {"optim": "sgd", "learning_rate": 1e-3, "optim_args": "momentum=0.9"}
+    data = [{"pixel_values": each, "labels": int(label)} for each, label in zip(image[:4], target[:4], strict=True)]
+
+    def begun(kind: type[Any], **own: Any) -> Step:
+        args = transformers.TrainingArguments(output_dir=tempfile.mkdtemp(), **quiet, **rate)
+        trainer = kind(model=Classifier(student), args=args, train_dataset=data, **own)
+        trainer.train()
+        handler, state = trainer.callback_handler, (trainer.args, trainer.state, trainer.control)
+
+        def step() -> None:
+            batch = {"pixel_values": image, "labels": target}
+            trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+            trainer.training_step(trainer.model_wrapped, batch)
+            trainer.optimizer.step()
+            trainer.model.zero_grad()
+            handler.on_step_end(*state)
+
+        return step
+
+    ours = begun(DiSKTrainer, teacher=Classifier(teacher), temperature=TEMPERATURE)
+    return ours, begun(KDTrainer), f"transformers {transformers.__version__}"
+
+
+HOSTS = {"lightning": lightning_steps, "torchdistill": torchdistill_steps, "transformers": transformers_steps}
 
 
 def main() -> None:

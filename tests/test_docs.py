@@ -121,7 +121,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, names):
     source = page.read_text()
     for host in ("accelerate", "lightning", "timm", "transformers"):
         if re.search(rf"^(import {host}|from {host}|from disk_plugin.integrations.{host})\b", source, re.MULTILINE):
-            pytest.importorskip(host)
+            pytest.importorskip(host, reason=f"the page needs {host}")
     if "plot_against_ce" in source:
         pytest.importorskip("matplotlib")
     names = add_models(names, page)
