@@ -114,7 +114,7 @@ def add_models(names, page):
 @pytest.mark.filterwarnings("ignore:the teacher is right on:UserWarning")
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # Lightning's own
 @pytest.mark.filterwarnings(
-    "ignore:.*(number of workers|num_workers|does not have many workers|LOCAL_RANK):UserWarning"
+    "ignore:.*(number of training batches|num_workers|does not have many workers|LOCAL_RANK):UserWarning"
 )
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
 def test_the_blocks_of_a_page_run_one_after_the_other(page, names):

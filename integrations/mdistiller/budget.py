@@ -1,7 +1,7 @@
 """``DISK.BUDGET estimate``: the warm start's error on training images that are held out, measured before training."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def recorded(folder: Path) -> float:
     return float(yaml.safe_load((folder / _FILE).read_text())["budget"])
 
 
-def _pairs(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     for image, target, *_ in loader:
         yield image.float(), target
 
