@@ -1,11 +1,7 @@
-"""DiSK in the Trainer of Hugging Face's transformers: ``DiSKTrainer(model=student, teacher=teacher, args=...)``.
-
-``DistillationMixin`` does the same for a Trainer of your own, such as ``Seq2SeqTrainer``.
-"""
+"""The Trainer with a distillation loss, and the mixin that makes it."""
 
 import inspect
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
+from transformers import Trainer
 
 from disk_plugin import DiSKLoss
 from disk_plugin.distiller import fit_to_teacher, outputs_of, reads_student_features
@@ -22,29 +18,15 @@ from disk_plugin.features import Guided, Outputs
 from disk_plugin.taps import FeatureTap, logits_of, with_features
 from disk_plugin.training import GuidedTraining
 
-OLDEST = (4, 57, 0)
-_PIP = "pip install 'transformers>=4.57' 'accelerate>=1.1'"
-
-try:
-    import transformers
-except ModuleNotFoundError as error:
-    if error.name != "transformers":
-        raise
-    raise ImportError(f"disk_plugin.integrations.transformers needs transformers, found none: {_PIP}") from error
-if tuple(int(number) for number in re.findall(r"\d+", transformers.__version__)[:3]) < OLDEST:
-    raise ImportError(
-        f"disk_plugin.integrations.transformers needs transformers >= 4.57, got {transformers.__version__}: {_PIP}"
-    )
-
-from transformers import Trainer, TrainerCallback  # noqa: E402
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+from .epochs import GuidedEpochs
+from .models import accepted, check_pair, check_trainer, is_causal, places_itself
+from .state import copied, several_processes
+from .tokens import aligned, count, positions_last
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Host
 else:
     _Host = object  # the mixin stands before a Trainer
-
-__all__ = ["DiSKTrainer", "DistillationMixin"]
 
 STATE_NAME = "disk.pt"
 _SETTINGS = frozenset(inspect.signature(DiSKLoss).parameters) - {"guide"}
@@ -93,8 +75,8 @@ class DistillationMixin(_Host):
     ) -> None:
         settings = {name: kwargs.pop(name) for name in _SETTINGS & kwargs.keys()}
         super().__init__(*args, **kwargs)
-        self._refuse_unsupported()
-        _check_pair(self.model, teacher)
+        check_trainer(self)
+        check_pair(self.model, teacher)
         if epoch_steps is not None and epoch_steps < 1:
             raise ValueError(f"epoch_steps must be at least 1, got {epoch_steps}")
         smoothing = self.label_smoother.epsilon if self.label_smoother is not None else 0.0
@@ -110,20 +92,20 @@ class DistillationMixin(_Host):
         if self.args.n_gpu > 1 and reads_student_features(self.guided):
             raise ValueError(f"a method that reads the student's features needs torchrun: got {self.args.n_gpu} GPUs")
         self.guided.to(self.args.device)
-        if not _places_itself(teacher):
+        if not places_itself(teacher):
             self.teacher.to(self.args.device)
         # the loss is a mean; models that take num_items_in_batch would make the Trainer expect a sum
         self.model_accepts_loss_kwargs = False
         self.dual, self.epoch_steps = dual, epoch_steps
         self.guided_training: GuidedTraining | None = None
-        self._initial = _copied(self.guided.state_dict()) if self.model_init is not None else None
+        self._initial = copied(self.guided.state_dict()) if self.model_init is not None else None
         self._loaded: dict[str, Any] | None = None
         self._shared: SharedGuide | None = None
         self._student_tap: FeatureTap | None = None
         self._mean_count: Tensor | None = None
         self._schedule_steps: int | None = None
-        self._causal = _is_causal(self, self.model)
-        self.add_callback(_GuidedEpochs(self))
+        self._causal = is_causal(self, self.model)
+        self.add_callback(GuidedEpochs(self))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -140,13 +122,13 @@ class DistillationMixin(_Host):
         inputs = {name: value for name, value in inputs.items() if name not in names}
         self._add_decoder_inputs(inputs, target)
         with torch.no_grad(), self.accelerator.autocast():
-            teacher = outputs_of(self.teacher, **_accepted(self.teacher, inputs))
+            teacher = outputs_of(self.teacher, **accepted(self.teacher, inputs))
         student, outputs = self._run_student(model, inputs)
-        student, teacher = (_positions_last(each, self._causal) for each in (student, teacher))
-        target = _aligned(target, self._causal)
+        student, teacher = (positions_last(each, self._causal) for each in (student, teacher))
+        target = aligned(target, self._causal)
         loss = training.loss(student, teacher, target)
         if self._mean_count is not None:
-            loss = loss * (self._count(target) / self._mean_count).to(loss.dtype)
+            loss = loss * (count(target, self.guided.disk.ignore_index) / self._mean_count).to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -154,8 +136,9 @@ class DistillationMixin(_Host):
         found = super().get_batch_samples(*args, **kwargs)
         batches, self._mean_count = found[0], None
         labels = [batch[name] for batch in batches if isinstance(batch, Mapping) for name in self._label_names(batch)]
-        if labels and len(labels) == len(batches) and (len(batches) > 1 or _several_processes()):
-            counts = [self._count(_aligned(target, self._causal)).to(self.args.device) for target in labels]
+        if labels and len(labels) == len(batches) and (len(batches) > 1 or several_processes()):
+            ignored = self.guided.disk.ignore_index
+            counts = [count(aligned(target, self._causal), ignored).to(self.args.device) for target in labels]
             mean = mean_over_processes(torch.stack(counts).mean())
             self._mean_count = torch.where(mean > 0, mean, 1.0)
         return found
@@ -184,8 +167,8 @@ class DistillationMixin(_Host):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save guide, method and schedule beside the optimizer's state."""
         super()._save_optimizer_and_scheduler(output_dir)
-        disk, state = self.guided.disk, _copied(self._started().state_dict())
-        if _several_processes():  # of an epoch under way each process has seen a part
+        disk, state = self.guided.disk, copied(self._started().state_dict())
+        if several_processes():  # of an epoch under way each process has seen a part
             kept = disk.epoch_statistics.clone(), disk.epoch_batches.clone()
             share_statistics(disk)
             state["disk"]["epoch_statistics"] = disk.epoch_statistics.clone()
@@ -221,7 +204,7 @@ class DistillationMixin(_Host):
         if self._initial is not None and self._loaded is None:  # model_init has made a new student
             self.guided.load_state_dict(self._initial)
         self.guided_training = GuidedTraining(self.guided, epochs=epochs, dual=self.dual)
-        if self._shared is None and _several_processes():
+        if self._shared is None and several_processes():
             self._shared = attach(self.guided)
         if self._loaded is not None:
             self.guided_training.load_state_dict(self._loaded)
@@ -246,12 +229,6 @@ class DistillationMixin(_Host):
         names = dict.fromkeys((*self.label_names, "labels", "label"))
         return [name for name in names if isinstance(inputs.get(name), Tensor)]
 
-    def _count(self, target: Tensor) -> Tensor:
-        """Return the number of positions that are not ignored."""
-        if target.is_floating_point():
-            return torch.tensor(float(target.numel() // target.shape[1]), device=target.device)
-        return (target != self.guided.disk.ignore_index).sum().float()
-
     def _add_decoder_inputs(self, inputs: dict[str, Any], target: Tensor) -> None:
         """Make what an encoder-decoder makes of the labels by itself, which are taken out."""
         make = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
@@ -268,129 +245,6 @@ class DistillationMixin(_Host):
         shown = outputs_of(self._student_tap, **inputs)
         return shown, {"logits": shown.logits}
 
-    def _refuse_unsupported(self) -> None:
-        flags = "is_fsdp_enabled", "is_fsdp_xla_enabled", "is_deepspeed_enabled"
-        sharded = [name for name in (*flags, "is_distributed_loading_by_transformers") if getattr(self, name, False)]
-        if sharded:
-            raise ValueError(
-                f"the guide is outside the model, where sharded training would neither shard nor save it: use DDP "
-                f"(torchrun), got {sharded}"
-            )
-        if self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func must be None: the training loss is the distillation's, give it as loss")
-
 
 class DiSKTrainer(DistillationMixin, Trainer):
     """The Trainer with a distillation loss guided by DiSK: see :class:`DistillationMixin`."""
-
-
-class _GuidedEpochs(TrainerCallback):
-    """Tells the training core of the Trainer's epochs, and zeroes gradients that ``model.zero_grad()`` does not."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer, self.epoch = trainer, 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._begin_training()
-        steps = self.steps = self.trainer._schedule_steps
-        # a checkpoint of an epoch's last step is one of the next epoch
-        self.epoch = int(state.epoch or 0) if steps is None else state.global_step // steps
-        if steps is not None:
-            self._begin()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.steps is None:
-            self._begin()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.guided.zero_grad()
-        if self.steps is None:
-            return
-        complete = state.global_step % self.steps == 0
-        if complete or state.global_step >= state.max_steps:
-            self._end(complete)
-        if complete and state.global_step < state.max_steps:
-            self._begin()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.steps is None:
-            self._end(float(state.epoch).is_integer())
-
-    def _begin(self) -> None:
-        self.trainer.guided_training.begin_epoch(self.epoch)
-
-    def _end(self, complete: bool) -> None:
-        self.trainer._end_epoch(complete=complete)
-        self.epoch += 1
-
-
-def _check_pair(student: nn.Module, teacher: nn.Module) -> None:
-    """Raise ValueError for a problem without a softmax and for classifiers of other labels."""
-    configs: list[Any] = [getattr(model, "config", None) for model in (student, teacher)]
-    for config in configs:
-        problem = getattr(config, "problem_type", None)
-        if problem in ("regression", "multi_label_classification"):
-            raise ValueError(f"problem_type must be single_label_classification, got {problem}: there is no softmax")
-    if not all("Classification" in type(model).__name__ for model in (student, teacher)) or None in configs:
-        return
-    mine, theirs = (config.num_labels for config in configs)
-    if mine != theirs:
-        raise ValueError(f"the teacher must have the student's num_labels {mine}, got {theirs}")
-    mine, theirs = (dict(config.label2id) for config in configs)
-    if mine != theirs and mine.keys() == theirs.keys():
-        moved = sorted(name for name in mine if mine[name] != theirs[name])[:3]
-        raise ValueError(f"the teacher must have the student's order of labels, got another label2id of {moved}")
-
-
-def _is_causal(trainer: Any, model: nn.Module) -> bool:
-    """Whether position i predicts label i + 1, as the Trainer itself finds out."""
-    bare = trainer.accelerator.unwrap_model(model)
-    bare = bare.get_base_model() if hasattr(bare, "get_base_model") else bare  # of an adapter by peft
-    shifts = getattr(trainer, "_loss_shifts_labels", False)
-    return bool(shifts or type(bare).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-
-
-def _positions_last(shown: Outputs, causal: bool) -> Outputs:
-    """Turn token outputs (N, L, C) into (N, C, L), of a causal model without the last position."""
-    features = None if shown.features is None else _tokens_last(shown.features, causal)
-    return Outputs(_tokens_last(shown.logits, causal), features)
-
-
-def _tokens_last(value: Tensor, causal: bool) -> Tensor:
-    if value.ndim != 3:
-        return value
-    value = value.movedim(-1, 1)
-    return value[..., :-1] if causal else value
-
-
-def _aligned(target: Tensor, causal: bool) -> Tensor:
-    """Turn labels (N, L, C) into (N, C, L); those of a causal model belong to the position before."""
-    if target.ndim == 3:
-        target = target.movedim(-1, 1)
-    return target[..., 1:] if causal else target
-
-
-def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs that a model has arguments for, as the Trainer does for the student's."""
-    parameters = inspect.signature((model.model if isinstance(model, FeatureTap) else model).forward).parameters
-    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        return dict(inputs)
-    return {name: value for name, value in inputs.items() if name in parameters}
-
-
-def _places_itself(model: nn.Module) -> bool:
-    """Whether a model was spread over devices, or quantized, when it was loaded."""
-    return getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a state's tensors, which are live, at any depth."""
-    return {name: _copied(each) if isinstance(each, Mapping) else _cloned(each) for name, each in state.items()}
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,12 @@
+"""DiSK in the Trainer of Hugging Face's transformers: ``DiSKTrainer(model=student, teacher=teacher, args=...)``.
+
+``DistillationMixin`` does the same for a Trainer of your own, such as ``Seq2SeqTrainer``.
+"""
+
+from .version import check
+
+check()
+
+from .trainer import DiSKTrainer, DistillationMixin  # noqa: E402
+
+__all__ = ["DiSKTrainer", "DistillationMixin"]

@@ -1,0 +1,20 @@
+"""The oldest transformers that the adapter works with."""
+
+import re
+
+OLDEST = (4, 57, 0)
+_PIP = "pip install 'transformers>=4.57' 'accelerate>=1.1'"
+
+
+def check() -> None:
+    """Raise ImportError, naming the pip line, if transformers is absent or too old."""
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError(f"disk_plugin.integrations.transformers needs transformers, found none: {_PIP}") from error
+    if tuple(int(number) for number in re.findall(r"\d+", transformers.__version__)[:3]) < OLDEST:
+        raise ImportError(
+            f"disk_plugin.integrations.transformers needs transformers >= 4.57, got {transformers.__version__}: {_PIP}"
+        )
