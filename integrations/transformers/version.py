@@ -2,8 +2,8 @@
 
 import re
 
-OLDEST = (4, 57, 0)
-_PIP = "pip install 'transformers>=4.57' 'accelerate>=1.1'"
+OLDEST = (4, 57, 1)
+_PIP = "pip install 'transformers>=4.57.1' 'accelerate>=1.10'"
 
 
 def check() -> None:
@@ -16,5 +16,6 @@ def check() -> None:
         raise ImportError(f"disk_plugin.integrations.transformers needs transformers, found none: {_PIP}") from error
     if tuple(int(number) for number in re.findall(r"\d+", transformers.__version__)[:3]) < OLDEST:
         raise ImportError(
-            f"disk_plugin.integrations.transformers needs transformers >= 4.57, got {transformers.__version__}: {_PIP}"
+            f"disk_plugin.integrations.transformers needs transformers >= 4.57.1, got {transformers.__version__}: "
+            f"{_PIP}"
         )
