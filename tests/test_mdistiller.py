@@ -456,7 +456,7 @@ BAD = [
     (["DISK.DUAL.MULTIPLIER", "high"], {}, "DISK.DUAL.MULTIPLIER must be two numbers such as [0.1, 50.0], got high"),
     (["DISK.GUIDE.HIDDEN_DIMS", "64"], {}, "must be a list such as [64, 128], got 64: '[64]' makes it one"),
     (["SOLVER.LR_DECAY_STAGES", "150"], {}, "SOLVER.LR_DECAY_STAGES must be a list such as ["),
-    (["KD.TEMPERATURE", "2.5"], {}, "KD.TEMPERATURE must be a whole number such as 4, got 2.5"),
+    (["KD.TEMPERATURE", "2.5"], {}, "KD.TEMPERATURE must be a whole number such as "),
     (["EXPERIMENT.NAME", "3"], {}, """EXPERIMENT.NAME must be a word, got 3: '"3"' makes it one"""),
     (["DISK.GUIDE", "64"], {}, "DISK.GUIDE must name a key, not a section; known in DISK.GUIDE: HIDDEN_DIMS, "),
     (["DISK.CE_WEIGHT"], {}, "options must be pairs KEY VALUE"),
