@@ -301,7 +301,7 @@ def test_a_local_teacher_and_a_yaml_file_work_and_a_checkpoint_without_a_guide_n
         (["--disk-topk", 3], "unrecognized arguments: --disk-topk"),
         (["--kd-distill-type", "feature"], "error: DiSK takes the place of --kd-distill-type logit, got feature"),
         (["--bce-loss"], "error: DiSK does not go with --bce-loss: a sigmoid per class"),
-        (["--jsd-loss"], "--jsd-loss: its cross-entropy is that of the first of each image's views alone, the others"),
+        (["--jsd-loss"], "--jsd-loss: its cross-entropy is on the first of each image's views only, the others"),
         (["--num-classes", 6], "teacher5.pth has 5 classes, the student 6"),
         (
             ["--disk-teacher-checkpoint", "nowhere.pth"],
