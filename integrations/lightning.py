@@ -77,7 +77,7 @@ class DiSKCallback(Callback):
         settings: arguments of the ``DiSKLoss`` that is made where ``loss`` is None, such as ``temperature``.
 
     Attributes:
-        training: the run as :class:`disk_plugin.training.GuidedTraining`; None before the first ``fit``.
+        training: the run as ``disk_plugin.training.GuidedTraining``; None before the first ``fit``.
 
     Raises:
         ValueError: in ``fit``, a teacher inside the module, no number of epochs, an optimizer that cannot take the

@@ -27,9 +27,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "torchdistill":
         raise
-    raise ImportError(
-        f"disk_plugin.integrations.torchdistill needs torchdistill >= 1.1.5, found none: {_PIP}"
-    ) from error
+    raise ImportError(f"disk_plugin.integrations.torchdistill needs torchdistill, found none: {_PIP}") from error
 if tuple(int(number) for number in re.findall(r"\d+", torchdistill.__version__)[:3]) < (1, 1, 5):
     raise ImportError(
         f"disk_plugin.integrations.torchdistill needs torchdistill >= 1.1.5, got {torchdistill.__version__}: {_PIP}"
@@ -52,8 +50,10 @@ class DiSKTerm(nn.Module):
         epochs: over which the schedule runs; None for the host's ``num_epochs``, of several stages the stage's.
         method: ``{key, kwargs}`` of a method that the guide weighs: a name in ``METHODS`` or ``package.module.Class``;
             ``weight``, ``method_weight`` or ``logit_loss`` of ``Guided`` may stand beside them.
-        student_features, teacher_features: path of the module whose input is the features; named in ``forward_hook``.
-        student_maps, teacher_maps: name of a map -> path of the module whose output it is.
+        student_features: path of the student's module whose input is the features; named in ``forward_hook``.
+        teacher_features: the same of the teacher.
+        student_maps: name of a map -> path of the student's module whose output it is.
+        teacher_maps: the same of the teacher.
         param_group: index of the optimizer's parameter group that guide and method join.
 
     Raises:

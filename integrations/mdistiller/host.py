@@ -158,7 +158,7 @@ def _pretrains(entry: Any) -> bool:
 
 
 def build_teacher(cfg: CfgNode) -> nn.Module:
-    """Build the teacher with its weights, after :func:`use_teacher`."""
+    """Build the teacher with its weights, after ``use_teacher``."""
     entry = models(cfg)[cfg.DISTILLER.TEACHER]
     if _pretrains(entry):
         return entry(pretrained=True)

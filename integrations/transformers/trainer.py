@@ -42,8 +42,8 @@ class DistillationMixin(_Host):
     and saving are the Trainer's own. ``max_grad_norm`` clips the student alone.
 
     Args:
-        args, kwargs: of the Trainer, and settings of the ``DiSKLoss`` that is made where ``loss`` is None, such as
-            ``temperature``.
+        *args: of the Trainer.
+        **kwargs: of the Trainer, and of the ``DiSKLoss`` that is made if ``loss`` is None, such as ``temperature``.
         teacher: a model of the same classes (or vocabulary), whose output has ``logits``.
         loss: a ``DiSKLoss``, or a ``Guided`` around it and a method that reads logits or features; None for
             ``DiSKLoss`` with a ``GuideHead`` that fits the teacher.
@@ -247,4 +247,4 @@ class DistillationMixin(_Host):
 
 
 class DiSKTrainer(DistillationMixin, Trainer):
-    """The Trainer with a distillation loss guided by DiSK: see :class:`DistillationMixin`."""
+    """The Trainer with a distillation loss guided by DiSK: see ``DistillationMixin``."""
