@@ -70,10 +70,10 @@ def remaining_weight(ce_weight: Any) -> float:
 
 
 def format_settings(loss: "DiSKLoss", **more: Any) -> str:
-    """Return a loss's settings as ``repr`` shows them, with the current multiplier and budget if it has a budget."""
+    """Return a loss's settings as ``repr`` shows them, with the current multiplier and budget if they bound g."""
     names = ["ce_weight", "distill_weight", "temperature", "top_k", "guide_gradient_scale", "ignore_index"]
     shown = {**{name: getattr(loss, name) for name in names}, **more}
-    if loss.level is None:
+    if loss.level is None and not isinstance(loss.guide, DiscountLevel):  # a UniformGuide shows what sets its g
         shown |= {"multiplier": to_shown(loss.multiplier), "budget": to_shown(loss.budget)}
     if loss.label_smoothing:
         shown["label_smoothing"] = loss.label_smoothing

@@ -346,3 +346,10 @@ def test_without_it_the_start_is_torchs_own():
 def test_an_initial_g_at_or_beyond_the_ends_is_refused(initial):
     with pytest.raises(ValueError, match="initial must be"):
         GuideHead(C, initial=initial)
+
+
+def test_repr_shows_what_sets_g_and_no_budget():
+    shown = repr(DiSKLoss(UniformGuide(discount=0.25)))
+    assert "discount=0.25" in shown
+    assert "budget" not in shown
+    assert "multiplier" not in shown
