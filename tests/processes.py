@@ -1,12 +1,11 @@
 """What tests with several processes share."""
 
-from torch import distributed as dist
+import os
 
 
 def leave_group():
-    """Destroy the process group once its work is done.
+    """End this process, which has written what it found.
 
-    Gloo's thread frees the last tensors under Python's lock, which torch 2.4 holds while it waits for that thread.
+    Under torch 2.4 destroy_process_group holds Python's lock and may wait for ever for gloo's thread, which needs it.
     """
-    dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)
