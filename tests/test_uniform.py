@@ -351,5 +351,5 @@ def test_an_initial_g_at_or_beyond_the_ends_is_refused(initial):
 def test_repr_shows_what_sets_g_and_no_budget():
     shown = repr(DiSKLoss(UniformGuide(discount=0.25)))
     assert "discount=0.25" in shown
-    assert "budget" not in shown
-    assert "multiplier" not in shown
+    assert ", budget=" not in shown
+    assert ", multiplier=" not in shown
