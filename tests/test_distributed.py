@@ -470,5 +470,6 @@ def test_the_example_runs_under_torchrun():
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     ended = subprocess.run([*launcher, str(script), "--dry-run"], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert ended.stdout.startswith("2 processes: validation accuracy ")
-    assert ended.stdout.endswith("; the guides differ by 0\n")
+    found = ended.stdout.splitlines()[-1]  # gloo of torch 2.9 prints too
+    assert found.startswith("2 processes: validation accuracy ")
+    assert found.endswith("; the guides differ by 0")

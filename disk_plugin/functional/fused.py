@@ -69,8 +69,9 @@ def fused_rows(
     numbers = (BITS / student_temperature, BITS / temperature, ce_weight, kl_weight)
     scalars = (number if isinstance(number, Tensor) else student.new_full((), number) for number in numbers)
     power = None  # the plain softmax is a power of the softened one: multiplications instead of an exponential
-    if not isinstance(student_temperature, Tensor) and student_temperature in range(1, _LARGEST_POWER + 1):
-        power = int(student_temperature)
+    if not isinstance(student_temperature, Tensor):
+        for whole in range(1, _LARGEST_POWER + 1):  # not "in": dynamo of torch 2.9 has no range with a changing number
+            power = whole if student_temperature == whole else power
     differentiable = torch.is_grad_enabled() and (student.requires_grad or log_guide.requires_grad)
     # without gradients dynamo does not support a Function with setup_context
     call = _FusedRows.apply if differentiable else _FusedRows.forward
