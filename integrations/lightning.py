@@ -1,6 +1,5 @@
 """DiSK in Lightning >= 2.2, as ``lightning`` or ``pytorch_lightning``: one callback, ``DiSKCallback(teacher)``."""
 
-import re
 import sys
 import types
 import warnings
@@ -19,6 +18,8 @@ from disk_plugin.taps import with_features
 from disk_plugin.training import GuidedTraining
 from disk_plugin.training.clipping import shorten
 
+from .requirement import is_older
+
 _PIP = "pip install 'lightning>=2.2'"
 
 
@@ -32,7 +33,7 @@ def _host() -> Any:
             if error.name not in (name, name.partition(".")[0]):
                 raise
             continue
-        if tuple(int(number) for number in re.findall(r"\d+", host.__version__)[:2]) < (2, 2):
+        if is_older(host.__version__, "2.2"):
             raise ImportError(f"disk_plugin.integrations.lightning needs {name} >= 2.2, got {host.__version__}: {_PIP}")
         return host
     raise ImportError(f"disk_plugin.integrations.lightning needs lightning >= 2.2, found none: {_PIP}")

@@ -1,7 +1,6 @@
 """DiSK in torchdistill >= 1.1.5: ``key: 'DiSK'`` in the criterion of its YAML files, see docs/hosts/torchdistill.md."""
 
 import logging
-import re
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -17,21 +16,12 @@ from disk_plugin.taps import logits_of
 from disk_plugin.training import GuidedTraining
 from disk_plugin.training.clipping import call_after_backward, shorten
 
-_PIP = "pip install 'torchdistill>=1.1.5'"
+from .requirement import require
+
 _KEY = "disk"  # in a group of the optimizer's state, where load_state_dict keeps it
 _logger = logging.getLogger("torchdistill.disk_plugin")  # a child of the host's
 
-
-try:
-    import torchdistill
-except ModuleNotFoundError as error:
-    if error.name != "torchdistill":
-        raise
-    raise ImportError(f"disk_plugin.integrations.torchdistill needs torchdistill, found none: {_PIP}") from error
-if tuple(int(number) for number in re.findall(r"\d+", torchdistill.__version__)[:3]) < (1, 1, 5):
-    raise ImportError(
-        f"disk_plugin.integrations.torchdistill needs torchdistill >= 1.1.5, got {torchdistill.__version__}: {_PIP}"
-    )
+require("torchdistill", "1.1.5", "pip install 'torchdistill>=1.1.5'")
 
 from torchdistill.core.interfaces import post_epoch_proc, pre_epoch_proc, registry  # noqa: E402
 from torchdistill.losses.registry import register_mid_level_loss  # noqa: E402

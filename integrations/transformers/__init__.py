@@ -3,9 +3,9 @@
 ``DistillationMixin`` does the same for a Trainer of your own, such as ``Seq2SeqTrainer``.
 """
 
-from .version import check
+from ..requirement import require
 
-check()
+require("transformers", "4.57.1", "pip install 'transformers>=4.57.1' 'accelerate>=1.10'")
 
 from .trainer import DiSKTrainer, DistillationMixin  # noqa: E402
 
