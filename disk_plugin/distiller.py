@@ -35,7 +35,7 @@ class Distiller(nn.Module):
     Attributes:
         student: the model to deploy.
         dual: the ``DualScheduler``, saved in this module's ``state_dict``; None without ``epochs``.
-        logits: the student's logits of the last training batch, detached, (N, C): for its accuracy.
+        logits: the student's logits of the last batch with a target, detached, (N, C): for its accuracy.
 
     Shape:
         x as both models take it; target (N,), (N, d1, ...) or the logits' shape. Returns scalars

@@ -183,6 +183,7 @@ def split_statistics(disk: DiSKLoss, process_group: Group = None) -> None:
         process_group: the ranks that share them; None for all.
     """
     if dist.is_available() and dist.is_initialized():
+        # the sums; smallest and largest g, which follow, are the same for all
         disk.epoch_statistics[:5] /= dist.get_world_size(process_group)
 
 

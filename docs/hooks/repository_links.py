@@ -6,6 +6,7 @@ The same Markdown is read in the repository, where such links are relative paths
 import os
 import posixpath
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ _LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 _OTHER_FILE = re.compile(r'--8<-- "(\S+)"')  # as of pymdownx.snippets, which would leave the links as they are
 _IMAGES = (".png", ".svg")
 _FORMULA = re.compile(r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.DOTALL)
-_ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
@@ -48,9 +48,6 @@ def on_page_content(html: str, **_: Any) -> str:
     """Turn formulas into MathML, which browsers show without a script."""
 
     def shown(formula: re.Match[str]) -> str:
-        tex = formula[2]
-        for entity, character in _ENTITIES.items():
-            tex = tex.replace(entity, character)
-        return convert(tex, display="block" if formula[1] == "div" else "inline")
+        return convert(unescape(formula[2]), display="block" if formula[1] == "div" else "inline")
 
     return _FORMULA.sub(shown, html)

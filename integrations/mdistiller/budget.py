@@ -73,7 +73,7 @@ def record(folder: Path, budget: float, note: str) -> None:
 
 
 def recorded(folder: Path) -> float:
-    """Return the budget of a run that goes on.
+    """Return the estimated budget of a resumed run.
 
     Raises:
         FileNotFoundError: it has none.

@@ -89,7 +89,7 @@ def held_out(count: int, share: float) -> list[int]:
 
 
 def image_shape(cfg: CfgNode) -> tuple[int, ...]:
-    """Return the shape of an image as the test shows it."""
+    """Return the shape of a transformed test image."""
     shape = getattr(load(cfg).val.dataset[0][0], "shape", ())
     return tuple(shape) if len(shape) == 3 else (3, 32, 32)
 

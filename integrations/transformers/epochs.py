@@ -1,4 +1,4 @@
-"""The Trainer's epochs, told to the training core."""
+"""Callback that begins and ends the epochs of the schedule."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 
 
 class GuidedEpochs(TrainerCallback):
-    """Tells the training core of the Trainer's epochs, and zeroes gradients that ``model.zero_grad()`` does not."""
+    """Begins and ends the schedule's epochs; zeroes the guide's gradients, which ``model.zero_grad()`` does not."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.epoch = trainer, 0

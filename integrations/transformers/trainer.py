@@ -168,7 +168,7 @@ class DistillationMixin(_Host):
         """Save guide, method and schedule beside the optimizer's state."""
         super()._save_optimizer_and_scheduler(output_dir)
         disk, state = self.guided.disk, copied(self._started().state_dict())
-        if several_processes():  # of an epoch under way each process has seen a part
+        if several_processes():  # within an epoch each rank has seen a part
             kept = disk.epoch_statistics.clone(), disk.epoch_batches.clone()
             share_statistics(disk)
             state["disk"]["epoch_statistics"] = disk.epoch_statistics.clone()
@@ -178,7 +178,7 @@ class DistillationMixin(_Host):
             torch.save(state, Path(output_dir, STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Read their state, to be taken up when the schedule's length is known."""
+        """Read guide, method and schedule; they are loaded once the schedule's length is known."""
         if checkpoint is not None:
             path = Path(checkpoint, STATE_NAME)
             if not path.is_file():
@@ -187,7 +187,7 @@ class DistillationMixin(_Host):
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _begin_training(self) -> None:
-        """Make the schedule, whose length the Trainer knows only now, and take up a checkpoint's state."""
+        """Make the schedule, whose length the Trainer knows only now, and load a checkpoint's state."""
         state, self._mean_count = self.state, None
         steps = self.epoch_steps
         if steps is None and state.num_train_epochs > state.max_steps:  # of a dataset without a length
@@ -219,7 +219,7 @@ class DistillationMixin(_Host):
         return self.guided_training
 
     def _end_epoch(self, *, complete: bool) -> None:
-        """Log an epoch's means; of one that is not complete, a resumed run goes on with the rest."""
+        """Log an epoch's means; an incomplete epoch continues when the run is resumed."""
         training = self._started()
         means = training.end_epoch() if complete else training.means()
         self.log({f"disk_{name}": value for name, value in means.items() if math.isfinite(value)})
@@ -236,7 +236,7 @@ class DistillationMixin(_Host):
             inputs["decoder_input_ids"] = make(labels=target)
 
     def _run_student(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Outputs, Any]:
-        """Return what the student shows, by hooks inside whatever wraps it, and its own output."""
+        """Run the student; return its outputs, with features by hooks inside any wrapper, and its own output."""
         if not reads_student_features(self.guided):
             outputs = model(**inputs)
             return Outputs(logits_of(outputs)), outputs
