@@ -103,7 +103,7 @@ def tracked(*folders):
     return listing.stdout.splitlines()
 
 
-def test_a_wheel_lacks_a_tracked_module_or_holds_another_file(built):
+def test_wheels_hold_every_tracked_module_and_no_other_file(built):
     files = [line for line in tracked("disk_plugin", "integrations") if line != "disk_plugin/integrations"]
     expected = {re.sub("^integrations/", "disk_plugin/integrations/", line) for line in files}
     for wheel in built[1:]:
@@ -111,7 +111,7 @@ def test_a_wheel_lacks_a_tracked_module_or_holds_another_file(built):
         assert names == expected
 
 
-def test_the_sdist_lacks_a_test_or_what_it_reads_or_holds_pictures(built):
+def test_the_sdist_holds_tests_and_what_they_read_and_no_pictures(built):
     with tarfile.open(built[0]) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames()}
         assert not any(member.issym() or member.islnk() for member in archive.getmembers())
@@ -152,17 +152,17 @@ def links(text):
     "text",
     ["[a](b.md)", "![a](b.png)", "[![a](https://c/b.svg)](b)", "[a]: b", '<img alt="a"\n src="b.png">', "<a href='b'>"],
 )
-def test_a_relative_link_goes_unseen(text):
+def test_relative_links_are_found(text):
     assert not all(link.startswith("https://") for link in links(text))
 
 
-def test_the_page_on_the_index_has_a_relative_link_or_image(metadata):
+def test_the_page_on_the_index_has_absolute_links_and_images(metadata):
     found = links(page(metadata))
     assert len(found) >= len(links((ROOT / "README.md").read_text())) > 0
     assert [link for link in found if not link.startswith(("https://", "mailto:"))] == []
 
 
-def test_the_page_on_the_index_links_a_file_that_is_not_there_or_shows_one_as_a_page(metadata, urls):
+def test_the_page_on_the_index_links_files_that_are_there_and_shows_images_raw(metadata, urls):
     source, version = urls["Source"], disk_plugin.__version__
     raw = source.replace("github.com", "raw.githubusercontent.com")
     own = [link.split("#")[0] for link in links(page(metadata)) if f"/v{version}/" in link]
@@ -173,12 +173,12 @@ def test_the_page_on_the_index_links_a_file_that_is_not_there_or_shows_one_as_a_
         assert link.startswith(raw) == path.endswith((".png", ".svg", ".gif")), link
 
 
-def test_the_page_on_the_index_has_other_code_than_readme(metadata):
+def test_the_page_on_the_index_has_readmes_code(metadata):
     blocks = [found.group() for found in FENCED.finditer(page(metadata))]
     assert blocks == [found.group() for found in FENCED.finditer((ROOT / "README.md").read_text())]
 
 
-def test_the_project_has_two_addresses(urls):
+def test_the_project_has_one_address(urls):
     files = [ROOT / "pyproject.toml", ROOT / "CITATION.cff", ROOT / "mkdocs.yml", *ROOT.glob("*.md")]
     files += ROOT.glob("docs/**/*.md")
     texts = {path.name: path.read_text() for path in files if path.exists()}
@@ -194,7 +194,7 @@ def test_no_module_of_the_library_is_longer_than_250_lines():
         assert len(path.read_text().splitlines()) <= 250, path
 
 
-def test_changelog_or_citation_tell_another_version():
+def test_changelog_and_citation_tell_the_version():
     version = disk_plugin.__version__
     (newest, *_) = re.findall(r"^## \[(\d[^\]]*)\] - (\d{4}-\d{2}-\d{2})$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     citation = (ROOT / "CITATION.cff").read_text()
