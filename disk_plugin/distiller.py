@@ -167,7 +167,7 @@ def fit_to_teacher(
         raise TypeError(f"loss must be a DiSKLoss or a Guided, got {type(loss).__name__}")
     guided = loss if isinstance(loss, Guided) else Guided(loss)
     reads = frozenset[str]() if guided.method is None else guided.method.reads
-    if reads - {"features"}:
+    if reads - {"features", "head"}:
         raise ValueError(
             f"{type(guided.method).__name__} reads {sorted(reads)}, of which only features can be found in any "
             f"classifier: call Guided in a loop of your own"
@@ -185,7 +185,8 @@ def reads_student_features(guided: Guided) -> bool:
 def outputs_of(model: nn.Module, *args: Any, **kwargs: Any) -> Outputs:
     """Run a model once; a ``FeatureTap`` also returns its features."""
     if isinstance(model, FeatureTap):
-        return Outputs(*model(*args, **kwargs))
+        logits, features = model(*args, **kwargs)
+        return Outputs(logits, features, head=model.head)
     return Outputs(logits_of(model(*args, **kwargs)))
 
 

@@ -49,7 +49,8 @@ class Guided(nn.Module):
         weight: which w: ``"one_minus_guide"``, ``"one_minus_discount"``, ``"guide"`` or ``"uniform"`` (w = 1), see
             ``feature_weights``.
         method_weight: beta, >= 0.
-        logit_loss: whether to add ce_weight CE + distill_weight L_dist of the prediction to the student's loss.
+        logit_loss: whether to add ce_weight CE + distill_weight L_dist of the prediction to the student's loss, in the
+            place of the method's losses in ``scaffolded``; None for a method that has some.
 
     Shape:
         logits (N, C) or (N, C, d1, ...); losses (N,) or (N, d1, ...); returns a scalar.
@@ -74,7 +75,7 @@ class Guided(nn.Module):
         *,
         weight: FeatureWeight = "one_minus_guide",
         method_weight: float = 1.0,
-        logit_loss: bool = False,
+        logit_loss: bool | None = None,
     ) -> None:
         super().__init__()
         _check_disk(disk)
@@ -84,6 +85,8 @@ class Guided(nn.Module):
         _checks.number("method_weight", method_weight, at_least=0)
         self.disk = disk
         self.method = method if method is None or isinstance(method, Method) else PlainLoss(method)
+        if logit_loss is None:
+            logit_loss = self.method is not None and bool(self.method.scaffolded)
         self.weight, self.method_weight, self.logit_loss = weight, float(method_weight), bool(logit_loss)
         self._reads_features = reads_features(disk.guide)
 
@@ -147,7 +150,8 @@ class Guided(nn.Module):
         )
         if self.method is None:
             return from_disk_terms(terms)
-        how = Weighing(self.weight, self.method_weight, self.logit_loss, self.method.unguided)
+        names = self.method.unguided, self.method.scaffolded
+        how = Weighing(self.weight, self.method_weight, self.logit_loss, *names)
         return weighed(terms, losses, logits, sample_weight, how)
 
     def features_of(self, teacher: Outputs) -> Tensor | None:

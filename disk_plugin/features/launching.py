@@ -13,13 +13,22 @@ _RESERVED = {"disk", "distiller", "guide", "method", "none", "student", "teacher
 
 
 def settings_of(kind: type) -> dict[str, Any]:
-    """Return settings and their defaults: the keyword-only arguments of ``__init__`` that a flag can hold."""
+    """Return settings and their defaults: the keyword-only arguments of ``__init__`` that a flag can hold.
+
+    A tuple of numbers is returned as a list, which is what flags and YAML files hold.
+    """
     parameters = inspect.signature(kind).parameters.values()
     return {
-        each.name: each.default
+        each.name: list(each.default) if isinstance(each.default, tuple) else each.default
         for each in parameters
-        if each.kind is each.KEYWORD_ONLY and isinstance(each.default, bool | int | float | str)
+        if each.kind is each.KEYWORD_ONLY and _can_be_set(each.default)
     }
+
+
+def _can_be_set(default: Any) -> bool:
+    if isinstance(default, tuple):
+        return bool(default) and all(isinstance(each, float) for each in default)
+    return isinstance(default, bool | int | float | str)
 
 
 def explained(kind: type[Method], setting: str) -> str:

@@ -1,10 +1,13 @@
 """The base class of distillation methods: losses per sample from the outputs of two models. One method, one file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+_RELATIVE_TOLERANCE = 1e-2  # a wrong layer differs by the size of the logits, half precision by less
 LAST_MAP = "last"  # name of the feature map before the global pooling
 
 
@@ -15,11 +18,13 @@ class Outputs(NamedTuple):
         logits: (N, C) or (N, C, d1, ...); may be None for a student whose own head is unused (``own_prediction``).
         features: (N, D), the input of the last Linear.
         maps: feature maps (N, D, H, W) by name; ``"last"`` is the one before the pooling.
+        head: the model's own last layer, from features to logits, for a method that changes what it reads.
     """
 
     logits: Tensor
     features: Tensor | None = None
     maps: Mapping[str, Tensor] = {}
+    head: Callable[[Tensor], Tensor] | None = None
 
 
 class Pair(NamedTuple):
@@ -42,12 +47,15 @@ class Method(nn.Module):
 
     A subclass defines ``forward`` and, if needed, the class attributes below. Its own parameters are trained with the
     student's. It reads ``Outputs`` and is independent of any host. A host builds it by ``for_pair``, turns its settings
-    (the keyword-only arguments of ``__init__`` whose default is a number, a string or a bool) into flags or
-    configuration keys, and calls ``evaluate``. docs/write_a_method.md walks through one.
+    (the keyword-only arguments of ``__init__`` whose default is a number, a string, a bool or a tuple of floats) into
+    flags or configuration keys, and calls ``evaluate``. docs/write_a_method.md walks through one.
 
     Attributes:
-        reads: what it reads of both models beside their logits: ``"features"``, and names of ``Outputs.maps``.
+        reads: what it reads of both models beside their logits: ``"features"``, ``"head"``, and names of
+            ``Outputs.maps``.
         unguided: names of losses that the guide does not weight, such as the cross-entropy.
+        scaffolded: names of losses on the logits that DiSK's own take the place of where the method is guided.
+        prepared: whether nothing is left to do before training, see ``prepare``.
         own_prediction: whether inference needs the method (``predict``) instead of the student's own logits.
         weight_name: name of the weight of its losses in hosts.
         shape_settings: names of settings on which the shapes of its parameters depend.
@@ -61,6 +69,8 @@ class Method(nn.Module):
 
     reads: ClassVar[frozenset[str]] = frozenset()
     unguided: ClassVar[frozenset[str]] = frozenset()
+    scaffolded: ClassVar[frozenset[str]] = frozenset()
+    prepared: bool = True
     own_prediction: ClassVar[bool] = False
     weight_name: ClassVar[str] = "loss_weight"
     shape_settings: ClassVar[tuple[str, ...]] = ()
@@ -101,6 +111,26 @@ class Method(nn.Module):
         """
         raise NotImplementedError(f"{cls.__name__} has a prediction of its own and needs from_state(state, about)")
 
+    def prepare(
+        self,
+        batches: Iterable[tuple[Outputs, Tensor]],
+        *,
+        folder: Path | None = None,
+        shared: bool = False,
+        progress: bool = True,
+    ) -> str:
+        """Do what precedes the student's training, once, on the teacher's outputs; return a report to show.
+
+        A host calls it before the first epoch unless ``prepared``, and carries what it leaves in the ``state_dict``.
+
+        Args:
+            batches: the teacher's outputs and the targets (N,) of the training data.
+            folder: the run's, for a file of the result; None for none.
+            shared: whether every process calls it, each with its own part of the data.
+            progress: whether to show a bar.
+        """
+        return ""
+
     def begin_epoch(self, epoch: int) -> None:
         """Begin an epoch, counted from 0, for weights that warm up; hosts call it."""
 
@@ -119,6 +149,16 @@ class PlainLoss(Method):
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Call the loss on the logits."""
         return {"loss": self.loss(student.logits, teacher.logits, target)}
+
+
+@torch.no_grad()
+def check_head(outputs: Outputs) -> None:
+    """Raise ValueError unless ``outputs.head`` makes the logits from the features."""
+    if outputs.features is None or outputs.head is None:
+        raise ValueError("the model shows no last Linear layer with its input, which the method needs")
+    found, logits = outputs.head(outputs.features), outputs.logits
+    if found.shape != logits.shape or not (found - logits).norm() <= _RELATIVE_TOLERANCE * logits.norm():
+        raise ValueError("the model's last Linear layer does not make its logits from the features")
 
 
 def to_outputs(given: Tensor | Outputs) -> Outputs:

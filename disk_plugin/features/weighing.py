@@ -88,6 +88,7 @@ class Weighing(NamedTuple):
     method_weight: float
     logit_loss: bool
     unguided: frozenset[str]
+    scaffolded: frozenset[str] = frozenset()
 
 
 def weighed(
@@ -101,6 +102,8 @@ def weighed(
     w = feature_weights(terms, how.weight)
     feature = torch.zeros_like(w)
     for name, loss in losses.items():
+        if how.logit_loss and name in how.scaffolded:
+            continue
         _checks.per_position(name, loss, student_logits)
         (loss,) = promote(loss)
         # masked before the multiplication: 0 times a NaN of an ignored sample is NaN

@@ -55,6 +55,15 @@ class FeatureTap(nn.Module):
             features = features.flatten(1)  # a 1x1 convolution in place of a Linear
         return logits, features
 
+    def head(self, features: Tensor) -> Tensor:
+        """Apply the tapped layer alone: features (N, D) to logits (N, C)."""
+        layer: Any = self.model.get_submodule(self.layer)
+        if features.ndim == 2 and hasattr(layer, "kernel_size"):  # a 1x1 convolution in place of a Linear
+            logits: Tensor = layer(features.reshape(*features.shape, *[1] * len(layer.kernel_size))).flatten(1)
+        else:
+            logits = layer(features)
+        return logits
+
     def _warn_of_mode(self) -> None:
         self._watch_mode = False
         warnings.warn(

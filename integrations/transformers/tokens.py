@@ -9,7 +9,7 @@ from disk_plugin.features import Outputs
 def positions_last(shown: Outputs, causal: bool) -> Outputs:
     """Turn token outputs (N, L, C) into (N, C, L), of a causal model without the last position."""
     features = None if shown.features is None else _tokens_last(shown.features, causal)
-    return Outputs(_tokens_last(shown.logits, causal), features)
+    return shown._replace(logits=_tokens_last(shown.logits, causal), features=features)
 
 
 def _tokens_last(value: Tensor, causal: bool) -> Tensor:
