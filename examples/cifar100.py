@@ -9,7 +9,8 @@ row of ``trials.CONVERGED``.
 
 Usage: python examples/cifar100.py --data data/cifar100.npz [--student NAME] [--teacher NAME] [--epochs N] [--seeds N]
        [--converged] [--methods NAME ...] [--only SEED ...] [--collect]
-       [--search | --screen | --repeat | --regimes | --conditions | --time] [--device cuda] [--out DIR] [--dry-run]
+       [--search | --search-cifd | --screen | --repeat | --regimes | --conditions
+       | --time] [--device cuda] [--out DIR] [--dry-run]
 """
 
 import argparse
@@ -60,6 +61,7 @@ def arguments() -> argparse.Namespace:
         help="also KD at a third of the passes, the paper's own comparison",
     )
     parser.add_argument("--search", action="store_true", help="search settings on held-out training images")
+    parser.add_argument("--search-cifd", action="store_true", help="the same for CIFD, alone and guided")
     parser.add_argument("--screen", action="store_true", help="look at further settings of DiSK on the same images")
     parser.add_argument("--repeat", action="store_true", help="train what came close to the best from two more starts")
     parser.add_argument("--regimes", action="store_true", help="few images, wrong labels, no warm start")
@@ -109,13 +111,18 @@ def frozen(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def needs_cifd(args: argparse.Namespace) -> bool:
+    """Return whether a row needs the settings of CIFD's search."""
+    return any((METHODS[name].searched_as or "").endswith("cifd") for name in args.methods if name in METHODS)
+
+
 def main() -> None:
     """Search, screen, repeat, compare regimes, time, or report."""
     args = arguments()
     experiment = Experiment(args)
     pair = f"cifar100_{args.teacher.removeprefix('resnet')}_{args.student.removeprefix('resnet')}"
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.search or args.dry_run:
+    if args.search or (args.dry_run and not args.search_cifd):
         search = experiment.search(args.only if args.search else None)
         if search is not None:
             write(search, search_table(search), args.out / f"{pair}_search.json")
@@ -123,6 +130,15 @@ def main() -> None:
             return
     else:
         search = frozen(RESULTS / f"{pair}_search.json", args)
+    if args.search_cifd or (args.dry_run and needs_cifd(args)):
+        cifd = experiment.search_cifd(args.only if args.search_cifd else None)
+        if cifd is not None:
+            write(cifd, f"{search_table(cifd)}\n\n{cifd['modules_table']}", args.out / f"{pair}_cifd_search.json")
+        if args.search_cifd:
+            return
+        search["chosen"] |= cifd["chosen"]
+    elif needs_cifd(args):
+        search["chosen"] |= frozen(RESULTS / f"{pair}_cifd_search.json", args)["chosen"]
     if args.screen:
         name, found, shown = "screen", experiment.tried(trials.SCREEN, "screen", args.only), search_table
     elif args.repeat:

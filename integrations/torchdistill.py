@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from disk_plugin.distributed import attach
 from disk_plugin.features import METHODS, Guided, Method, Outputs
@@ -87,7 +88,8 @@ class DiSKTerm(nn.Module):
             )
         if not isinstance(targets, Tensor):
             raise ValueError(f"DiSK needs labels, got targets of type {type(targets).__name__}")
-        student, teacher = self.student_paths.outputs(student_io_dict), self.teacher_paths.outputs(teacher_io_dict)
+        student = self.student_paths.outputs(student_io_dict, self.run.student)
+        teacher = self.teacher_paths.outputs(teacher_io_dict)
         loss = self.run.training.loss(student, teacher, targets)
         if self.run.clips and loss.requires_grad:
             call_after_backward(loss, self.run.shorten)
@@ -119,10 +121,12 @@ class _Paths(NamedTuple):
     features: str | None
     maps: dict[str, str]
 
-    def outputs(self, io_dict: Any) -> Outputs:
+    def outputs(self, io_dict: Any, model: nn.Module | None = None) -> Outputs:
+        """Read what a method reads; the head is the module of ``model`` whose input the features are."""
         features = None if self.features is None else self._read(io_dict, self.features, "input")
         maps = {name: self._read(io_dict, path, "output") for name, path in self.maps.items()}
-        return Outputs(logits_of(io_dict["."]["output"]), features, maps)
+        head = None if model is None or self.features is None else model.get_submodule(self.features)
+        return Outputs(logits_of(io_dict["."]["output"]), features, maps, head)
 
     def _read(self, io_dict: Any, path: str, io: str) -> Any:
         if io not in io_dict.get(path, {}):
@@ -139,6 +143,8 @@ class _Run:
         if box.teacher_updatable:
             raise ValueError("the teacher would be trained: set requires_grad: False in the teacher's section")
         self.optimizer, self.guided = box.optimizer, term.guided.to(box.device).train()
+        student = box.student_model
+        self.student: nn.Module = student.module if isinstance(student, DistributedDataParallel) else student
         last = getattr(box, "stage_end_epoch", None)  # of several stages
         self.first = 0 if last is None else box.current_epoch
         epochs = (box.num_epochs if last is None else last) - self.first

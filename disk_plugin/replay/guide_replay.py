@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from .._collectives import Group
 from .._modes import in_mode, without_autocast
-from ..distributed import Group, average_gradients, mean_over_processes, share_student_temperature
+from ..distributed import average_gradients, mean_over_processes, share_student_temperature
 from ..loss import DiSKLoss
 from .record import get_loss, get_rows
 from .reservoir import Reservoir

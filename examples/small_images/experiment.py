@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from disk_plugin.features.cifd import Embeddings, RateDistortionModule, fit_rdms
+
 from . import data, trials
 from .methods import CE, METHODS, Method, make_method
 from .report import machine
@@ -83,8 +85,22 @@ class Experiment:
         run = {"feature_dim": SHAPES[self.args.teacher][0][-1], "epochs": epochs, "seed": seed}
         made: dict[str, Method] = {}
         for name, (method, settings) in chosen.items():
-            made[name] = make_method(method, settings, budget=budget, **run)
+            own = run
+            if METHODS[method].reads_student:
+                own = {**run, "rdms": self.rdms(), "student_dim": SHAPES[self.args.student][0][-1]}
+            made[name] = make_method(method, settings, budget=budget, **own)
         return made
+
+    def rdms(self) -> RateDistortionModule:
+        """Fit rate-distortion modules to the teacher's embeddings of one view of the search's images."""
+        path = self.out / f"rdms-{self.args.teacher}.pt"
+        if not path.exists():
+            seen, (logits, features) = self.searched, self.views(SEARCH_SEED, 0)[1]
+            labels = self.train.labels[seen]
+            embeddings = Embeddings(features[seen].float(), logits[seen].float(), labels)
+            short = {"epochs": 1} if self.args.dry_run else {}
+            fit_rdms(embeddings, device=self.args.device, **short).save(path)
+        return RateDistortionModule.load(path).to(self.args.device)
 
     def tried(
         self,
@@ -135,6 +151,19 @@ class Experiment:
             best[method] = {"settings": row["settings"], "accuracy": row["accuracy"]}
         number = {"kd": len(trials.KD_TRIALS), "disk": len(trials.DISK_TRIALS)}
         return {**found, "budget": 1 - found["warm_start"] / 100, "trials": number, "chosen": best}
+
+    def search_cifd(self, only: list[int] | None) -> dict[str, Any] | None:
+        """Search the settings of CIFD, alone and guided, with as many trials as KD and DiSK had."""
+        found = self.tried(trials.CIFD_TRIALS, "search-cifd", only)
+        if only is not None:
+            return None
+        best = {}
+        for method in ("cifd", "disk-cifd"):
+            row = max((row for row in found["rows"].values() if row["method"] == method), key=lambda r: r["accuracy"])
+            best[method] = {"settings": row["settings"], "accuracy": row["accuracy"]}
+        rdms = self.rdms()
+        modules = {"distortion_weights": rdms.distortion_weights, **rdms.report}
+        return {**found, "chosen": best, "modules": modules, "modules_table": rdms.table()}
 
     def chosen(self, search: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
         """Return each row's method with its settings: those of ``trials.rows``, or what the search froze."""

@@ -22,10 +22,11 @@ class Batch(NamedTuple):
 class Method(nn.Module):
     """A loss on the student's logits, with any further trainable modules and their optimizer."""
 
-    searched_as: str | None = None  # the search that froze its settings: "kd", "disk" or none
+    searched_as: str | None = None  # the search that froze its settings, or none
     optimizer: torch.optim.Optimizer | None = None
     guide_passes = 0  # before equally many passes of the student
     step_every = 1  # epochs between steps of the schedule or passes of the guide
+    reads_student = False  # whether ``forward`` gets the student's Outputs with features and head, not its logits
     extra_passes = 0.0  # student forwards per pass over the data beyond the student's own
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .cifd_methods import CIFDAlone, DiSKCIFD
 from .disk_methods import AlternatingDiSK, DiscountBudgetDiSK, DiSK, ReplayDiSK
 from .method import CE, KD, Batch, Method
 
@@ -14,6 +15,8 @@ METHODS: dict[str, type[Method]] = {
     "disk-alternating": AlternatingDiSK,
     "disk-discount-budget": DiscountBudgetDiSK,
     "disk-replay": ReplayDiSK,
+    "cifd": CIFDAlone,
+    "disk-cifd": DiSKCIFD,
 }
 
 

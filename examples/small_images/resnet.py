@@ -6,6 +6,7 @@ copies' along dimension 0: :func:`joined` and :func:`parted` convert between the
 SGD treat the copies as if trained separately.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -97,8 +98,20 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of all copies."""
+        return self.outputs(images)[0]
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of all copies, and what their last layers read, (N, M * D)."""
         out = self.blocks(F.relu(self.bn1(self.conv1(images))))
-        return self.classifier(self.bottleneck(out.mean((2, 3))))
+        features = self.bottleneck(out.mean((2, 3)))
+        return self.classifier(features), features
+
+    def head(self, copy: int, copies: int) -> nn.Module | partial:
+        """Return the last layer of one copy, from its features (N, D) to its logits."""
+        if copies == 1:
+            return self.classifier
+        rows = slice(copy * len(self.classifier.bias) // copies, (copy + 1) * len(self.classifier.bias) // copies)
+        return partial(F.linear, weight=self.classifier.weight[rows], bias=self.classifier.bias[rows])
 
 
 def joined(states: list[State]) -> State:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from disk_plugin.features import Outputs
 from disk_plugin.training import guide_pass
 
 from . import data
@@ -88,7 +89,7 @@ class Run:
         self.optimizers = [student, *(method.optimizer for method in methods.values() if method.optimizer)]
         steps = recipe.epochs * -(-len(index) // recipe.batch_size)
         self.schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(each, steps) for each in self.optimizers]
-        self.forward = torch.compile(self.model) if recipe.compiled else self.model
+        self.outputs = torch.compile(self.model.outputs) if recipe.compiled else self.model.outputs
         self._resume()
 
     def fit(self) -> "Run":
@@ -136,10 +137,13 @@ class Run:
         losses, count = torch.zeros(len(self.methods), device=self.recipe.device), 0
         for batch in self._epoch_batches():
             with precision(self.recipe.device):
-                logits = self.forward(batch.images)
-            students = logits.float().unflatten(1, (len(self.methods), -1)).unbind(1)
+                logits, features = self.outputs(batch.images)
+            students = self._shown(logits.float(), features.float())
             each = torch.stack(
-                [method(own, batch) for method, own in zip(self.methods.values(), students, strict=True)]
+                [
+                    method(own if method.reads_student else own.logits, batch)
+                    for method, own in zip(self.methods.values(), students, strict=True)
+                ]
             )
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
@@ -149,6 +153,12 @@ class Run:
                 scheduler.step()
             losses, count = losses + each.detach(), count + 1
         return losses / count
+
+    def _shown(self, *joint: Tensor) -> list[Outputs]:
+        """Return each student's outputs out of the joint network's."""
+        count = len(self.methods)
+        parts = zip(*(value.unflatten(1, (count, -1)).unbind(1) for value in joint), strict=True)
+        return [Outputs(*part, head=self.model.head(copy, count)) for copy, part in enumerate(parts)]
 
     def _guide_passes(self) -> None:
         """Algorithm 1: before every third pass of the student, three of the guide with the student fixed."""

@@ -48,6 +48,28 @@ DISK_TRIALS: list[Settings] = [
     {"ce_weight": 0.1, "top_k": 5, **SMALL_K, **_TIGHT},
     {"ce_weight": 0.1, "top_k": 20, **SMALL_K},
 ]
+_DISK: dict[str, Settings] = {
+    "auto": {"loss": {"temperature": 2.0}},  # the default form at KD's best temperature
+    "tight": {key: presets.CIFAR100_SEARCHED[key] for key in ("guide", "loss", "dual")},  # DiSK's best
+}
+_CIFD: list[Settings] = [
+    {},  # the paper's weights
+    {"embedding_weight": 10.0},
+    {"embedding_weight": 1.0},
+    {"rate_weight": 0.0005},
+    {"embedding_weight": 10.0, "rate_weight": 0.0005},
+    {"embedding_weight": 10.0, "gain": 3.0},
+    {"embedding_weight": 10.0, "temperature": 4.0},
+    {"embedding_weight": 10.0, "ce_weight": 0.1},
+]
+CIFD_TRIALS: dict[str, tuple[str, Settings]] = {
+    **{f"cifd {i}": ("cifd", settings) for i, settings in enumerate(_CIFD)},
+    **{
+        f"disk-cifd {name} {i}": ("disk-cifd", {**disk, "cifd": _CIFD[i]})
+        for name, disk in _DISK.items()
+        for i in (0, 1, 2, 5)
+    },
+}
 BEST: Settings = {"ce_weight": 0.1, "temperature": 2.0, **_TIGHT}  # the search's choice; one change at a time below
 SCREEN: dict[str, tuple[str, Settings]] = {
     "alternating": ("disk-alternating", BEST),

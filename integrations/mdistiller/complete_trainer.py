@@ -3,14 +3,17 @@
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from mdistiller.engine import trainer as host
+from torch import Tensor
 
 from disk_plugin._watch import ignoring_past_the_end
 from disk_plugin.epoch_report import EpochReport
-from disk_plugin.features import GuidedTerms, Method
+from disk_plugin.features import GuidedTerms, Method, Outputs
 from disk_plugin.functional import DiSKTerms
 from disk_plugin.training import GuidedTraining, Schedule
 
@@ -18,7 +21,7 @@ from .checkpoints import deployed_state, load_weights, marked_untrained, warm_st
 from .distillers import GuidedDistiller, predicting_method, read
 from .epoch_files import Saves, collected, commit, finalize
 from .method_distiller import ce_loss
-from .seeds import restart_workers, seed_everything
+from .seeds import apart, restart_workers, seed_everything
 from .teacher_watch import TeacherWatch
 
 FOLDER: list[str] = []  # the run's, set by the launcher: some forks log to a folder that they name by the time
@@ -71,6 +74,8 @@ class CompleteTrainer(host.BaseTrainer):
         STARTED.append(True)
         if resume:
             finalize(self.log_path)
+        else:  # a checkpoint holds what it left
+            self._prepare_method()
         super().train(resume=resume)
 
     def train_epoch(self, epoch: int) -> None:
@@ -87,6 +92,24 @@ class CompleteTrainer(host.BaseTrainer):
         with collected() as saves:
             super().train_epoch(epoch)
         commit(self._complete(saves, epoch), self.log_path, epoch)
+
+    def _prepare_method(self) -> None:
+        """Run a method's stage before training, by one pass of the teacher over the training data."""
+        module = self.distiller.module
+        method = getattr(module, "method", None)
+        if not isinstance(method, Method) or method.prepared:
+            return
+        module.teacher.eval()
+
+        def batches() -> Iterator[tuple[Outputs, Tensor]]:
+            for image, target, *_ in self.train_loader:
+                yield module.teacher_outputs(image.float().cuda(non_blocking=True)), target
+
+        with apart(0):
+            report = method.prepare(batches(), folder=Path(self.log_path))
+        restart_workers(self.train_loader)
+        with open(os.path.join(self.log_path, "worklog.txt"), "a") as log:
+            log.write(f"{report}\n")
 
     def before_epoch(self, epoch: int) -> None:
         """Hook before the host's epoch; does nothing here."""

@@ -97,6 +97,7 @@ def _add_method(section: str, kind: type[Method]) -> None:
     if f"DISK_{section}" not in CFG:
         guided = settings_of(Guided)
         guided[kind.weight_name] = guided.pop("method_weight")
+        guided["logit_loss"] = bool(kind.scaffolded)
         CFG[f"DISK_{section}"] = CfgNode({**{key.upper(): value for key, value in guided.items()}, **settings})
 
 

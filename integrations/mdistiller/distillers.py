@@ -97,7 +97,13 @@ class GuidedDistiller(Distiller):
     def student_outputs(self, image: Tensor) -> Outputs:
         """Run the student; return what the method reads."""
         logits, features = outputs_of(self.student, image)
-        return shown(logits, features, frozenset() if self.method is None else self.method.reads)
+        return shown(logits, features, frozenset() if self.method is None else self.method.reads, model=self.student)
+
+    def teacher_outputs(self, image: Tensor) -> Outputs:
+        """Run the teacher; return what the method reads."""
+        inputs, features = self.guide_inputs(image)
+        reads = frozenset[str]() if self.method is None else self.method.reads
+        return shown(inputs["teacher_logits"], features, reads, self._teacher_map)
 
     def terms(self, logits: Tensor, target: Tensor, inputs: Inputs, epoch: int) -> GuidedTerms:
         """Evaluate the losses of these samples, over which the hinge is, in an epoch counted from 1."""

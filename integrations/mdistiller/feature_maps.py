@@ -84,10 +84,15 @@ def student_map(features: Features) -> Tensor:
     return features["feats"][-1]
 
 
-def shown(logits: Tensor, features: Features, reads: frozenset[str], read_map: ReadMap = student_map) -> Outputs:
-    """Return a model's output as far as a method reads it."""
+def shown(
+    logits: Tensor, features: Features, reads: frozenset[str], read_map: ReadMap = student_map, model: Any = None
+) -> Outputs:
+    """Return a model's output as far as a method reads it; ``model`` for one that reads its last layer."""
     maps = {LAST_MAP: read_map(features)} if LAST_MAP in reads else {}
-    return Outputs(logits, pooled(features) if "features" in reads else None, maps)
+    head = None
+    if "head" in reads and model is not None:  # looked up per call, as a replica has its own
+        head = next((module for module in reversed(list(model.modules())) if isinstance(module, nn.Linear)), None)
+    return Outputs(logits, pooled(features) if "features" in reads else None, maps, head)
 
 
 def build_method(
@@ -98,10 +103,10 @@ def build_method(
     Raises:
         ValueError: the method reads what the host's models do not return, or cannot use the pair; the message says why.
     """
-    unknown = kind.reads - {"features", LAST_MAP}
+    unknown = kind.reads - {"features", "head", LAST_MAP}
     if unknown:
         raise ValueError(
-            f"the host's models show 'features' and the map 'last', {kind.__name__} reads {sorted(unknown)}"
+            f"the host's models show 'features', 'head' and the map 'last', {kind.__name__} reads {sorted(unknown)}"
         )
     names = f"teacher {cfg.DISTILLER.TEACHER}, student {cfg.DISTILLER.STUDENT}"
     logits, features = probe(teacher, cfg)
@@ -119,7 +124,9 @@ def build_method(
     student_logits, student_features = probe(student, cfg)
     read_map = read or student_map
     pair = Pair(
-        shown(student_logits, student_features, kind.reads), shown(logits, features, kind.reads, read_map), head
+        shown(student_logits, student_features, kind.reads, model=student),
+        shown(logits, features, kind.reads, read_map),
+        head,
     )
     try:
         return kind.for_pair(pair, **settings), read_map

@@ -41,9 +41,7 @@ class MethodDistiller(Distiller):
 
     def forward_train(self, image: Tensor, target: Tensor, **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the prediction and the losses per sample."""
-        with torch.no_grad():
-            logits, features = outputs_of(self.teacher, image)
-        teacher = shown(logits, features, self.method.reads, self.teacher_map)
+        teacher = self.teacher_outputs(image)
         prediction, losses = self.method.evaluate(self.student_outputs(image), teacher, target)
         found = {f"loss_{name}": self.loss_weight * loss for name, loss in losses.items()}
         return prediction, found | ce_loss(prediction, target, self.ce_weight)
@@ -55,7 +53,13 @@ class MethodDistiller(Distiller):
     def student_outputs(self, image: Tensor) -> Outputs:
         """Run the student; return what the method reads."""
         logits, features = outputs_of(self.student, image)
-        return shown(logits, features, self.method.reads)
+        return shown(logits, features, self.method.reads, model=self.student)
+
+    def teacher_outputs(self, image: Tensor) -> Outputs:
+        """Run the teacher; return what the method reads."""
+        with torch.no_grad():
+            logits, features = outputs_of(self.teacher, image)
+        return shown(logits, features, self.method.reads, self.teacher_map)
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the student and those that the method trains."""

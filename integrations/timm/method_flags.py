@@ -25,6 +25,8 @@ def add_methods(flag: Callable[..., None]) -> None:
             how: dict[str, Any] = {"type": type(default), "metavar": argument.upper()}
             if isinstance(default, bool):
                 how = {"action": argparse.BooleanOptionalAction}
+            elif isinstance(default, list):
+                how |= {"type": float, "nargs": "*"}
             flag(f"{name}-{argument}".replace("_", "-"), f"{name}: {explained(kind, argument)}", default, **how)
 
 

@@ -33,10 +33,12 @@ class Reader(NamedTuple):
             return Outputs(model(input))
         features = model.forward_features(input)
         logits: Any = model.forward_head(features) if self.head else None
+        head = model.get_classifier() if "head" in self.reads else None
         return Outputs(
             logits,
             model.forward_head(features, pre_logits=True) if "features" in self.reads else None,
             {} if self.layout is None else {LAST_MAP: self.layout.to_map(features)},
+            head if callable(head) else None,  # of two heads, a tuple
         )
 
 
@@ -76,9 +78,11 @@ def build_method(
         ValueError: a model that does not return what the method reads; a pair that the method cannot use.
     """
     student, teacher = unwrap_model(student), unwrap_model(teacher)
-    unknown = kind.reads - {"features", LAST_MAP}
+    unknown = kind.reads - {"features", "head", LAST_MAP}
     if unknown:
-        raise ValueError(f"timm's models show 'features' and the map 'last', the method reads {sorted(unknown)} too")
+        raise ValueError(
+            f"timm's models show 'features', 'head' and the map 'last', the method reads {sorted(unknown)} too"
+        )
     reads_map = LAST_MAP in kind.reads
     with in_mode(student, training=False), in_mode(teacher, training=False):
         reader = Reader(kind.reads, Layout.of(student, student.forward_features(image)) if reads_map else None)

@@ -13,6 +13,7 @@ from timm.utils import is_primary, unwrap_model
 
 from . import flags
 from .guided_task import GuidedTask
+from .method_stage import prepare_method
 from .normalisation import per_channel
 from .resume import resume_task
 from .task import DiSKTask
@@ -41,6 +42,7 @@ def prepare(train: Any) -> None:
 
     def one_epoch(epoch: int, model: Any, loader: Any, optimizer: Any, args: Any, **around: Any) -> dict[str, float]:
         task = around["task"]
+        _prepare_method(loader, args, **around)
         task.begin_epoch(epoch)
         _guide_passes(loader, args, **around)
         metrics = train_one_epoch(epoch, model, loader, optimizer, args, **around)
@@ -115,17 +117,11 @@ def _epochs(train: Any, args: argparse.Namespace) -> int:
     return int(epochs)
 
 
-def _guide_passes(
-    loader: Any,
-    args: argparse.Namespace,
-    *,
-    task: GuidedTask,
-    device: torch.device,
-    amp_autocast: Callable[[], Any],
-    model_dtype: torch.dtype | None,
-    mixup_fn: Any,
-    **_: Any,
-) -> None:
+def _to_device(
+    args: argparse.Namespace, *, device: torch.device, model_dtype: torch.dtype | None, mixup_fn: Any, **_: Any
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Return what the host does to a batch of its loader before the models see it."""
+
     def to_device(image: Any, target: Any) -> tuple[Any, Any]:
         if not args.prefetcher:
             image, target = image.to(device=device, dtype=model_dtype), target.to(device=device)
@@ -135,10 +131,23 @@ def _guide_passes(
             image = image.contiguous(memory_format=torch.channels_last)
         return image, target
 
+    return to_device
+
+
+def _prepare_method(loader: Any, args: argparse.Namespace, **around: Any) -> None:
+    """Run a method's stage before training, in the first epoch of a run that was not resumed."""
+    how = {"prepare": _to_device(args, **around), "autocast": around["amp_autocast"], "progress": is_primary(args)}
+    report = prepare_method(around["task"], loader, **how)
+    if report and is_primary(args):
+        _logger.info(f"DiSK: {args.disk_method} before training:\n{report}")
+
+
+def _guide_passes(loader: Any, args: argparse.Namespace, **around: Any) -> None:
+    task, mixup_fn = around["task"], around["mixup_fn"]
     if getattr(args, "mixup_off_epoch", 0) and task.schedule.epoch >= args.mixup_off_epoch:
         # as the host does at the start of the student's pass
         (loader if args.prefetcher else mixup_fn).mixup_enabled = False
-    passes = task.run_guide_passes(loader, prepare=to_device, autocast=amp_autocast)
+    passes = task.run_guide_passes(loader, prepare=_to_device(args, **around), autocast=around["amp_autocast"])
     if passes and is_primary(args):
         _logger.info(f"DiSK: {task.schedule.epoch} {passes} guide passes")
 

@@ -72,9 +72,9 @@ class InformationBottleneck(nn.Module):
         self.warned = True
         std = features.var(0).mean().sqrt().item()
         if std * self.gain < _LEAST_STD:
-            advice = f"give gain={0.5 / std:.2g}" if std > 0 else "a constant carries nothing"
+            advice = f"unless training widens them, give gain={0.5 / std:.2g}" if std > 0 else "they carry nothing"
             warnings.warn(
                 f"the bottleneck's noise drowns the student's features: their standard deviation is {std:.2g} in this "
-                f"batch, the noise's {_NOISE_STD / self.gain:.2g}: {advice}",
+                f"batch, the noise's {_NOISE_STD / self.gain:.2g}; {advice}",
                 stacklevel=3,
             )

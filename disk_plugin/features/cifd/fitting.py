@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ... import _checks
-from ...distributed import average_gradients, mean_over_processes
+from ..._collectives import average_gradients, mean_over_processes
 from .distances import DISTORTIONS, REDUCTIONS
 from .embeddings import CachedEmbeddings, Embeddings, Rows, progress_bar, to_embeddings
 from .modules import RateDistortionModule
