@@ -583,7 +583,9 @@ def test_what_a_host_did_not_give_is_named():
 def test_features_that_the_noise_drowns_are_told_once_with_a_gain():
     features = 0.01 * torch.rand(50, 3)
     bottleneck = InformationBottleneck(3)
-    with pytest.warns(UserWarning, match=r"standard deviation is 0.00\d+ in this batch, the noise's 0.29; unless .* give gain="):
+    with pytest.warns(
+        UserWarning, match=r"standard deviation is 0.00\d+ in this batch, the noise's 0.29; unless .* give gain="
+    ):
         bottleneck(features)
     bottleneck(features)
     gain = 0.5 / features.var(0).mean().sqrt().item()

@@ -240,6 +240,26 @@ def test_simkd_trains_and_saves_what_predicts(script, folder):
     assert {key.split(".")[0] for key in keys} == {"student", "simkd"}
 
 
+def test_cifd_fits_its_modules_before_the_first_epoch_and_not_again_when_resumed(script, folder):
+    words = ["--disk-method", "cifd", "--disk-cifd-rdm-epochs", 2, "--disk-cifd-distortion-weights", 1e3, 1e2]
+    words += ["--model-ema", *(["--amp", "--amp-dtype", "bfloat16"] if script == REAL else [])]
+    output = launch(script, folder, "--experiment", "cifd", *words)
+    assert output.count("DiSK: cifd before training:") == 1
+    assert re.search(r"\| 100 \| \d+\.\d \|", output)
+    saved = checkpoint(folder, "cifd")
+    student = create_model("test_vit", num_classes=CLASSES, img_size=32)
+    assert set(saved["state_dict"]) == set(saved["state_dict_ema"]) == set(student.state_dict())
+    modules = saved["task_state"]["method"]["embeddings.rdms.encoder.0.weight"]
+    output = launch(
+        script, folder, "--experiment", "cifd2", *words, "--epochs", 4,
+        "--resume", folder / "out" / "cifd" / "last.pth.tar",
+    )  # fmt: skip
+    assert "before training" not in output
+    resumed = checkpoint(folder, "cifd2")["task_state"]["method"]
+    assert torch.equal(resumed["embeddings.rdms.encoder.0.weight"], modules)
+    assert resumed["dropout.step"] == 2 * saved["task_state"]["method"]["dropout.step"]
+
+
 def test_a_method_of_the_users_own_trains_and_leaves_the_student_bare(script, folder):
     page = (Path(__file__).parents[1] / "docs" / "write_a_method.md").read_text()
     (source,) = re.findall(r"```python\n# my_methods\.py\n(.*?)```", page, re.DOTALL)

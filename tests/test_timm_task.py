@@ -20,6 +20,7 @@ from timm.utils import CheckpointSaver, dispatch_clip_grad  # noqa: E402
 from disk_plugin import functional, presets  # noqa: E402
 from disk_plugin.features import DKD, Method, Outputs  # noqa: E402
 from disk_plugin.integrations.timm import DiSKSimKDTask, DiSKTask, SimKDModel  # noqa: E402
+from disk_plugin.integrations.timm.method_stage import prepare_method  # noqa: E402
 
 # a handful of steps at the smallest multiplier let momentum carry g near 1 on a few random images: no matter here
 pytestmark = pytest.mark.filterwarnings("ignore:the guide is dead")
@@ -420,8 +421,10 @@ def test_clipping_covers_the_guide_and_the_guide_cannot_starve_the_student(scale
 def epoch_of(task, optimizer, epoch, ema=False):
     task.begin_epoch(epoch)
     loader = [batch(seed=10 * epoch + index) for index in range(3)]
+    prepare_method(task, loader, progress=False)
     task.run_guide_passes(loader)
     task.get_trainable_module().train()
+    torch.manual_seed(epoch)  # CIFD's noise is drawn from the host's generator, as dropout is
     for index, (image, target) in enumerate(loader):
         optimizer.zero_grad()
         task(image, target)["loss"].backward()
@@ -441,11 +444,12 @@ def epoch_of(task, optimizer, epoch, ema=False):
         (DiSKSimKDTask, {}),
         *[
             (DiSKTask, {**how, **method, "weight": "one_minus_discount"})
-            for method in ({"method": "simkd"}, {"method": "dkd"}, {"method": Hints})
+            for method in ({"method": "simkd"}, {"method": "dkd"}, {"method": "cifd"}, {"method": Hints})
             for how in MODES
         ],
     ],
 )
+@pytest.mark.filterwarnings("ignore:the module with R|the bottleneck.s noise")  # of CIFD, on a few images
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(kind, settings, tmp_path):
     def fresh():
         task = make(kind, "test_efficientnet", **settings)
