@@ -1,7 +1,10 @@
 """CIFD: against an oracle written apart, its channels, both stages, KD dropout, the guide's weights, bad input."""
 
 import copy
+import inspect
+import re
 import warnings
+from pathlib import Path
 
 import cifd_oracle as oracle
 import numpy as np
@@ -12,7 +15,14 @@ from torch import nn
 from disk_plugin import DiSKLoss, GuideHead
 from disk_plugin.cache import SeededViews, TeacherCache
 from disk_plugin.features import CIFD, Guided, Outputs, Pair
-from disk_plugin.features.cifd import Embeddings, InformationBottleneck, RateDistortionModule, fit_rdms
+from disk_plugin.features.cifd import (
+    ContrastiveCIFD,
+    Embeddings,
+    InformationBottleneck,
+    RateDistortionModule,
+    fit_rdms,
+    presets,
+)
 from disk_plugin.features.cifd.density import FactorizedDensity
 from disk_plugin.features.cifd.dropout import SourceDropout
 from disk_plugin.features.cifd.embedding_loss import EmbeddingLoss
@@ -598,3 +608,55 @@ def test_unfitted_modules_are_allowed_where_asked():
     cifd = CIFD(S, T, C, allow_unfitted=True)
     assert cifd.prepared
     assert cifd(student, teacher, target)["kl_rdms"].isfinite().all()
+
+
+# ---- pairs of embeddings, published settings -------------------------------------------------------------------------
+
+
+def clip_pair(**settings):
+    torch.manual_seed(0)
+    image = EmbeddingLoss(6, T, fitted(classes=0, nonnegative=False), distortion="mse")
+    text = EmbeddingLoss(T, T, fitted(classes=0, nonnegative=False), distortion="mse")
+    return ContrastiveCIFD(image, text, **settings).double()
+
+
+def test_pairs_of_embeddings_follow_the_paper():
+    both = clip_pair(contrastive_weight=0.3).eval()
+    image, text = torch.randn(N, 6).double(), torch.randn(N, T).double()
+    teachers = torch.randn(2, N, T).double()
+    losses = both(image, text, *teachers, logit_scale=7.0)
+    u, v = (nn.functional.normalize(each, dim=1) for each in (both.image.projector(image), text))
+    expected = []
+    for i in range(N):
+        row = torch.stack([7 * (u[i] * v[j]).sum() for j in range(N)])
+        column = torch.stack([7 * (u[j] * v[i]).sum() for j in range(N)])
+        expected.append(-(row.log_softmax(0)[i] + column.log_softmax(0)[i]) / 2)
+    torch.testing.assert_close(losses["contrastive"], 0.3 * torch.stack(expected))
+    own = both.text(text, teachers[1])
+    torch.testing.assert_close(losses["text"], own.embedding)
+    torch.testing.assert_close(losses["rate"], own.rate + both.image(image, teachers[0]).rate)
+    clip_pair()(image, text, *teachers)["image"].sum().backward()
+    with pytest.raises(ValueError, match="must be pairs, got 6 and 5"):
+        both(image, text[:5], *teachers)
+    with pytest.raises(TypeError, match="text must be an EmbeddingLoss, got Linear"):
+        ContrastiveCIFD(both.image, nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["CIFAR100", "IMAGENET_RESNET34_RESNET18", "IMAGENET_RESNET50_MOBILENETV1", "CLIP"])
+def test_published_settings_are_those_of_the_constructors(name):
+    preset = getattr(presets, name)
+    inspect.signature(fit_rdms).bind("source", **preset["fit"])
+    if name == "CLIP":
+        clip_pair(**preset["contrastive"])
+        EmbeddingLoss(4, 6, **preset["method"])
+    else:
+        CIFD(16, 32, distortion_weights=(), **preset["method"])
+    assert preset["recipe"]
+
+
+def test_every_published_setting_says_whose_it_is():
+    source = Path(presets.__file__).read_text()
+    lines = [line for line in source.splitlines() if "_IMAGENET_METHOD," not in line]
+    values = [line for line in lines if re.match(r' +"\w+": [^{]+,', line) or "**_IMAGENET" in line]
+    assert len(values) > 50
+    assert all(re.search(r"# (paper|ours)", line) for line in values), values

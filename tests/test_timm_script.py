@@ -330,7 +330,7 @@ def test_a_local_teacher_and_a_yaml_file_work_and_a_checkpoint_without_a_guide_n
         (["--disk-teacher-checkpoint", "{folder}/typo.yaml"], "typo.yaml, which cannot be loaded: "),
         (["--resume", "nowhere.pth"], "error: [Errno 2] No such file or directory: 'nowhere.pth'"),
         (["--resume", "{folder}/teacher5.pth"], "error: "),
-        (["-c", "{folder}/nowhere.yaml"], "nowhere.yaml; shipped are configs/imagenet/r50_r18.yaml"),
+        (["-c", "{folder}/nowhere.yaml"], "nowhere.yaml; shipped are configs/imagenet/cifd_r34_r18.yaml"),
         (["-c", "{folder}/type.yaml"], "error: disk_guide_hidden_dims must be a list, got int 64"),
         (["--disk-guide-lr", 0.7], "error: disk_guide_lr 0.7 changes nothing without --disk-mode alternating"),
         (
@@ -397,7 +397,7 @@ def test_help_needs_no_script_and_names_every_argument(script, folder):
             assert flag in text
 
 
-@pytest.mark.parametrize("name", ["r50_r18", "vitl_vitti", "vitl_deitti"])
+@pytest.mark.parametrize("name", ["r50_r18", "vitl_vitti", "vitl_deitti", "cifd_r34_r18", "cifd_r50_mobilenetv1"])
 def test_a_shipped_preset_holds_settings_that_exist(name, folder):
     from disk_plugin.integrations.timm import flags
 
@@ -410,7 +410,7 @@ def test_a_shipped_preset_holds_settings_that_exist(name, folder):
 
 
 @needs_real
-@pytest.mark.parametrize("name", ["r50_r18", "vitl_vitti", "vitl_deitti"])
+@pytest.mark.parametrize("name", ["r50_r18", "vitl_vitti", "vitl_deitti", "cifd_r34_r18", "cifd_r50_mobilenetv1"])
 def test_the_real_script_knows_every_setting_of_a_shipped_preset(name, folder):
     import ast
 
