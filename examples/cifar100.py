@@ -33,6 +33,7 @@ from small_images.report import (
     table,
     write,
     write_curves,
+    write_modules,
 )
 from small_images.resnet import SHAPES
 from small_images.screening import regimes, repeated
@@ -134,6 +135,7 @@ def main() -> None:
         cifd = experiment.search_cifd(args.only if args.search_cifd else None)
         if cifd is not None:
             write(cifd, f"{search_table(cifd)}\n\n{cifd['modules_table']}", args.out / f"{pair}_cifd_search.json")
+            write_modules(cifd["modules"], args.out / f"{pair}_cifd_modules.png")
         if args.search_cifd:
             return
         search["chosen"] |= cifd["chosen"]

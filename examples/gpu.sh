@@ -69,6 +69,7 @@ part() { # name, seconds at most, command: runs it, says how it went and goes on
 reserve=0
 [ -f "$out/loss.json" ] || reserve=60
 [ -f "$out/step.json" ] || reserve=$((reserve + 40))
+[ -f "$out/cifd.json" ] || reserve=$((reserve + 40))
 protocol() { # flags: it stops by itself, 10 s before it would be stopped
   local seconds=$(($(left) - reserve))
   part protocol "$seconds" "$python" -m gpu_lane.protocol --device "$device" --out "$out" --seconds $((seconds - 10)) \
@@ -77,7 +78,7 @@ protocol() { # flags: it stops by itself, 10 s before it would be stopped
 protocol || { [ "$(left)" -le $((reserve + 60)) ] || { echo "once more, without CUDA graphs"; protocol --eager; }; }
 
 # 3. fast? Ratios alone carry over to other machines
-for name in loss step; do
+for name in loss step cifd; do
   [ -f "$out/$name.json" ] ||
     part "benchmark-$name" 120 "$python" "benchmarks/$name.py" --device "$device" --out "$out" ${dry:+"$dry"}
 done

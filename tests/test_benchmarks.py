@@ -117,7 +117,7 @@ def test_networks_have_the_size_of_their_namesakes(name, parameters):
     assert sum(each.numel() for each in cifar_resnets.CifarResNet(name).parameters()) == parameters
 
 
-@pytest.mark.parametrize("name", [*TABLES, "loss_gpu", "step_gpu", "host_steps"])
+@pytest.mark.parametrize("name", [*TABLES, "loss_gpu", "step_gpu", "host_steps", "cifd"])
 def test_readme_shows_the_figures_that_are_kept(name):
     if name == "timm_step":
         pytest.importorskip("timm")

@@ -111,6 +111,7 @@ def add_models(names, page):
 
 @pytest.mark.filterwarnings("ignore:the guide is dead:UserWarning")
 @pytest.mark.filterwarnings("ignore:step.. was called:UserWarning")
+@pytest.mark.filterwarnings("ignore:the module with R|the bottleneck.s noise:UserWarning")
 @pytest.mark.filterwarnings("ignore:the teacher is right on:UserWarning")
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # Lightning's own
 @pytest.mark.filterwarnings(

@@ -170,6 +170,21 @@ def seconds_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_modules(modules: dict[str, Any], path: Path) -> None:
+    """Write rate against distortion of CIFD's modules, with each one's accuracy, as PNG."""
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(modules["rate"], modules["distortion"], "o-")
+    rows = zip(modules["distortion_weights"], modules["rate"], modules["distortion"], modules["accuracy"], strict=True)
+    for weight, rate, distortion, accuracy in rows:
+        axes.annotate(f"  R = {weight:g}: {accuracy:.1f} %", (rate, distortion))
+    title = f"held-out accuracy of each module; of the teacher {modules['teacher_accuracy']:.1f} %"
+    axes.set(xlabel="rate, nats per image", ylabel="distortion (mean smooth L1)")
+    axes.set(xlim=(0, 1.4 * max(modules["rate"])), ylim=(0, 1.15 * max(modules["distortion"])))
+    axes.set_title(title, fontsize="medium")
+    figure.savefig(path, dpi=110)
+
+
 def write(results: dict[str, Any], shown: str, path: Path) -> None:
     """Print results as a table and store them."""
     print(shown)

@@ -63,9 +63,7 @@ _CIFD: list[Settings] = [
     {"embedding_weight": 10.0, "ce_weight": 0.1},
 ]
 # second round, as the first was best at its edge, with the smallest weight: guided (8 trials) and alone (4 more)
-_LIGHT: list[Settings] = [
-    {"embedding_weight": weight, "gain": gain} for weight in (1.0, 0.1) for gain in (1.0, 4.0)
-]
+_LIGHT: list[Settings] = [{"embedding_weight": weight, "gain": gain} for weight in (1.0, 0.1) for gain in (1.0, 4.0)]
 CIFD_TRIALS: dict[str, tuple[str, Settings]] = {
     **{f"cifd {i}": ("cifd", settings) for i, settings in enumerate(_CIFD)},
     **{
