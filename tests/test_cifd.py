@@ -10,6 +10,7 @@ import cifd_oracle as oracle
 import numpy as np
 import pytest
 import torch
+from processes import leave_group
 from torch import nn
 
 from disk_plugin import DiSKLoss, GuideHead
@@ -660,3 +661,32 @@ def test_every_published_setting_says_whose_it_is():
     values = [line for line in lines if re.match(r' +"\w+": [^{]+,', line) or "**_IMAGENET" in line]
     assert len(values) > 50
     assert all(re.search(r"# (paper|ours)", line) for line in values), values
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def fit_one_part(rank, folder):
+    """Fit in one of two processes, each with other samples, and other values at first."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    whole = relu_features(600).rows
+    part = Embeddings(*(value[rank : 600 - 20 * rank : 2] for value in whole))  # one has fewer than the other
+    torch.manual_seed(rank)
+    modules = RateDistortionModule(16, 4, distortion_weights=(2000.0, 20.0))
+    fit_rdms(part, modules=modules, shared=True, reduction="mean", **FAST | {"epochs": 10})
+    dropout = SourceDropout(3, 0.5, seed=4)
+    torch.save({"state": modules.state_dict(), "masks": [dropout() for _ in range(9)]}, f"{folder}/{rank}")
+    leave_group()
+
+
+def test_two_processes_fit_the_same_modules_each_on_its_part(tmp_path):
+    torch.multiprocessing.spawn(fit_one_part, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2))
+    for name, value in first["state"].items():
+        same = torch.equal(value, second["state"][name]) if isinstance(value, torch.Tensor) else True
+        assert same, name
+    report = first["state"]["_extra_state"]["report"]
+    assert report == second["state"]["_extra_state"]["report"]
+    assert report["rate"][0] > report["rate"][1]
+    assert all(torch.equal(*pair) for pair in zip(first["masks"], second["masks"], strict=True))
