@@ -180,7 +180,7 @@ def write_modules(modules: dict[str, Any], path: Path) -> None:
         axes.annotate(f"  R = {weight:g}: {accuracy:.1f} %", (rate, distortion))
     title = f"held-out accuracy of each module; of the teacher {modules['teacher_accuracy']:.1f} %"
     axes.set(xlabel="rate, nats per image", ylabel="distortion (mean smooth L1)")
-    axes.set(xlim=(0, 1.4 * max(modules["rate"])), ylim=(0, 1.15 * max(modules["distortion"])))
+    axes.set(xlim=(0, 1.6 * max(modules["rate"])), ylim=(0, 1.15 * max(modules["distortion"])))
     axes.set_title(title, fontsize="medium")
     figure.savefig(path, dpi=110)
 

@@ -53,10 +53,10 @@ _DISK: dict[str, Settings] = {
     "tight": {key: presets.CIFAR100_SEARCHED[key] for key in ("guide", "loss", "dual")},  # DiSK's best
 }
 _CIFD: list[Settings] = [
-    {},  # the paper's weights
+    {"embedding_weight": 100.0},  # the paper's weights
     {"embedding_weight": 10.0},
     {"embedding_weight": 1.0},
-    {"rate_weight": 0.0005},
+    {"embedding_weight": 100.0, "rate_weight": 0.0005},
     {"embedding_weight": 10.0, "rate_weight": 0.0005},
     {"embedding_weight": 10.0, "gain": 3.0},
     {"embedding_weight": 10.0, "temperature": 4.0},

@@ -47,7 +47,7 @@ class EmbeddingLoss(nn.Module):
         teacher_dim: width of the teacher's.
         rdms: fitted rate-distortion modules; None for the teacher alone.
         rdm_weights: lambda_n of each module, or one number for all.
-        embedding_weight: w_e, >= 0.
+        embedding_weight: w_e, >= 0; the paper's is 100.
         distortion: d: ``"mse"`` or ``"smooth_l1"``, its mean over the width.
         rate_weight: lambda_I, >= 0.
         gain: see ``InformationBottleneck``.
@@ -66,7 +66,7 @@ class EmbeddingLoss(nn.Module):
         rdms: RateDistortionModule | None = None,
         *,
         rdm_weights: float | Sequence[float] = 1.0,
-        embedding_weight: float = 100.0,
+        embedding_weight: float = 1.0,
         distortion: str = "smooth_l1",
         rate_weight: float = 0.005,
         gain: float = 1.0,

@@ -43,7 +43,7 @@ class CIFD(Method):
         ce_weight: lambda_CE, >= 0.
         kl_weight: lambda_KL, >= 0.
         temperature: tau, > 0.
-        embedding_weight: w_e, weight of the distances between embeddings, >= 0.
+        embedding_weight: w_e, weight of the distances between embeddings, >= 0; the paper's is 100.
         distortion: distance between embeddings, "mse" or "smooth_l1", of modules and student.
         rate_weight: lambda_I, weight of the rate of the student's features, >= 0.
         rdm_weights: lambda_n of each module, or one for all, >= 0.
@@ -92,7 +92,7 @@ class CIFD(Method):
         ce_weight: float = 1.0,
         kl_weight: float = 1.0,
         temperature: float = 2.0,
-        embedding_weight: float = 100.0,
+        embedding_weight: float = 1.0,
         distortion: str = "smooth_l1",
         rate_weight: float = 0.005,
         rdm_weights: Sequence[float] = (1.0,),
