@@ -155,7 +155,7 @@ class PlainLoss(Method):
 def check_head(outputs: Outputs) -> None:
     """Raise ValueError unless ``outputs.head`` makes the logits from the features."""
     if outputs.features is None or outputs.head is None:
-        raise ValueError("the model shows no last Linear layer with its input, which the method needs")
+        raise ValueError("the model shows no single last layer with its input, which the method needs")
     found, logits = outputs.head(outputs.features), outputs.logits
     if found.shape != logits.shape or not (found - logits).norm() <= _RELATIVE_TOLERANCE * logits.norm():
         raise ValueError("the model's last Linear layer does not make its logits from the features")

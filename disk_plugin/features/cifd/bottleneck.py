@@ -45,7 +45,7 @@ class InformationBottleneck(nn.Module):
         _checks.number("gain", gain, above=0)
         self.dim, self.gain = int(dim), float(gain)
         self.density = FactorizedDensity(dim)
-        self.warned = False
+        self.warned: list[bool] = []  # a list, which replicas share
 
     def forward(self, features: Tensor) -> Tensor:
         """Return noisy features in training mode, else the same object."""
@@ -69,7 +69,7 @@ class InformationBottleneck(nn.Module):
     def _warn_of_spread(self, features: Tensor) -> None:
         if len(features) < 2 or features.is_meta or (features.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        self.warned = True
+        self.warned.append(True)
         std = features.var(0).mean().sqrt().item()
         if std * self.gain < _LEAST_STD:
             advice = f"unless training widens them, give gain={0.5 / std:.2g}" if std > 0 else "they carry nothing"

@@ -1,12 +1,8 @@
 """The distances of CIFD, per sample: distortion of embeddings and divergence of class distributions."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Distortion = Literal["mse", "smooth_l1"]
-Reduction = Literal["mean", "sum"]
 DISTORTIONS: tuple[str, ...] = ("mse", "smooth_l1")
 REDUCTIONS: tuple[str, ...] = ("mean", "sum")
 

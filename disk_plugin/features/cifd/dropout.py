@@ -50,4 +50,4 @@ def _uniform(counter: Tensor, seed: int) -> Tensor:
         state = (word * 747796405 + 2891336453) & 0xFFFFFFFF
         word = (((state >> ((state >> 28) + 4)) ^ state) * 277803737) & 0xFFFFFFFF
         word = (word >> 22) ^ word
-    return word.double() / 2**32
+    return (word >> 8).float() / 2**24  # exact in float32

@@ -78,6 +78,8 @@ class EmbeddingLoss(nn.Module):
         for name, value in {"embedding_weight": embedding_weight, "rate_weight": rate_weight}.items():
             _checks.number(name, value, at_least=0)
         _checks.choice("distortion", distortion, DISTORTIONS)
+        if rdms is not None and not isinstance(rdms, RateDistortionModule):
+            raise TypeError(f"rdms must be a RateDistortionModule, got {type(rdms).__name__}")
         if rdms is not None and rdms.dim != teacher_dim:
             raise ValueError(f"rdms must be for the teacher's width {teacher_dim}, got some for {rdms.dim}")
         if student_dim != teacher_dim and not projector:
@@ -88,12 +90,9 @@ class EmbeddingLoss(nn.Module):
         self.bottleneck = InformationBottleneck(student_dim, gain=gain)
         self.projector = nn.Identity() if student_dim == teacher_dim else nn.Linear(student_dim, teacher_dim)
         self.rdms = None if rdms is None else rdms.requires_grad_(False).eval()
-        weights = _per_module(rdm_weights, 0 if rdms is None else len(rdms))
-        self.register_buffer("rdm_weights", torch.tensor(weights, dtype=torch.float64), persistent=False)
+        self.rdm_weights = _per_module(rdm_weights, 0 if rdms is None else len(rdms))
         self.embedding_weight, self.rate_weight = float(embedding_weight), float(rate_weight)
         self.distortion, self.allow_unfitted = distortion, bool(allow_unfitted)
-
-    rdm_weights: Tensor
 
     @property
     def sources(self) -> int:
@@ -106,7 +105,7 @@ class EmbeddingLoss(nn.Module):
         with without_autocast(noisy):
             noisy, wanted = promote(noisy, teacher_features.detach())
             projected = self._projected(noisy)
-            weights = torch.cat([self.rdm_weights.new_ones(1), self.rdm_weights]).to(noisy.dtype)
+            weights = noisy.new_tensor([1.0, *self.rdm_weights])
             if keep is not None:
                 weights = weights * keep.to(noisy.dtype)
             # a row that is not finite has loss NaN but no gradient: 0 times NaN would be NaN

@@ -40,7 +40,12 @@ class Embeddings:
                 raise ValueError(f"{name} must have a row for each of the {len(features)} embeddings, got {len(value)}")
         if (logits is None) != (target is None):
             raise ValueError("logits and target go together, got one of them")
-        check_finite(features)
+        features = upcast(features)
+        check_finite("embeddings", features)
+        if logits is not None and target is not None:
+            logits = upcast(logits)
+            check_finite("logits", logits)
+            check_target(target, logits.shape[1])
         self.rows = Rows(features, logits, target)
 
     def __len__(self) -> int:
@@ -64,6 +69,7 @@ class CachedEmbeddings:
         if target is None or len(target) != cache.samples:
             found = "none" if target is None else len(target)
             raise ValueError(f"targets must have one for each of the cache's {cache.samples} samples, got {found}")
+        check_target(target, cache.num_classes)
         self.cache, self.target = cache, target
 
     def __len__(self) -> int:
@@ -73,19 +79,38 @@ class CachedEmbeddings:
         """Return the rows of some samples in the epoch's view."""
         logits, features = self.cache(index, epoch % self.cache.views)
         assert features is not None  # checked on construction
-        check_finite(features)
+        check_finite("embeddings", features)
         return Rows(features, logits, self.target[index])
 
 
-def check_finite(features: Tensor) -> None:
-    """Raise ValueError for embeddings with NaN or infinity."""
-    bad = ~features.isfinite().all(1)
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise ValueError for rows with NaN or infinity."""
+    bad = ~values.isfinite().all(1)
     if bad.any():
         shown = bad.nonzero().flatten()[:5].tolist()
         raise ValueError(
-            f"embeddings must be finite, got NaN or infinity in {int(bad.sum())} of {len(features)} rows, such as "
-            f"{shown}"
+            f"{name} must be finite, got NaN or infinity in {int(bad.sum())} of {len(values)} rows, such as {shown}"
         )
+
+
+def check_target(target: Tensor, classes: int) -> None:
+    """Raise for targets that are neither class indices from 0 to C - 1 nor probabilities."""
+    if target.is_floating_point():
+        if tuple(target.shape[1:]) != (classes,):
+            raise ValueError(f"probabilities must have shape (N, {classes}), got {tuple(target.shape)}")
+        return
+    if target.dtype != torch.int64:
+        raise TypeError(f"class indices must be int64, got {target.dtype}")
+    low, high = int(target.min()), int(target.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"class indices must be in 0 to {classes - 1}, got {low} to {high}: leave samples without a label out"
+        )
+
+
+def upcast(value: Tensor) -> Tensor:
+    """Upcast half precision, in which the modules would be trained else."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def to_embeddings(source: Any, teacher: nn.Module | None, targets: Tensor | None) -> Embeddings | CachedEmbeddings:
@@ -107,14 +132,23 @@ def to_embeddings(source: Any, teacher: nn.Module | None, targets: Tensor | None
 
 def collected(batches: Iterable[tuple[Tensor, Tensor | None, Tensor | None]]) -> Embeddings:
     """Gather batches (features, logits, target) on the CPU, in float32 at least."""
-    parts = [[_on_cpu(value) for value in batch] for batch in batches]
-    if not parts:
+    columns: list[list[Tensor | None]] = [[], [], []]
+    for batch in batches:
+        for column, value in zip(columns, batch, strict=True):
+            column.append(_on_cpu(value))
+    if not columns[0]:
         raise ValueError("the loader must yield batches, got none")
-    features, logits, target = (
-        None if any(value is None for value in column) else torch.cat(column) for column in zip(*parts, strict=True)
-    )
+    features, logits, target = (_joined(column) for column in columns)
     assert features is not None
     return Embeddings(features, logits, target)
+
+
+def _joined(column: list[Tensor | None]) -> Tensor | None:
+    """Concatenate batches, and let go of them, as they are the size of the data."""
+    given = [value for value in column if value is not None]
+    joined = torch.cat(given) if len(given) == len(column) else None
+    column.clear()
+    return joined
 
 
 @torch.no_grad()
@@ -151,5 +185,4 @@ class _Silent:
 def _on_cpu(value: Tensor | None) -> Tensor | None:
     if value is None:
         return None
-    value = value.detach().cpu()
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    return upcast(value.detach().cpu())

@@ -49,7 +49,7 @@ def fit_rdms(
 
     Args:
         source: a ``TeacherCache`` with features, an iterable of (x, target), or ``Embeddings``.
-        teacher: of an iterable: the model whose last Linear's input are the embeddings; it is not changed.
+        teacher: of an iterable: the model whose last Linear's input are the embeddings, or ``with_features`` of it.
         targets: of a cache: class indices of its samples, (N,).
         modules: trained further instead of new ones; with it ``distortion_weights``, ``hidden_dim`` and ``nonnegative``
             are ignored.
@@ -63,11 +63,11 @@ def fit_rdms(
         epochs: passes over the embeddings.
         lr: Adam's, of the networks; the densities learn 5 times as fast.
         batch_size: samples per step.
-        held_out: share of the samples on which the report is measured, in (0, 1).
+        held_out: share of the samples on which the report is measured, in (0, 0.5].
         hidden_dim: see ``RateDistortionModule``.
         nonnegative: see ``RateDistortionModule``; None to look at the embeddings.
         seed: of initial values, order and noise.
-        device: to train on; None for the CPU.
+        device: to train on; None for the CPU, or where ``modules`` are.
         shared: average the gradients of all processes, each with a part of the samples; then every one must call it.
         progress: show a bar if tqdm is installed.
 
@@ -76,7 +76,8 @@ def fit_rdms(
         distortion and the accuracy (percent) of each, and the teacher's, on the held-out samples.
 
     Raises:
-        ValueError: values out of range; embeddings that are not finite; a cache without features.
+        ValueError: values out of range; embeddings that are not finite; a cache without features; modules for another
+            width or number of classes, or that diverged.
         TypeError: a source of another kind, or an iterable without ``teacher``.
 
     Warns:
@@ -93,29 +94,38 @@ def fit_rdms(
     _checks.choice("reduction", reduction, REDUCTIONS)
     for name, value in {"ce_weight": ce_weight, "kl_weight": kl_weight}.items():
         _checks.number(name, value, at_least=0)
-    for name, value in {"temperature": temperature, "lr": lr, "held_out": held_out}.items():
+    for name, value in {"temperature": temperature, "lr": lr}.items():
         _checks.number(name, value, above=0)
+    _checks.number("held_out", held_out, above=0, at_most=0.5)
     for name, count in {"epochs": epochs, "batch_size": batch_size}.items():
         _checks.integer(name, count, at_least=1)
-    embeddings = to_embeddings(source, teacher, targets)
+    given, embeddings = modules, to_embeddings(source, teacher, targets)
     probe = embeddings.read(torch.arange(min(len(embeddings), batch_size)), 0)
     dim, classes = probe.features.shape[1], 0 if probe.logits is None else probe.logits.shape[1]
-    cuda = {each.index or 0 for each in [torch.device(device or "cpu")] if each.type == "cuda"}
-    with torch.random.fork_rng(devices=cuda):
+    # manual_seed seeds every GPU
+    gpus = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(seed)
         if modules is None:
             relu = bool((probe.features >= 0).all()) if nonnegative is None else nonnegative
             shape: dict[str, Any] = {"hidden_dim": hidden_dim, "nonnegative": relu}
             modules = RateDistortionModule(dim, classes, distortion_weights=distortion_weights, **shape)
-        if modules.dim != dim:
-            raise ValueError(f"the modules are for embeddings of width {modules.dim}, got {dim}")
+        if (modules.dim, modules.num_classes) != (dim, classes):
+            raise ValueError(
+                f"the modules are for embeddings of width {modules.dim} and {modules.num_classes} classes, got width "
+                f"{dim} and {classes} classes"
+            )
+        dtype = next(modules.parameters()).dtype  # of a host's models, maybe half precision
         modules.to(device=device, dtype=probe.features.dtype).requires_grad_(True)
         weights = {"ce_weight": ce_weight, "kl_weight": kl_weight, "temperature": temperature}
         settings: dict[str, Any] = {"kind": distortion, "reduction": reduction, **weights}
         fit = _Fit(modules, embeddings, settings, held_out, seed, shared)
         fit.train(epochs, lr, batch_size, progress)
         modules.requires_grad_(False).eval()
-        modules.report = fit.measured(batch_size, reduction)
+        report = fit.measured(batch_size, reduction)
+        if given is not None:
+            modules.to(dtype)
+        modules.report = report
     return modules
 
 
@@ -189,6 +199,12 @@ class _Fit:
                 label = rows.target if rows.target.ndim == 1 else rows.target.argmax(1)
                 found[-1] += [logits.argmax(2) == label, (rows.logits.argmax(1) == label).unsqueeze(0)]
         rate, distance, *right = (torch.cat(column, 1) for column in zip(*found, strict=True))
+        weights, finite = self.modules.distortion_weights, (rate + distance).isfinite().all(1).tolist()
+        if not all(finite):
+            raise ValueError(
+                f"modules diverged, R = {[each for each, fine in zip(weights, finite, strict=True) if not fine]}: rate "
+                f"or distortion is not finite. Give a smaller lr, or the reduction of these R, got {reduction!r}"
+            )
         if right:
             self._warn_if_accuracy_falls(right[0], reduction)
         own, teachers = [100 * self._mean(each) for each in right] if right else (None, None)
@@ -216,7 +232,7 @@ class _Fit:
                     f"the module with R = {weights[high]:g} is less accurate than that with R = {weights[low]:g}, "
                     f"{accuracies[1]:.1f} to {accuracies[0]:.1f} %, and should be more: is reduction={reduction!r} the "
                     f"one that these R are for? Those of the paper near 1 are for 'sum', those from 1e3 on for 'mean'",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
 
     def _rows(self, index: Tensor, epoch: int) -> Rows:

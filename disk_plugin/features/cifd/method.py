@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from ... import _checks
 from ...functional._positions import promote, without_ignored
 from ..method import Method, Outputs, Pair, check_head
-from .distances import divergence
+from .distances import REDUCTIONS, divergence
 from .dropout import SourceDropout
 from .embedding_loss import EmbeddingLoss
 from .embeddings import collected
@@ -40,14 +40,15 @@ class CIFD(Method):
         teacher_dim: width of the teacher's.
         num_classes: C, for new modules.
         rdms: fitted modules; None for new ones, one per ``distortion_weights``.
-        ce_weight: lambda_CE, >= 0.
+        ce_weight: lambda_CE, >= 0; without effect where DiSK's own loss takes its place.
         kl_weight: lambda_KL, >= 0.
         temperature: tau, > 0.
         embedding_weight: w_e, weight of the distances between embeddings, >= 0; the paper's is 100.
         distortion: distance between embeddings, "mse" or "smooth_l1", of modules and student.
         rate_weight: lambda_I, weight of the rate of the student's features, >= 0.
         rdm_weights: lambda_n of each module, or one for all, >= 0.
-        dropout: probability of leaving out a teacher, or module, in a batch (KD dropout).
+        dropout: probability of leaving out a teacher, or module, in a batch (KD dropout). DiSK's loss on the logits,
+            which takes the place of ``kl`` where this is guided, is never left out.
         gain: the bottleneck's noise has width 1 / gain, in units of the student's features.
         projector: a Linear layer from the student's features to the teacher's width, where they differ.
         distortion_weights: R of each new module: the weight of the distortion against the rate. None at all for no
@@ -63,8 +64,8 @@ class CIFD(Method):
         ``kl``, ``kl_rdms``, ``embedding`` and ``rate``, (N,), weighted, 0 for class indices outside 0 to C - 1.
 
     Raises:
-        ValueError: values out of range; other widths; in training mode, modules that were not fitted, or a student
-            without ``Outputs.head``.
+        ValueError: values out of range; other widths or classes; modules that were not fitted; in training mode, a
+            student without ``Outputs.head``.
         TypeError: values of another type.
 
     Examples:
@@ -95,7 +96,7 @@ class CIFD(Method):
         embedding_weight: float = 1.0,
         distortion: str = "smooth_l1",
         rate_weight: float = 0.005,
-        rdm_weights: Sequence[float] = (1.0,),
+        rdm_weights: float | Sequence[float] = (1.0,),
         dropout: float = 0.25,
         gain: float = 1.0,
         projector: bool = True,
@@ -110,13 +111,15 @@ class CIFD(Method):
         for name, value in {"ce_weight": ce_weight, "kl_weight": kl_weight}.items():
             _checks.number(name, value, at_least=0)
         _checks.number("temperature", temperature, above=0)
+        _checks.choice("reduction", reduction, REDUCTIONS)
+        _checks.integer("rdm_epochs", rdm_epochs, at_least=1)
         if rdms is None and rdms_file:
             rdms = RateDistortionModule.load(rdms_file)
-        if rdms is None and len(distortion_weights):
+        if rdms is None and (not isinstance(distortion_weights, Sequence) or len(distortion_weights)):
             rdms = RateDistortionModule(teacher_dim, num_classes, distortion_weights=distortion_weights)
         loss: dict[str, Any] = {"embedding_weight": embedding_weight, "distortion": distortion, "gain": gain}
         loss |= {"rate_weight": rate_weight, "projector": projector, "allow_unfitted": allow_unfitted}
-        self.embeddings = EmbeddingLoss(student_dim, teacher_dim, rdms, rdm_weights=tuple(rdm_weights), **loss)
+        self.embeddings = EmbeddingLoss(student_dim, teacher_dim, rdms, rdm_weights=rdm_weights, **loss)
         self.dropout = SourceDropout(self.embeddings.sources, dropout, seed)
         self.ce_weight, self.kl_weight, self.temperature = float(ce_weight), float(kl_weight), float(temperature)
         self.fitting: dict[str, Any] = {"distortion": distortion, "reduction": reduction, "temperature": temperature}
@@ -142,7 +145,13 @@ class CIFD(Method):
         if len(weights) and not settings.get("rdms_file"):
             relu = bool((teacher.features >= 0).all())
             rdms = RateDistortionModule(width, classes, distortion_weights=weights, nonnegative=relu)
-        return cls(student.features.shape[1], width, classes, rdms, **settings)
+        built = cls(student.features.shape[1], width, classes, rdms, **settings)
+        found = built.embeddings.rdms
+        if found is not None and found.num_classes not in (0, classes):
+            raise ValueError(
+                f"rdms_file must hold modules for the teacher's {classes} classes, got some for {found.num_classes}"
+            )
+        return built
 
     @property
     def prepared(self) -> bool:  # type: ignore[override]
@@ -189,11 +198,6 @@ class CIFD(Method):
         counts = (target >= 0) & (target < logits.shape[1])
         return logits, {name: torch.where(counts, loss, 0.0) for name, loss in losses.items()}
 
-    def train(self, mode: bool = True) -> "CIFD":
-        """Set the mode; the modules stay in evaluation mode."""
-        super().train(mode)
-        return self
-
     def extra_repr(self) -> str:
         """Show the settings."""
         return f"ce_weight={self.ce_weight}, kl_weight={self.kl_weight}, temperature={self.temperature}"
@@ -224,7 +228,11 @@ class CIFD(Method):
         losses = {"ce": self.ce_weight * ce}
         losses["kl"] = self.kl_weight * keep[0] * divergence(s, t, self.temperature)
         if rdms is not None and rdms.logits is not None:
-            weights = keep[1:] * self.embeddings.rdm_weights.to(s.dtype)
+            weights = keep[1:] * s.new_tensor(self.embeddings.rdm_weights)
+            if rdms.logits.shape[2] != s.shape[1]:
+                raise ValueError(
+                    f"the rdms must be for the logits' {s.shape[1]} classes, got some for {rdms.logits.shape[2]}"
+                )
             each = divergence(s, rdms.logits.to(s.dtype), self.temperature)
             losses["kl_rdms"] = self.kl_weight * (weights.unsqueeze(1) * each).sum(0)  # no product for autocast
         return losses

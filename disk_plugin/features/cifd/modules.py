@@ -100,7 +100,7 @@ class RateDistortionModule(nn.Module):
     def rate(self, code: Tensor) -> Tensor:
         """Return the rate of each sample's code, summed over channels, nats: (M, N, B) -> (M, N)."""
         flat = code.transpose(0, 1).flatten(1)
-        rates = self.density.rate(flat).reshape(len(flat), len(self), -1)
+        rates = self.density.rate(flat).reshape(len(flat), len(self), self.hidden_dim)
         return rates.sum(2).t()
 
     @property
@@ -135,7 +135,12 @@ class RateDistortionModule(nn.Module):
             FileNotFoundError: there is none.
             ValueError: it holds something else.
         """
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"rate-distortion modules must be in {path}, found no such file") from error
+        except Exception as error:  # unpickling raises whatever a stranger's bytes mean
+            raise ValueError(f"{path} must be written by RateDistortionModule.save, got {error!r}") from error
         if not isinstance(found, dict) or found.keys() != {"settings", "state"}:
             raise ValueError(f"{path} must be written by RateDistortionModule.save, it holds something else")
         modules = cls(**found["settings"])
@@ -149,11 +154,13 @@ class RateDistortionModule(nn.Module):
         return {name: getattr(self, name) for name in names} | {"distortion_weights": list(self.distortion_weights)}
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what ``fit_rdms`` measured, which says that it has trained them."""
-        return {"report": self.report}
+        """Return what ``fit_rdms`` measured, which says that it has trained them, and the settings."""
+        return {"report": self.report, "settings": self.settings}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Load it."""
+        """Load it; RuntimeError for modules that were built with other settings."""
+        if state["settings"] != self.settings:
+            raise RuntimeError(f"the state is of modules with {state['settings']}, these have {self.settings}")
         self.report = state["report"]
 
     def extra_repr(self) -> str:
