@@ -1,0 +1,8 @@
+"""ScaleKD (Fan et al., NeurIPS 2024): cross-attention projectors, two views of a map, a path through the teacher."""
+
+from .logits import logit_losses
+from .loss import ScaleKDLoss
+from .projector import CrossAttentionProjector
+from .views import view_distance, without_dc
+
+__all__ = ["CrossAttentionProjector", "ScaleKDLoss", "logit_losses", "view_distance", "without_dc"]
