@@ -495,7 +495,11 @@ def test_without_distillation_the_cross_entropy_is_whole_and_ignored_targets_cou
     found = logit_losses(student, teacher, target, kd_share=0.0)
     torch.testing.assert_close(found["ce"], F.cross_entropy(student, target, reduction="none"))
     assert not found["kd"].any()
-    assert not logit_losses(student, teacher, target)["kd"][2]
+    losses = logit_losses(student.requires_grad_(), teacher, target)
+    assert not losses["kd"][2]
+    (gradient,) = torch.autograd.grad(sum(losses.values()).sum(), student)
+    assert gradient.isfinite().all()
+    assert not gradient[2].any()
 
 
 def test_logit_losses_take_probabilities_and_large_logits_in_half_precision():

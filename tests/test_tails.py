@@ -181,10 +181,11 @@ def test_a_dynamic_teachers_rotary_positions_follow_the_size():
         torch.testing.assert_close(tail(tokens, (3, 5)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_number_of_blocks_and_those_left_to_finish_are_chosen():
-    teacher, x = timm_teacher("eva 02"), torch.randn(2, 48, 4, 6)
-    whole = get_tail(teacher, images("eva 02"), blocks=3)
-    split = get_tail(teacher, images("eva 02"), blocks=2, final_blocks=1)
+@pytest.mark.parametrize("name", ["vit", "eva 02"])
+def test_the_number_of_blocks_and_those_left_to_finish_are_chosen(name):
+    teacher, x = timm_teacher(name), torch.randn(2, 48, 4, 6)
+    whole = get_tail(teacher, images(name), blocks=3)
+    split = get_tail(teacher, images(name), blocks=2, final_blocks=1)
     with torch.no_grad():
         torch.testing.assert_close(split.finish(split(x)), whole(x))
         assert not torch.allclose(split(x), whole(x))
@@ -193,10 +194,10 @@ def test_the_number_of_blocks_and_those_left_to_finish_are_chosen():
 
 def test_it_is_in_no_state_and_a_state_without_it_loads_strictly():
     tail = get_tail(timm_teacher("vit"), images("vit"))
-    around = nn.ModuleDict({"tail": tail, "own": nn.Linear(2, 2)})
+    around = nn.ModuleDict({"own": nn.Linear(2, 2), "tail": tail})
     assert sorted(around.state_dict()) == ["own.bias", "own.weight"]
     assert tail.state_dict() == {}
-    other = nn.ModuleDict({"tail": get_tail(timm_teacher("vit"), images("vit")), "own": nn.Linear(2, 2)})
+    other = nn.ModuleDict({"own": nn.Linear(2, 2), "tail": get_tail(timm_teacher("vit"), images("vit"))})
     kept = {name: value.clone() for name, value in other["tail"].named_parameters()}
     other.load_state_dict(around.state_dict())
     assert torch.equal(other["own"].weight, around["own"].weight)
@@ -212,15 +213,31 @@ def test_it_can_be_copied_and_pickled():
         assert torch.equal(other(entry), tail(entry))
 
 
-def unusable(name):
+def test_a_stage_that_writes_into_its_input_is_found_too():
+    class Writing(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x.add_(1))
+
+    teacher = MDistillerResNet().eval()
+    teacher.layer3 = Writing(16, 24, 3, stride=2, padding=1).eval()
+    tail, entry = get_tail(teacher, torch.randn(2, 3, 16, 16)), torch.randn(2, 16, 8, 8)
+    torch.testing.assert_close(tail(entry.clone()), teacher.layer3(entry))
+
+
+def unusable(name, size=64, **settings):
     timm = pytest.importorskip("timm")
-    return timm.create_model(name, num_classes=5).eval(), torch.randn(2, 3, 64, 64)
+    return timm.create_model(name, num_classes=5, **settings).eval(), torch.randn(2, 3, size, size)
 
 
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (lambda: unusable("test_efficientnet"), "EfficientNet: its blocks must read tokens"),
+        (
+            lambda: unusable("vit_relpos_base_patch16_cls_224", 32, embed_dim=24, depth=2, num_heads=2, img_size=32),
+            "VisionTransformerRelPos: The size of tensor",
+        ),
+        (lambda: with_more_than_blocks(), "VisionTransformer: its last 2 blocks and its norm do not reproduce"),
         (lambda: (nn.Linear(3, 5).eval(), torch.randn(2, 3, 4, 4)), "Linear: it has no stages, layers, blocks, layer3"),
         (
             lambda: (without_pooling(), torch.randn(2, 3, 16, 16)),
@@ -242,6 +259,13 @@ def without_pooling():
     del teacher.avgpool
     teacher.avgpool = lambda x: x.mean((2, 3))
     return teacher
+
+
+def with_more_than_blocks():
+    teacher = timm_teacher("vit")
+    inner = teacher.forward_features
+    teacher.forward_features = lambda x: 2 * inner(x)
+    return teacher, images("vit")
 
 
 def with_more_after():
