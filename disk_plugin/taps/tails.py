@@ -82,7 +82,7 @@ class TeacherTail(nn.Module):
         self.training = False
         self._check_mode()
         self.requires_grad_(False)
-        self._prefix = ""
+        self._prefix = ""  # of its keys in the state that is being loaded
         self.register_load_state_dict_post_hook(_forget_missing)  # type: ignore[no-untyped-call]
 
     def forward(self, tokens_or_map: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -118,11 +118,8 @@ class TeacherTail(nn.Module):
 
     def extra_repr(self) -> str:
         """Show both shapes."""
-        entry, final = ((width, *size) for width, size in self._shapes())
+        entry, final = (self.entry_width, *self.entry_size), (self.final_width, *self.final_size)
         return f"entry={entry}, final={final}, fixed_size={self.fixed_size}, checkpoint={self.checkpoint}"
-
-    def _shapes(self) -> tuple[tuple[int, tuple[int, int]], tuple[int, tuple[int, int]]]:
-        return (self.entry_width, self.entry_size), (self.final_width, self.final_size)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         self._prefix = prefix
@@ -181,7 +178,8 @@ def get_tail(
         checkpoint: whether to recompute the tail's activations in the backward pass instead of storing them.
 
     Raises:
-        ValueError: the teacher has no tail that works; the message lists those that do.
+        ValueError: the teacher has no tail that works, and the message lists those that do; values out of range.
+        TypeError: ``teacher`` is not a module, or a number of blocks not an int.
         RuntimeError: the teacher is in training mode.
 
     Examples:
