@@ -167,9 +167,10 @@ def fit_to_teacher(
         raise TypeError(f"loss must be a DiSKLoss or a Guided, got {type(loss).__name__}")
     guided = loss if isinstance(loss, Guided) else Guided(loss)
     reads = frozenset[str]() if guided.method is None else guided.method.reads
-    if reads - {"features", "head"}:
+    read = reads if guided.method is None else guided.method.reads_of("student") | guided.method.reads_of("teacher")
+    if read - {"features", "head"}:
         raise ValueError(
-            f"{type(guided.method).__name__} reads {sorted(reads)}, of which only features can be found in any "
+            f"{type(guided.method).__name__} reads {sorted(read)}, of which only features can be found in any "
             f"classifier: call Guided in a loop of your own"
         )
     if reads or reads_features(guided.disk.guide):
@@ -179,7 +180,7 @@ def fit_to_teacher(
 
 def reads_student_features(guided: Guided) -> bool:
     """Return whether the method reads features of the student, beside its logits."""
-    return guided.method is not None and "features" in guided.method.reads
+    return guided.method is not None and "features" in guided.method.reads_of("student")
 
 
 def outputs_of(model: nn.Module, *args: Any, **kwargs: Any) -> Outputs:

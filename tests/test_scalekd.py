@@ -478,7 +478,7 @@ def test_the_logit_losses_are_a_soft_cross_entropy_and_the_rest_of_the_cross_ent
     student, teacher = torch.randn(2, 6, 5, dtype=torch.double).unbind()
     student.requires_grad_()
     target = torch.arange(6) % 5
-    found = logit_losses(student, teacher, target, kd_share=0.3, temperature=2.0)
+    found = logit_losses(student, teacher, target, ce_weight=0.7, kd_weight=0.3, temperature=2.0)
     for b in range(6):
         p, q = ((logits[b] / 2).exp() / (logits[b] / 2).exp().sum() for logits in (teacher, student))
         torch.testing.assert_close(found["kd"][b], -0.3 * 4 * sum(p[c] * q[c].log() for c in range(5)))
@@ -492,7 +492,7 @@ def test_the_logit_losses_are_a_soft_cross_entropy_and_the_rest_of_the_cross_ent
 def test_without_distillation_the_cross_entropy_is_whole_and_ignored_targets_count_nothing():
     student, teacher, target = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 1, -100, 4])
     student[2] = torch.nan
-    found = logit_losses(student, teacher, target, kd_share=0.0)
+    found = logit_losses(student, teacher, target, ce_weight=1.0, kd_weight=0.0)
     torch.testing.assert_close(found["ce"], F.cross_entropy(student, target, reduction="none"))
     assert not found["kd"].any()
     losses = logit_losses(student.requires_grad_(), teacher, target)
@@ -507,8 +507,8 @@ def test_logit_losses_take_probabilities_and_large_logits_in_half_precision():
     found = logit_losses(student.half(), teacher.half(), target)
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in found.values())
     torch.testing.assert_close(found["ce"], 0.5 * F.cross_entropy(student.half().float(), target, reduction="none"))
-    with pytest.raises(ValueError, match=r"kd_share must be <= 1, got 1\.5"):
-        logit_losses(student, teacher, target, kd_share=1.5)
+    with pytest.raises(ValueError, match=r"kd_weight must be >= 0, got -1\.5"):
+        logit_losses(student, teacher, target, kd_weight=-1.5)
 
 
 # ---- one step of training for each kind of pair ----------------------------------------------------------------------

@@ -4,12 +4,14 @@ from .guided import Guided, GuidedTerms  # isort: skip
 from .cifd import CIFD
 from .dkd import DKD
 from .method import Method, Outputs, Pair
+from .scalekd import ScaleKD
 from .simkd import SimKD
 
-__all__ = ["CIFD", "DKD", "METHODS", "Guided", "GuidedTerms", "Method", "Outputs", "Pair", "SimKD"]
+__all__ = ["CIFD", "DKD", "METHODS", "Guided", "GuidedTerms", "Method", "Outputs", "Pair", "ScaleKD", "SimKD"]
 
 METHODS: dict[str, type[Method]] = {
     "simkd": SimKD,
     "dkd": DKD,
     "cifd": CIFD,
+    "scalekd": ScaleKD,
 }  # by their name in flags and configurations

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..taps.tails import TeacherTail
+
 _RELATIVE_TOLERANCE = 1e-2  # a wrong layer differs by the size of the logits, half precision by less
 LAST_MAP = "last"  # name of the feature map before the global pooling
+BEFORE_LAST_MAP = "before_last"  # name of the map before the last stage; of equal blocks, after three quarters of them
 
 
 class Outputs(NamedTuple):
@@ -17,7 +20,8 @@ class Outputs(NamedTuple):
     Attributes:
         logits: (N, C) or (N, C, d1, ...); may be None for a student whose own head is unused (``own_prediction``).
         features: (N, D), the input of the last Linear.
-        maps: feature maps (N, D, H, W) by name; ``"last"`` is the one before the pooling.
+        maps: feature maps (N, D, H, W) by name; ``"last"`` is the one before the pooling, ``"before_last"`` the one
+            that the last stage reads.
         head: the model's own last layer, from features to logits, for a method that changes what it reads.
     """
 
@@ -25,6 +29,10 @@ class Outputs(NamedTuple):
     features: Tensor | None = None
     maps: Mapping[str, Tensor] = {}
     head: Callable[[Tensor], Tensor] | None = None
+
+
+def _no_tail(**options: Any) -> TeacherTail:
+    raise ValueError("this host does not show the teacher's last stage: give the method a TeacherTail of your own")
 
 
 class Pair(NamedTuple):
@@ -35,11 +43,14 @@ class Pair(NamedTuple):
         teacher: the teacher's.
         teacher_head: returns a module from the teacher's last map to its logits, checked to reproduce them; raises
             ValueError with the reason if there is none.
+        teacher_tail: returns the teacher's last stage, for keywords of ``get_tail`` such as ``blocks``; raises
+            ValueError with the reason if there is none.
     """
 
     student: Outputs
     teacher: Outputs
     teacher_head: Callable[[], nn.Module]
+    teacher_tail: Callable[..., TeacherTail] = _no_tail
 
 
 class Method(nn.Module):
@@ -53,6 +64,7 @@ class Method(nn.Module):
     Attributes:
         reads: what it reads of both models beside their logits: ``"features"``, ``"head"``, and names of
             ``Outputs.maps``.
+        student_reads: what it reads of the student alone, beside ``reads``.
         unguided: names of losses that the guide does not weight, such as the cross-entropy.
         scaffolded: names of losses on the logits that DiSK's own take the place of where the method is guided.
         prepared: whether nothing is left to do before training, see ``prepare``.
@@ -68,7 +80,8 @@ class Method(nn.Module):
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
-    unguided: ClassVar[frozenset[str]] = frozenset()
+    student_reads: ClassVar[frozenset[str]] = frozenset()
+    unguided: frozenset[str] = frozenset()
     scaffolded: ClassVar[frozenset[str]] = frozenset()
     prepared: bool = True
     own_prediction: ClassVar[bool] = False
@@ -83,6 +96,11 @@ class Method(nn.Module):
             ValueError: it cannot be used with this pair.
         """
         return cls(**settings)
+
+    @classmethod
+    def reads_of(cls, model: Literal["student", "teacher"]) -> frozenset[str]:
+        """Return what it reads of one of the two models, beside the logits."""
+        return cls.reads | cls.student_reads if model == "student" else cls.reads
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Return losses per sample by name, (N,), or (N, d1, ...) for dense logits."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .timm_models import Layout
+from .timm_models import Layout, grid_of
 
 _RELATIVE_TOLERANCE = 1e-3  # a wrong module differs by the size of the map, another order of operations by rounding
 _POOLS = ("avgpool", "global_pool")
@@ -139,7 +139,7 @@ def find_blocks(teacher: Any, images: Tensor, blocks: int, final_blocks: int) ->
     layout = Layout.of(teacher, final)
     if layout.order != "NLC" or entry.ndim != 3:
         raise ValueError(f"its blocks must read tokens (N, L, C), got {tuple(entry.shape)}")
-    size = _grid(teacher, images, final.shape[1] - layout.prefix)
+    size = grid_of(teacher, tuple(images.shape[2:]), final.shape[1] - layout.prefix)
     norm = getattr(teacher, "norm", None)
     body = Blocks(teacher.blocks[start:end], None if final_blocks else norm, start, teacher).eval()
     last = Blocks(teacher.blocks[end:], norm, end, teacher).eval() if final_blocks else None
@@ -193,18 +193,6 @@ def _last_stages(teacher: Any) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     last = getattr(teacher, "layer4", getattr(teacher, "layer3", None))
     if isinstance(last, nn.Module):
         yield last, []
-
-
-def _grid(teacher: Any, images: Tensor, tokens: int) -> tuple[int, int]:
-    """Return (H, W) of the patch tokens."""
-    embed: Any = getattr(teacher, "patch_embed", None)
-    if hasattr(embed, "dynamic_feat_size"):
-        height, width = embed.dynamic_feat_size((images.shape[2], images.shape[3]))
-    else:
-        height = width = math.isqrt(tokens)
-    if height * width != tokens:
-        raise ValueError(f"expected the tokens of a {height} x {width} grid, got {tokens} of them")
-    return height, width
 
 
 def _has_fixed_mask(module: Any) -> bool:

@@ -17,14 +17,21 @@ class Layout(NamedTuple):
     Attributes:
         order: of its dimensions.
         prefix: number of class and register tokens, with ``"NLC"``.
+        grid: (H, W) of the other tokens; None for the tokens of a square image.
     """
 
     order: Literal["NCHW", "NHWC", "NLC"]
     prefix: int
+    grid: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, features: Tensor) -> "Layout":
+    def of(cls, model: nn.Module, features: Tensor, image_size: tuple[int, ...] | None = None) -> "Layout":
         """Infer the layout from a model and the output of its ``forward_features``.
+
+        Args:
+            model: with the method.
+            features: the output.
+            image_size: (H, W) of the images, without which tokens are taken to be those of square ones.
 
         Raises:
             ValueError: not a feature map of a known layout.
@@ -33,7 +40,9 @@ class Layout(NamedTuple):
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"expected a last feature map (N, C, H, W), (N, H, W, C) or (N, L, C), got {found}")
         if features.ndim == 3:
-            return cls("NLC", getattr(model, "num_prefix_tokens", 0))
+            prefix = getattr(model, "num_prefix_tokens", 0)
+            grid = None if image_size is None else grid_of(model, image_size, features.shape[1] - prefix)
+            return cls("NLC", prefix, grid)
         return cls("NHWC" if str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC") else "NCHW", 0)
 
     def to_map(self, features: Tensor) -> Tensor:
@@ -43,10 +52,14 @@ class Layout(NamedTuple):
         if self.order == "NHWC":
             return features.permute(0, 3, 1, 2)
         tokens = features[:, self.prefix :]
-        side = math.isqrt(tokens.shape[1])
-        if side * side != tokens.shape[1]:
-            raise ValueError(f"expected the tokens of a square image, got {tokens.shape[1]} of them")
-        return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], side, side)
+        size = self.grid
+        if size is None or size[0] * size[1] != tokens.shape[1]:  # images of another size
+            side = math.isqrt(tokens.shape[1])
+            size = side, side
+        if size[0] * size[1] != tokens.shape[1]:
+            known = "a square image" if self.grid is None else f"a square image or a grid of {self.grid}"
+            raise ValueError(f"expected the tokens of {known}, got {tokens.shape[1]} of them")
+        return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *size)
 
     def from_map(self, feature_map: Tensor) -> Tensor:
         """Return the input of the model's ``forward_head`` for a map; class and register tokens are 0."""
@@ -56,6 +69,27 @@ class Layout(NamedTuple):
             return feature_map.permute(0, 2, 3, 1)
         tokens = feature_map.flatten(2).transpose(1, 2)
         return torch.cat([tokens.new_zeros(tokens.shape[0], self.prefix, tokens.shape[2]), tokens], 1)
+
+
+def grid_of(model: Any, image_size: tuple[int, ...], tokens: int) -> tuple[int, int]:
+    """Return (H, W) of a model's patch tokens.
+
+    Args:
+        model: with a ``patch_embed``, without which the grid is taken to be square.
+        image_size: (H, W) of the images.
+        tokens: number of patch tokens.
+
+    Raises:
+        ValueError: a grid of another number of tokens.
+    """
+    embed: Any = getattr(model, "patch_embed", None)
+    if hasattr(embed, "dynamic_feat_size"):
+        height, width = embed.dynamic_feat_size((image_size[0], image_size[1]))
+    else:
+        height = width = math.isqrt(tokens)
+    if height * width != tokens:
+        raise ValueError(f"expected the tokens of a {height} x {width} grid, got {tokens} of them")
+    return height, width
 
 
 class TeacherHead(nn.Module):

@@ -2,7 +2,8 @@
 
 from .logits import logit_losses
 from .loss import ScaleKDLoss
+from .method import ScaleKD
 from .projector import CrossAttentionProjector
 from .views import view_distance, without_dc
 
-__all__ = ["CrossAttentionProjector", "ScaleKDLoss", "logit_losses", "view_distance", "without_dc"]
+__all__ = ["CrossAttentionProjector", "ScaleKD", "ScaleKDLoss", "logit_losses", "view_distance", "without_dc"]

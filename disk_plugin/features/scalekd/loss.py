@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ... import _checks
 from ...taps.tails import TeacherTail
-from .projector import CrossAttentionProjector
+from .projector import CrossAttentionProjector, check_heads
 from .views import view_distance
 
 _SUFFIXES = {"original": "", "dc_removed": "_no_dc"}  # of the losses' names
@@ -82,6 +82,8 @@ class ScaleKDLoss(nn.Module):
         for name, value in weights.items():
             _checks.number(f"{name}_weight", value, at_least=0)
         _checks.number("proxy_weight", proxy_weight, at_least=0)
+        check_heads("proxy_heads", proxy_heads, tail.entry_width)
+        check_heads("main_heads", main_heads, tail.final_width)
         self.weights = {view: float(value) for view, value in weights.items() if value > 0}
         if not self.weights:
             raise ValueError("original_weight or dc_removed_weight must be > 0, got 0 and 0")

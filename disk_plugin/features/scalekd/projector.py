@@ -67,11 +67,9 @@ class CrossAttentionProjector(nn.Module):
         norm: Literal["batch", "layer"] = "batch",
     ) -> None:
         super().__init__()
-        for name, value in {"student_width": student_width, "teacher_width": teacher_width, "heads": heads}.items():
+        for name, value in {"student_width": student_width, "teacher_width": teacher_width}.items():
             _checks.integer(name, value, at_least=1)
-        if teacher_width % heads:
-            divisors = [number for number in range(1, teacher_width + 1) if teacher_width % number == 0]
-            raise ValueError(f"heads must divide teacher_width {teacher_width}, one of {divisors}, got {heads}")
+        check_heads("heads", heads, teacher_width)
         _checks.number("attention_scale", attention_scale, at_least=0)
         _checks.choice("norm", norm, NORMS)
         self.student_width, self.teacher_width, self.heads = student_width, teacher_width, heads
@@ -135,6 +133,14 @@ class CrossAttentionProjector(nn.Module):
     def _by_head(self, tokens: Tensor) -> Tensor:
         """Return (N, heads, L, width per head)."""
         return tokens.reshape(*tokens.shape[:2], self.heads, -1).transpose(1, 2)
+
+
+def check_heads(name: str, heads: int, teacher_width: int) -> None:
+    """Raise ValueError unless the heads divide the teacher's width."""
+    _checks.integer(name, heads, at_least=1)
+    if teacher_width % heads:
+        divisors = [number for number in range(1, teacher_width + 1) if teacher_width % number == 0]
+        raise ValueError(f"{name} must divide the teacher's width {teacher_width}, one of {divisors}, got {heads}")
 
 
 def _at_size(feature_map: Tensor, size: tuple[int, ...]) -> Tensor:
