@@ -191,7 +191,7 @@ class DeployedStudent(nn.Module):
         """Return logits (N, C) and the student's features, as the host's models do."""
         method: Any = getattr(self, self._name)
         logits, features = outputs_of(self.student, image)
-        return method.predict(shown(logits, features, method.reads)), features
+        return method.predict(shown(logits, features, method.reads_of("student"))), features
 
 
 def marked_untrained(student_state: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from disk_plugin.replay import GuideReplay
 
 from . import config
 from .feature_maps import build_method, outputs_of, pooled, probe, shown
-from .method_distiller import MethodDistiller, base_arguments, ce_loss, check_trainer
+from .method_distiller import MethodDistiller, base_arguments, ce_loss, check_trainer, count_added
 
 Inputs = dict[str, Tensor]
 _LOSS = "loss."  # before the name of a method's loss, among what is gathered from replicas
@@ -90,19 +90,20 @@ class GuidedDistiller(Distiller):
             logits, _ = outputs_of(self.student, image)
             return logits, self.guide_inputs(image)[0]
         inputs, features = self.guide_inputs(image)
-        teacher = shown(inputs["teacher_logits"], features, method.reads, self._teacher_map)
+        teacher = shown(inputs["teacher_logits"], features, method.reads_of("teacher"), self._teacher_map)
         logits, losses = method.evaluate(self.student_outputs(image), teacher, target)
         return logits, {**inputs, **{f"{_LOSS}{name}": loss for name, loss in losses.items()}}
 
     def student_outputs(self, image: Tensor) -> Outputs:
         """Run the student; return what the method reads."""
         logits, features = outputs_of(self.student, image)
-        return shown(logits, features, frozenset() if self.method is None else self.method.reads, model=self.student)
+        reads = frozenset[str]() if self.method is None else self.method.reads_of("student")
+        return shown(logits, features, reads, model=self.student)
 
     def teacher_outputs(self, image: Tensor) -> Outputs:
         """Run the teacher; return what the method reads."""
         inputs, features = self.guide_inputs(image)
-        reads = frozenset[str]() if self.method is None else self.method.reads
+        reads = frozenset[str]() if self.method is None else self.method.reads_of("teacher")
         return shown(inputs["teacher_logits"], features, reads, self._teacher_map)
 
     def terms(self, logits: Tensor, target: Tensor, inputs: Inputs, epoch: int) -> GuidedTerms:
@@ -155,8 +156,7 @@ class GuidedDistiller(Distiller):
 
     def get_extra_parameters(self) -> int:
         """Return the number of parameters that training adds to the student."""
-        added = [self.disk] if self.method is None else [self.disk, self.method]
-        return sum(parameter.numel() for module in added for parameter in module.parameters())
+        return count_added([self.disk] if self.method is None else [self.disk, self.method], self.teacher)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the state of schedule and guide's optimizer, which is in every checkpoint the host writes."""

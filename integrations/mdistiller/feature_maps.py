@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from disk_plugin.features.method import LAST_MAP, Method, Outputs, Pair
+from disk_plugin.features.method import BEFORE_LAST_MAP, LAST_MAP, Method, Outputs, Pair
+from disk_plugin.taps import TeacherTail, get_tail
 from disk_plugin.taps.classifier import check_classifier, pooled_classifier
 
 from . import loaders
@@ -29,16 +30,20 @@ _TEACHER_MAPS: tuple[ReadMap, ...] = (
 )
 
 
+def noise(model: nn.Module, cfg: CfgNode) -> Tensor:
+    """Return two images of noise on the model's device, without changing the random state."""
+    size = _INPUT_SIZES.get(cfg.DATASET.TYPE)
+    shape = loaders.image_shape(cfg) if size is None else (3, size, size)
+    drawn = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    return drawn.to(next(model.parameters()).device)
+
+
 @torch.no_grad()
 def probe(model: nn.Module, cfg: CfgNode) -> tuple[Tensor, Features]:
     """Return logits and features of two images of noise, without changing the model or the random state."""
     modes = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
-    size = _INPUT_SIZES.get(cfg.DATASET.TYPE)
-    shape = loaders.image_shape(cfg) if size is None else (3, size, size)
-    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     try:
-        logits, features = outputs_of(model.eval(), noise)
+        logits, features = outputs_of(model.eval(), noise(model, cfg))
     finally:
         for module, training in modes.items():
             module.training = training
@@ -84,11 +89,29 @@ def student_map(features: Features) -> Tensor:
     return features["feats"][-1]
 
 
+def map_before_last(features: Features) -> Tensor:
+    """Return the map (N, C, H, W) before the one of ``student_map``, activated likewise.
+
+    Raises:
+        ValueError: the model shows fewer than two maps, or one that is no map.
+    """
+    found: Any = features.get("preact_feats", features.get("feats", []))
+    if len(found) < 2 or any(each.ndim != 4 for each in found[-2:]) or found[-2].shape[2] < found[-1].shape[2]:
+        shapes = [tuple(each.shape) for each in found]
+        raise ValueError(
+            f"a method reads the map before the last one: 'feats' must end with two maps (N, C, H, W), the first at "
+            f"least as large as the second, got {shapes}"
+        )
+    return found[-2].relu() if "preact_feats" in features else found[-2]
+
+
 def shown(
     logits: Tensor, features: Features, reads: frozenset[str], read_map: ReadMap = student_map, model: Any = None
 ) -> Outputs:
     """Return a model's output as far as a method reads it; ``model`` for one that reads its last layer."""
     maps = {LAST_MAP: read_map(features)} if LAST_MAP in reads else {}
+    if BEFORE_LAST_MAP in reads:
+        maps[BEFORE_LAST_MAP] = map_before_last(features)
     head = None
     if "head" in reads and model is not None:  # looked up per call, as a replica has its own
         head = next((module for module in reversed(list(model.modules())) if isinstance(module, nn.Linear)), None)
@@ -103,16 +126,17 @@ def build_method(
     Raises:
         ValueError: the method reads what the host's models do not return, or cannot use the pair; the message says why.
     """
-    unknown = kind.reads - {"features", "head", LAST_MAP}
+    unknown = (kind.reads_of("student") | kind.reads_of("teacher")) - {"features", "head", LAST_MAP, BEFORE_LAST_MAP}
     if unknown:
         raise ValueError(
-            f"the host's models show 'features', 'head' and the map 'last', {kind.__name__} reads {sorted(unknown)}"
+            f"the host's models show 'features', 'head' and the maps 'last' and 'before_last', {kind.__name__} reads "
+            f"{sorted(unknown)}"
         )
     names = f"teacher {cfg.DISTILLER.TEACHER}, student {cfg.DISTILLER.STUDENT}"
     logits, features = probe(teacher, cfg)
     read, reasons = None, ["the teacher has no nn.Linear layer"]
     linear = [module for module in teacher.modules() if isinstance(module, nn.Linear)]
-    if linear and LAST_MAP in kind.reads:
+    if linear and LAST_MAP in kind.reads_of("teacher"):
         classifier = pooled_classifier(linear[-1]).to(logits.device)
         read, reasons = _read_by(classifier, logits, features)
 
@@ -121,14 +145,14 @@ def build_method(
             raise ValueError(f"{kind.__name__} cannot reuse the classifier of {names}: {reasons[0]}")
         return classifier
 
+    def tail(**options: Any) -> TeacherTail:
+        return get_tail(teacher.eval(), noise(teacher, cfg), **options)
+
     student_logits, student_features = probe(student, cfg)
     read_map = read or student_map
-    pair = Pair(
-        shown(student_logits, student_features, kind.reads, model=student),
-        shown(logits, features, kind.reads, read_map),
-        head,
-    )
     try:
+        seen = shown(student_logits, student_features, kind.reads_of("student"), model=student)
+        pair = Pair(seen, shown(logits, features, kind.reads_of("teacher"), read_map), head, tail)
         return kind.for_pair(pair, **settings), read_map
     except ValueError as error:
         raise ValueError(f"{error}" if names in str(error) else f"{error} ({names})") from error

@@ -20,7 +20,7 @@ from . import loaders
 from .checkpoints import fingerprint, load_weights, read_checkpoint, save_atomically, warm_start_weights
 from .config import build_guide_optimizer, build_recipe
 from .distillers import GuidedDistiller
-from .method_distiller import MethodDistiller
+from .method_distiller import MethodDistiller, notes_of
 from .trainers import check_rates
 
 _CIFAR = "cifar-100-python"
@@ -245,4 +245,4 @@ def validate(cfg: CfgNode) -> list[str]:
         check_rates()
         GuidePasses(distiller.disk, build_recipe(cfg), build_guide_optimizer(cfg, distiller.disk))
     note = distiller.dual.note if isinstance(distiller, GuidedDistiller) else None
-    return [] if note is None else [f"DISK.DUAL: {note}"]
+    return [*([] if note is None else [f"DISK.DUAL: {note}"]), *notes_of(distiller.method, cfg.DISTILLER.TYPE)]

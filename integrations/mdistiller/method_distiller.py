@@ -53,21 +53,21 @@ class MethodDistiller(Distiller):
     def student_outputs(self, image: Tensor) -> Outputs:
         """Run the student; return what the method reads."""
         logits, features = outputs_of(self.student, image)
-        return shown(logits, features, self.method.reads, model=self.student)
+        return shown(logits, features, self.method.reads_of("student"), model=self.student)
 
     def teacher_outputs(self, image: Tensor) -> Outputs:
         """Run the teacher; return what the method reads."""
         with torch.no_grad():
             logits, features = outputs_of(self.teacher, image)
-        return shown(logits, features, self.method.reads, self.teacher_map)
+        return shown(logits, features, self.method.reads_of("teacher"), self.teacher_map)
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the student and those that the method trains."""
         return super().get_learnable_parameters() + self.method.trainable_parameters()
 
     def get_extra_parameters(self) -> int:
-        """Return the number of parameters that the method adds."""
-        return sum(parameter.numel() for parameter in self.method.parameters())
+        """Return the number of parameters that the method adds to student and teacher."""
+        return count_added([self.method], self.teacher)
 
 
 def ce_loss(logits: Tensor, target: Tensor, weight: float, ignore_index: int = -100) -> dict[str, Tensor]:
@@ -77,6 +77,18 @@ def ce_loss(logits: Tensor, target: Tensor, weight: float, ignore_index: int = -
     counted = (target != ignore_index).sum().clamp(min=1)
     loss = cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
     return {"loss_ce": weight * loss * (len(target) / counted)}
+
+
+def count_added(modules: list[nn.Module], teacher: nn.Module) -> int:
+    """Count the parameters of modules, which may use parts of the teacher, without the teacher's."""
+    taught = set(teacher.parameters())
+    return sum(each.numel() for module in modules for each in module.parameters() if each not in taught)
+
+
+def notes_of(method: Method | None, name: str) -> list[str]:
+    """Return what to tell before training: how many parameters the method trains."""
+    count = 0 if method is None else sum(each.numel() for each in method.trainable_parameters())
+    return [f"{name} trains {count:,} parameters of its own beside the student's"] if count else []
 
 
 def base_arguments(cfg: CfgNode) -> dict[str, CfgNode]:

@@ -76,7 +76,7 @@ class GuidedTask(StudentTask):
         guide = {} if guide is None else guide
         self._use_features = reads_features(guide)
         kind = arguments.method_class(method, METHODS)
-        self._reads_features = self._use_features or (kind is not None and bool(kind.reads))
+        self._reads_features = self._use_features or (kind is not None and bool(kind.reads_of("teacher")))
         with torch.random.fork_rng(devices=[]):  # all drawn on the CPU: with one seed a baseline sees the same batches
             image = torch.randn(1, *size).to(self.device, self.dtype)
             head = self._build_guide(student_model, image, guide)

@@ -9,8 +9,10 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from disk_plugin._modes import in_mode
-from disk_plugin.features.method import LAST_MAP, Method, Outputs, Pair
+from disk_plugin.features.method import BEFORE_LAST_MAP, LAST_MAP, Method, Outputs, Pair
+from disk_plugin.taps import TeacherTail, get_tail
 from disk_plugin.taps.classifier import check_classifier
+from disk_plugin.taps.intermediate import Intermediate
 from disk_plugin.taps.timm_models import Layout, TeacherHead
 
 
@@ -18,26 +20,43 @@ class Reader(NamedTuple):
     """Reads a method's inputs from one of timm's models.
 
     Attributes:
-        reads: ``Method.reads``.
+        reads: ``Method.reads_of``.
         layout: of the last map; None if it is not read.
         head: whether the model's own head is used.
+        intermediate: reads the map before the last stage; None if it is not read.
     """
 
     reads: frozenset[str] = frozenset()
     layout: Layout | None = None
     head: bool = True
+    intermediate: Intermediate | None = None
+
+    @classmethod
+    def of(cls, model: Any, image: Tensor, reads: frozenset[str]) -> "Reader":
+        """Find out how a model shows what a method reads."""
+        intermediate = Intermediate.of(model, image) if BEFORE_LAST_MAP in reads else None
+        layout = None
+        if LAST_MAP in reads:
+            layout = Layout.of(model, model.forward_features(image), tuple(image.shape[2:]))
+        return cls(reads, layout, intermediate=intermediate)
 
     def __call__(self, model: Any, input: Tensor) -> Outputs:  # noqa: A002 (timm's name)
         """Run the model's body once; a head with dropout draws separately for logits and features."""
         if not self.reads:
             return Outputs(model(input))
-        features = model.forward_features(input)
+        maps = {}
+        if self.intermediate is None:
+            features = model.forward_features(input)
+        else:
+            features, maps[BEFORE_LAST_MAP] = self.intermediate(model, input)
+        if self.layout is not None:
+            maps[LAST_MAP] = self.layout.to_map(features)
         logits: Any = model.forward_head(features) if self.head else None
         head = model.get_classifier() if "head" in self.reads else None
         return Outputs(
             logits,
             model.forward_head(features, pre_logits=True) if "features" in self.reads else None,
-            {} if self.layout is None else {LAST_MAP: self.layout.to_map(features)},
+            maps,
             head if callable(head) else None,  # of two heads, a tuple
         )
 
@@ -52,7 +71,7 @@ class Parts(NamedTuple):
     def teacher_outputs(self, logits: Tensor, pre_logits: Tensor | None, last_map: Tensor | None) -> Outputs:
         """Return the teacher's outputs as far as the method reads them."""
         maps = {} if last_map is None or self.teacher is None else {LAST_MAP: self.teacher.to_map(last_map)}
-        return Outputs(logits, pre_logits if "features" in self.method.reads else None, maps)
+        return Outputs(logits, pre_logits if "features" in self.method.reads_of("teacher") else None, maps)
 
 
 def build_method(
@@ -78,19 +97,21 @@ def build_method(
         ValueError: a model that does not return what the method reads; a pair that the method cannot use.
     """
     student, teacher = unwrap_model(student), unwrap_model(teacher)
-    unknown = kind.reads - {"features", "head", LAST_MAP}
+    student_reads, teacher_reads = kind.reads_of("student"), kind.reads_of("teacher")
+    shown_by_all = {"features", "head", LAST_MAP}
+    unknown = (student_reads - shown_by_all - {BEFORE_LAST_MAP}) | (teacher_reads - shown_by_all)
     if unknown:
         raise ValueError(
-            f"timm's models show 'features', 'head' and the map 'last', the method reads {sorted(unknown)} too"
+            f"timm's models show 'features', 'head' and the map 'last', as students 'before_last' too, the method "
+            f"reads {sorted(unknown)}"
         )
-    reads_map = LAST_MAP in kind.reads
     with in_mode(student, training=False), in_mode(teacher, training=False):
-        reader = Reader(kind.reads, Layout.of(student, student.forward_features(image)) if reads_map else None)
+        reader = Reader.of(student, image, student_reads)
         seen = reader(student, image)
-        teacher_image = image if teacher_image is None else teacher_image
+        seen_by_teacher = image if teacher_image is None else teacher_image
         with torch.no_grad():
-            layout = Layout.of(teacher, teacher.forward_features(teacher_image)) if reads_map else None
-            shown = Reader(kind.reads, layout)(teacher, teacher_image)
+            teachers = Reader.of(teacher, seen_by_teacher, teacher_reads)
+            layout, shown = teachers.layout, teachers(teacher, seen_by_teacher)
 
         def head() -> nn.Module:
             if layout is None:
@@ -100,7 +121,11 @@ def build_method(
                 check_classifier(module, shown.maps[LAST_MAP], shown.logits)
             return module
 
-        method = kind if isinstance(kind, Method) else kind.for_pair(Pair(seen, shown, head), **(settings or {}))
+        def tail(**options: Any) -> TeacherTail:
+            return get_tail(teacher, seen_by_teacher, **options)
+
+        pair = Pair(seen, shown, head, tail)
+        method = kind if isinstance(kind, Method) else kind.for_pair(pair, **(settings or {}))
         if kind.own_prediction:
             _freeze_unused(student, seen)
             reader = reader._replace(head=False)

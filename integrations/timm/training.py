@@ -96,6 +96,10 @@ def _describe(task: GuidedTask, args: argparse.Namespace) -> None:
     dual: Any = task.dual  # the launcher always gives epochs
     added = sum(parameter.numel() for parameter in task.disk.parameters())
     _logger.info(f"DiSK: {args.disk_mode}, schedules of {dual.epochs} steps, guide of {added} parameters")
+    method = task.training_core.guided.method
+    trained = 0 if method is None else sum(each.numel() for each in method.trainable_parameters())
+    if trained:
+        _logger.info(f"DiSK: {type(method).__name__} trains {trained:,} parameters of its own beside the student's")
     teachers = task.teacher.mean_kd, task.teacher.std_kd
     sides = {"images": (task.student_mean, task.student_std), "teacher's own": teachers}
     shown = [f"{side} mean {_rounded(mean)}, std {_rounded(std)}" for side, (mean, std) in sides.items()]
