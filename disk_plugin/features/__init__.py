@@ -4,10 +4,23 @@ from .guided import Guided, GuidedTerms  # isort: skip
 from .cifd import CIFD
 from .dkd import DKD
 from .method import Method, Outputs, Pair
+from .pairs import pair_of
 from .scalekd import ScaleKD
 from .simkd import SimKD
 
-__all__ = ["CIFD", "DKD", "METHODS", "Guided", "GuidedTerms", "Method", "Outputs", "Pair", "ScaleKD", "SimKD"]
+__all__ = [
+    "CIFD",
+    "DKD",
+    "METHODS",
+    "Guided",
+    "GuidedTerms",
+    "Method",
+    "Outputs",
+    "Pair",
+    "ScaleKD",
+    "SimKD",
+    "pair_of",
+]
 
 METHODS: dict[str, type[Method]] = {
     "simkd": SimKD,
