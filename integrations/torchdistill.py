@@ -1,23 +1,22 @@
 """DiSK in torchdistill >= 1.1.5: ``key: 'DiSK'`` in the criterion of its YAML files, see docs/hosts/torchdistill.md."""
 
 import logging
-from collections.abc import Mapping
-from importlib import import_module
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from disk_plugin.distributed import attach
-from disk_plugin.features import METHODS, Guided, Method, Outputs
+from disk_plugin.features import Guided
 from disk_plugin.guide import GuideHead, reads_features
 from disk_plugin.loss import DiSKLoss
-from disk_plugin.taps import logits_of
 from disk_plugin.training import GuidedTraining
 from disk_plugin.training.clipping import call_after_backward, shorten
 
 from .requirement import require
+from .torchdistill_pair import Paths, build_for_pair, find_method
 
 _KEY = "disk"  # in a group of the optimizer's state, where load_state_dict keeps it
 _logger = logging.getLogger("torchdistill.disk_plugin")  # a child of the host's
@@ -45,6 +44,8 @@ class DiSKTerm(nn.Module):
         teacher_features: the same of the teacher.
         student_maps: name of a map -> path of the student's module whose output it is.
         teacher_maps: the same of the teacher.
+        image_size: (C, H, W) of the training images, for a method whose layers fit the models, such as ScaleKD: it is
+            built for the two when training begins.
         param_group: index of the optimizer's parameter group that guide and method join.
 
     Raises:
@@ -66,18 +67,35 @@ class DiSKTerm(nn.Module):
         teacher_features: str | None = None,
         student_maps: Mapping[str, str] | None = None,
         teacher_maps: Mapping[str, str] | None = None,
+        image_size: Sequence[int] | None = None,
         param_group: int = 0,
     ) -> None:
         super().__init__()
         disk = DiSKLoss(GuideHead(num_classes, **(guide or {})), **(loss or {}))
-        made, settings = _method(method)
-        self.guided = Guided(disk, made, **settings)
+        self.guided, self._build = Guided(disk), None
+        if method is not None:
+            kind, kwargs, settings = find_method(method)
+            if image_size is None:
+                self.guided = Guided(disk, kind(**kwargs), **settings)
+            else:
+                self._build = kind, kwargs, settings, image_size
         self.num_classes, self.dual, self.epochs, self.param_group = num_classes, dual, epochs, param_group
-        self.student_paths = _Paths("student", student_features, dict(student_maps or {}))
-        self.teacher_paths = _Paths("teacher", teacher_features, dict(teacher_maps or {}))
+        self.student_paths = Paths("student", student_features, dict(student_maps or {}))
+        self.teacher_paths = Paths("teacher", teacher_features, dict(teacher_maps or {}))
         if reads_features(disk.guide) and teacher_features is None:
             raise ValueError("a guide with feature_dim needs teacher_features, the path of the module that reads them")
         self.run: _Run | None = None
+
+    def fit_to(self, student: nn.Module, teacher: nn.Module, device: torch.device) -> None:
+        """Build a method that is for a pair, once."""
+        if self._build is None:
+            return
+        kind, kwargs, settings, image_size = self._build
+        paths = self.student_paths, self.teacher_paths
+        method = build_for_pair(kind, (student, teacher), paths, image_size, device, kwargs)
+        self.guided, self._build = Guided(self.guided.disk, method, **settings), None
+        count = sum(parameter.numel() for parameter in method.trainable_parameters())
+        _logger.info(f"DiSK: {kind.__name__} trains {count:,} parameters of its own beside the student's")
 
     def forward(self, student_io_dict: Any, teacher_io_dict: Any, targets: Any) -> Tensor:
         """Return the loss of a training batch."""
@@ -96,44 +114,6 @@ class DiSKTerm(nn.Module):
         return loss
 
 
-def _method(config: Mapping[str, Any] | None) -> tuple[Method | None, dict[str, Any]]:
-    """Make a method; return the settings of ``Guided`` beside it."""
-    if config is None:
-        return None, {}
-    settings = dict(config)
-    key, kwargs = settings.pop("key"), settings.pop("kwargs", None) or {}
-    module, _, name = key.rpartition(".")
-    found: Any = getattr(import_module(module), name) if module else METHODS.get(key)
-    if found is None:
-        raise ValueError(f"method must be one of {sorted(METHODS)} or a class as package.module.Class, got {key!r}")
-    if getattr(found, "own_prediction", False):
-        raise ValueError(
-            f"{key} predicts by parameters beside the student's, which this host neither evaluates nor saves with the "
-            f"student: use timm or mdistiller"
-        )
-    return found(**kwargs), settings
-
-
-class _Paths(NamedTuple):
-    """Where a model's I/O dict holds what a method reads."""
-
-    model: str
-    features: str | None
-    maps: dict[str, str]
-
-    def outputs(self, io_dict: Any, model: nn.Module | None = None) -> Outputs:
-        """Read what a method reads; the head is the module of ``model`` whose input the features are."""
-        features = None if self.features is None else self._read(io_dict, self.features, "input")
-        maps = {name: self._read(io_dict, path, "output") for name, path in self.maps.items()}
-        head = None if model is None or self.features is None else model.get_submodule(self.features)
-        return Outputs(logits_of(io_dict["."]["output"]), features, maps, head)
-
-    def _read(self, io_dict: Any, path: str, io: str) -> Any:
-        if io not in io_dict.get(path, {}):
-            raise ValueError(f"{self.model}: forward_hook: {io} must name {path!r}, got {sorted(set(io_dict) - {'.'})}")
-        return io_dict[path][io]
-
-
 class _Run:
     """A term in a box: guide and method in its optimizer and in its optimizer's state."""
 
@@ -142,9 +122,9 @@ class _Run:
             raise RuntimeError("DiSK is not trained under accelerate, whose optimizer hides the one that it wraps")
         if box.teacher_updatable:
             raise ValueError("the teacher would be trained: set requires_grad: False in the teacher's section")
+        self.student = _bare(box.student_model)
+        term.fit_to(self.student, _bare(box.teacher_model), box.device)
         self.optimizer, self.guided = box.optimizer, term.guided.to(box.device).train()
-        student = box.student_model
-        self.student: nn.Module = student.module if isinstance(student, DistributedDataParallel) else student
         last = getattr(box, "stage_end_epoch", None)  # of several stages
         self.first = 0 if last is None else box.current_epoch
         epochs = (box.num_epochs if last is None else last) - self.first
@@ -208,6 +188,11 @@ class _Run:
             "optimizer": [self._states.get(parameter) for parameter in self.parameters],
             "epoch": self.epoch,
         }
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    found: nn.Module = model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else model
+    return found
 
 
 def _term_of(box: Any) -> DiSKTerm:
