@@ -75,14 +75,14 @@ def grid_of(model: Any, image_size: tuple[int, ...], tokens: int) -> tuple[int, 
     """Return (H, W) of a model's patch tokens.
 
     Args:
-        model: with a ``patch_embed``, without which the grid is taken to be square.
+        model: with timm's ``PatchEmbed`` as ``patch_embed`` or ``stem``, without which the grid is taken to be square.
         image_size: (H, W) of the images.
         tokens: number of patch tokens.
 
     Raises:
         ValueError: a grid of another number of tokens.
     """
-    embed: Any = getattr(model, "patch_embed", None)
+    embed: Any = getattr(model, "patch_embed", getattr(model, "stem", None))
     if hasattr(embed, "dynamic_feat_size"):
         height, width = embed.dynamic_feat_size((image_size[0], image_size[1]))
     else:
