@@ -31,8 +31,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:the guide is dead", "ignore:the 
 STANDIN = Path(__file__).parent / "standins" / "mdistiller"
 REAL = os.environ.get("DISK_MDISTILLER")
 NAMES = {
-    "stand-in": {"teacher": "teacher", "student": "student", "normed": "normed", "unusable": "unusable"},
-    "checkout": {"teacher": "resnet14", "student": "resnet8", "normed": "wrn_16_1", "unusable": "ShuffleV2"},
+    "stand-in": {"teacher": "teacher", "student": "student", "normed": "normed", "unusable": "unusable"}
+    | {"staged": ("staged_teacher", "staged_student")},
+    "checkout": {"teacher": "resnet14", "student": "resnet8", "normed": "wrn_16_1", "unusable": "ShuffleV2"}
+    | {"staged": ("resnet14", "resnet8")},
 }
 CFG = {"stand-in": "configs/kd.yaml", "checkout": "configs/cifar100/kd.yaml"}
 # the schedule spans more epochs than are run, so that multiplier and budget differ from epoch to epoch

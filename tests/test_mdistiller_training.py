@@ -26,6 +26,7 @@ pytestmark = shared.pytestmark
 
 ALTERNATING = ["SOLVER.TRAINER", "disk", "DISK.ALTERNATING.GUIDE_PASSES", "2", "DISK.ALTERNATING.STUDENT_PASSES", "2"]
 REPLAY = [*ALTERNATING, "DISK.ALTERNATING.REPLAY", "True"]
+SCALEKD = ["SCALEKD", "DISK_SCALEKD"]  # for models with two stages
 
 
 # seeds
@@ -358,23 +359,62 @@ METHODS = [("DISK", []), ("DISK", ALTERNATING), ("DISK", REPLAY), ("DISK_SIMKD",
 
 
 @pytest.mark.parametrize("words", [[], ALTERNATING, REPLAY], ids=["joint", "alternating", "replay"])
-@pytest.mark.parametrize("distiller", ["DISK", "DISK_SIMKD", "DISK_DKD", "DISK_CIFD", "DISK_HINTS", "HINTS", "CIFD"])
+@pytest.mark.parametrize(
+    "distiller", [*("DISK", "DISK_SIMKD", "DISK_DKD", "DISK_CIFD", "DISK_HINTS", "HINTS", "CIFD"), *SCALEKD]
+)
 @pytest.mark.filterwarnings("ignore:the guide is dead")
 @pytest.mark.filterwarnings("ignore:the module with R|the bottleneck.s noise")  # of a tiny pair
 def test_a_resumed_run_of_every_method_equals_an_uninterrupted_one(host, distiller, words, docs_methods):
     if not distiller.startswith("DISK") and words:
         pytest.skip("Algorithm 1 needs a guide")
     words = [*words, *docs_methods, "DISK.DUAL.EPOCHS", "2" if words else "4"]  # a schedule of four epochs in all runs
-    whole = load(launch(host, *words, distiller=distiller, out="whole", epochs=4) / "latest")
-    launch(host, *words, distiller=distiller, out="half", epochs=2)
-    half = load(launch(host, *words, "--resume", distiller=distiller, out="half", epochs=4) / "latest")
+    teacher, student = host.staged if distiller in SCALEKD else (host.teacher, host.student)
+    words += ["DISTILLER.STUDENT", student]
+    how = {"distiller": distiller, "teacher": teacher}
+    whole = load(launch(host, *words, **how, out="whole", epochs=4) / "latest")
+    launch(host, *words, **how, out="half", epochs=2)
+    half = load(launch(host, *words, "--resume", **how, out="half", epochs=4) / "latest")
     assert_same(half["model"], whole["model"])
     assert whole["model"].keys() == half["model"].keys()
     assert ("module.hints.regressor.weight" in whole["model"]) == distiller.endswith("HINTS")
-    first = load(launch(host, *words, distiller=distiller, out="first", epochs=1) / "latest")
-    for part in ("student.", *(["disk.guide."] if distiller.startswith("DISK") else [])):
+    first = load(launch(host, *words, **how, out="first", epochs=1) / "latest")
+    own = ["scalekd.features."] if distiller in SCALEKD else []
+    for part in ("student.", *own, *(["disk.guide."] if distiller.startswith("DISK") else [])):
         moved = [not torch.equal(value, first["model"][name]) for name, value in whole["model"].items() if part in name]
         assert any(moved), part
+
+
+@pytest.mark.parametrize("distiller", SCALEKD)
+def test_scalekd_tells_its_parameters_and_leaves_a_student_that_any_network_of_its_kind_loads(host, capfd, distiller):
+    teacher, student = host.staged
+    words = ["DISTILLER.STUDENT", student]
+    folder = launch(host, *words, distiller=distiller, teacher=teacher, epochs=1)
+    (count,) = re.findall(rf"note: {distiller} trains ([\d,]+) parameters of its own beside", capfd.readouterr().out)
+    whole = load(folder / "latest")["model"]
+    projectors = {name: value for name, value in whole.items() if name.startswith("module.scalekd.")}
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    trained = [value.numel() for name, value in projectors.items() if not name.endswith(buffers)]
+    assert int(count.replace(",", "")) == sum(trained)
+    assert not any("tail" in name for name in projectors)
+    weights = load(folder / "student_best")["model"]
+    model = shared.registered(host).models.cifar_model_dict[student][0](num_classes=100)
+    model.load_state_dict(weights)
+    launch(host, *words, "--evaluate", str(folder / "student_best"), distiller=distiller, teacher=teacher)
+
+
+def test_scalekd_is_refused_in_one_line_before_a_folder_is_made(host):
+    teacher, student = host.staged
+    name = "SCALEKD"
+    for words, message in (
+        (["SCALEKD.PROXY_HEADS", "7"], "error: proxy_heads must divide the teacher's width"),
+        (["SCALEKD.NORM", "group"], "error: norm must be one of"),
+    ):
+        found = refused(host, "DISTILLER.STUDENT", student, *words, distiller=name, teacher=teacher)
+        assert found.startswith(message)
+        assert "\n" not in found
+    found = refused(host, "DISTILLER.STUDENT", student, distiller=name, teacher=host.unusable)
+    assert re.match(r"error: no tail found in \w+: .*A tail works for timm's Swin.*\(teacher \w+, student", found)
+    assert not (host.folder / "out").exists()
 
 
 def test_a_cross_entropy_beside_a_method_is_the_mean_over_labels_that_count(host):

@@ -23,9 +23,25 @@ class Tiny(nn.Module):
         return self.fc(pooled), feats
 
 
-def maker(**settings):
+class Staged(nn.Module):
+    """Two stages before the pooling, named and shown as in the host's ResNets."""
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        self.layer2 = nn.Sequential(nn.Conv2d(3, width, 3, 4, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.layer3 = nn.Sequential(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width), nn.ReLU())
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(2 * width, num_classes)
+
+    def forward(self, x):
+        before = self.layer2(x)
+        last = self.layer3(before)
+        pooled = self.avgpool(last).flatten(1)
+        return self.fc(pooled), {"feats": [before, last], "pooled_feat": pooled}
+
+
+def maker(kind=Tiny, **settings):
     def make(num_classes=100):
-        return Tiny(num_classes, **settings)
+        return kind(num_classes, **settings)
 
     return make
 
@@ -42,6 +58,8 @@ cifar_model_dict = {
     "unusable": (maker(width=8, hidden=6), None),
     "student": (maker(width=4), None),
     "large_map_student": (maker(width=4, stride=2), None),
+    "staged_teacher": (maker(Staged, width=8), None),
+    "staged_student": (maker(Staged, width=4), None),
 }
 tiny_imagenet_model_dict = {"teacher": (maker(), None)}
 imagenet_model_dict = {"teacher": imagenet_maker}
