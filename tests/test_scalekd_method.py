@@ -1,6 +1,8 @@
 """ScaleKD as a method: what it reads, weighed by the guide, in timm's and mdistiller's models, what is refused."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from disk_plugin import DiSKLoss, GuideHead
 from disk_plugin.distiller import Distiller
 from disk_plugin.features import METHODS, Guided, Outputs, Pair, ScaleKD, pair_of
 from disk_plugin.features.launching import explained, settings_of
-from disk_plugin.features.scalekd import ScaleKDLoss, logit_losses
+from disk_plugin.features.scalekd import ScaleKDLoss, logit_losses, presets
 from disk_plugin.taps import TeacherTail, get_tail, with_maps
 
 N = 4
@@ -324,3 +326,31 @@ def test_a_tail_that_is_not_behind_the_teachers_last_map_is_refused():
 
 def taps_of():
     return [with_maps(model, PATHS) for model in models()]
+
+
+# ---- published settings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", presets.PAIRS)
+def test_published_settings_fit_their_pairs(name):
+    preset = presets.PAIRS[name]
+    eva = name.startswith("eva")
+    entry, final = ((1024, 16, 16), (1024, 16, 16)) if eva else ((768, 14, 14), (1536, 7, 7))
+    with torch.device("meta"):
+        tail = TeacherTail(nn.Identity().eval(), entry, final)
+        method = ScaleKD((1024, 14, 14), (2048, 7, 7), tail, **preset["method"])
+    assert method.features.weights["original"] == pytest.approx(4, abs=0.1)
+    assert preset["top1"]["scalekd"] - preset["top1"]["baseline"] > 2
+    if name == "swin_large -> resnet50":
+        assert sum(parameter.numel() for parameter in method.trainable_parameters()) == 175_958_016
+    timm = pytest.importorskip("timm")
+    assert all(timm.is_model(preset["models"][side]) for side in ("student", "teacher"))
+    assert preset["recipe"]["epochs"] == 300
+
+
+def test_every_published_setting_says_whose_it_is():
+    lines = Path(presets.__file__).read_text().splitlines()
+    values = [line for line in lines if re.match(r' +("\w+": [^{]+,|"\w+",|\(\d)', line)]
+    assert len(values) > 70
+    assert all(re.search(r"# (paper|authors' code|ours)", line) for line in values), values
+    ScaleKD((12, 8, 8), (24, 4, 4), get_tail(models()[1], torch.randn(2, 3, 16, 16)), **presets.CIFAR100["method"])
