@@ -40,6 +40,18 @@ class Shown(nn.Module):
         return self.fc(last.mean((2, 3))), last
 
 
+class Staged(nn.Module):
+    """Two stages, named as in ResNets."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layer3, self.layer4 = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 2 * width, 2, stride=2)
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(2 * width, C)
+
+    def forward(self, x):
+        return self.fc(self.avgpool(self.layer4(self.layer3(x))).flatten(1))
+
+
 class Images(torch.utils.data.Dataset):
     """Images without random transforms."""
 
@@ -81,6 +93,7 @@ def names(tmp_path, monkeypatch, _torchrun):
         "epoch": 0,
         "first_epoch": 0,
         "x": x,
+        "images": x,
         "target": target,
         "loader": [(x, target)] * 2,
         "micro_batches": [(x, target)] * 2,
@@ -95,6 +108,8 @@ def add_models(names, page):
     """Add the models, and what an earlier page has made of them."""
     if page.name == "write_a_method.md":
         models = {"student": Shown(4), "teacher": Shown(6), "student_channels": 4, "teacher_channels": 6}
+    elif page.name == "scalekd.md":
+        models = {"student": Staged(4), "teacher": Staged(8)}
     else:
         models = {
             "student": nn.Sequential(nn.Flatten(), nn.Linear(48, C)),
