@@ -446,7 +446,7 @@ BAD = [
     (["--host", "/nowhere"], {}, "--host must name a checkout of mdistiller, which contains tools/train.py"),
     (["--host", "/nowhere"], {}, "git clone https://github.com/megvii-research/mdistiller"),
     (["--cfg", "none.yaml"], {}, "--cfg must name a YAML file, found none at none.yaml"),
-    ([], {"distiller": "DISC"}, "DISK, DISK_DKD, DISK_SIMKD, "),
+    ([], {"distiller": "DISC"}, "DISK, DISK_CIFD, DISK_DKD, DISK_SCALEKD, DISK_SIMKD, "),
     (["DISK.LAMBDA", "1"], {}, "DISK.LAMBDA; known in DISK: ALTERNATING, BUDGET, CE_WEIGHT"),
     (["DISK.DUAL.LAMBDA", "1"], {}, "known in DISK.DUAL: ASCENT_RATE, BUDGET"),
     (["DISK.CE_WEIGHT", "much"], {}, "DISK.CE_WEIGHT must be a number such as 0.0, got much"),

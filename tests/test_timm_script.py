@@ -260,6 +260,30 @@ def test_cifd_fits_its_modules_before_the_first_epoch_and_not_again_when_resumed
     assert resumed["dropout.step"] == 2 * saved["task_state"]["method"]["dropout.step"]
 
 
+def test_scalekd_tells_its_parameters_trains_and_leaves_the_student_bare(script, folder):
+    words = ["--disk-method", "scalekd", "--disk-scalekd-dc-removed-weight", 0, "--disk-scalekd-norm", "layer"]
+    words += ["--model-ema"]
+    output = launch(script, folder, "--experiment", "scalekd", *words)
+    assert re.search(r"DiSK: ScaleKD trains [\d,]+ parameters of its own beside the student's", output)
+    assert re.search(r"DiSK: 1 multiplier: .*feature: \d", output)
+    saved = checkpoint(folder, "scalekd")
+    assert saved["state_dict"].keys() == create_model("test_vit", num_classes=CLASSES, img_size=32).state_dict().keys()
+    assert not any("tail" in key for key in saved["task_state"]["method"])
+    last = folder / "out" / "scalekd" / "last.pth.tar"
+    launch(script, folder, "--experiment", "scalekd2", *words, "--epochs", 4, "--resume", last)
+    assert checkpoint(folder, "scalekd2")["epoch"] == 3
+
+
+def test_scalekd_is_refused_in_one_line_before_a_folder_is_made(folder):
+    for words, message in (
+        (["--disk-scalekd-main-heads", 7], "error: main_heads must divide the teacher's width 96, one of "),
+        ([], "error: the teacher's final map has size 1 x 1, so that nothing is left without its mean"),
+    ):
+        words = ["--experiment", "refused", "--disk-method", "scalekd", *words]
+        assert launch(str(STANDIN), folder, *words, ends=1).splitlines()[-1].startswith(message)
+    assert not (folder / "out" / "refused").exists()
+
+
 def test_a_method_of_the_users_own_trains_and_leaves_the_student_bare(script, folder):
     page = (Path(__file__).parents[1] / "docs" / "write_a_method.md").read_text()
     (source,) = re.findall(r"```python\n# my_methods\.py\n(.*?)```", page, re.DOTALL)
@@ -397,7 +421,9 @@ def test_help_needs_no_script_and_names_every_argument(script, folder):
             assert flag in text
 
 
-@pytest.mark.parametrize("name", ["r50_r18", "vitl_vitti", "vitl_deitti", "cifd_r34_r18", "cifd_r50_mobilenetv1"])
+@pytest.mark.parametrize(
+    "name", ["r50_r18", "vitl_vitti", "vitl_deitti", "cifd_r34_r18", "cifd_r50_mobilenetv1", "scalekd_swinl_r50"]
+)
 def test_a_shipped_preset_holds_settings_that_exist(name, folder):
     from disk_plugin.integrations.timm import flags
 
@@ -410,7 +436,9 @@ def test_a_shipped_preset_holds_settings_that_exist(name, folder):
 
 
 @needs_real
-@pytest.mark.parametrize("name", ["r50_r18", "vitl_vitti", "vitl_deitti", "cifd_r34_r18", "cifd_r50_mobilenetv1"])
+@pytest.mark.parametrize(
+    "name", ["r50_r18", "vitl_vitti", "vitl_deitti", "cifd_r34_r18", "cifd_r50_mobilenetv1", "scalekd_swinl_r50"]
+)
 def test_the_real_script_knows_every_setting_of_a_shipped_preset(name, folder):
     import ast
 

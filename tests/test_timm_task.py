@@ -32,6 +32,7 @@ MODES = [
     {"mode": "alternating", "alternating": {"replay": True, "student_passes": 1}},
 ]
 KINDS = [DiSKTask, DiSKSimKDTask]
+SCALEKD = {"method": "scalekd", "teacher": "test_vit"}  # whose last map is 2 x 2 for these images
 
 
 class Hints(Method):
@@ -126,10 +127,61 @@ def test_a_methods_layers_are_trained_clipped_and_kept_in_the_tasks_state_and_th
     assert state["state_dict"].keys() == models()[0].state_dict().keys()
 
 
+def test_scalekd_is_a_methods_losses_and_disks_own_of_the_logits_and_the_student_stays_bare():
+    task = make(**SCALEKD, student="test_efficientnet", method_settings={"norm": "layer"}, distill_loss_weight=0.4)
+    image, target = batch()
+    task.eval()  # or BatchNorm's statistics differ
+    found = task(image, target)
+    method, (_, _, shown) = task.training_core.guided.method, task._teacher(image)
+    student = task._parts.student(task.student, image)
+    assert {name: tuple(each.shape[2:]) for name, each in student.maps.items()} == {
+        "before_last": (2, 2),
+        "last": (1, 1),
+    }
+    losses = method(student, shown, target)
+    terms = task.disk.terms(student.logits, shown.logits, target, task._teacher(image)[1], reduction="none")
+    features = (1 - terms.guide) * sum(losses[name] for name in ("proxy", "main", "proxy_no_dc", "main_no_dc"))
+    torch.testing.assert_close(found["kd_loss"], features.mean(), rtol=1e-4, atol=1e-5)
+    expected = nn.functional.cross_entropy(student.logits, target) + 0.4 * features.mean() + terms.loss.mean()
+    torch.testing.assert_close(found["loss"], expected, rtol=1e-4, atol=1e-4)
+    state = task.get_checkpoint_state()
+    assert state["state_dict"].keys() == models("test_efficientnet")[0].state_dict().keys()
+    assert not any("tail" in key for key in state["task_state"]["method"])
+
+
+def test_scalekds_teacher_is_as_it_was_after_steps_under_the_compiler_and_autocast():
+    task = make(**SCALEKD, student="test_efficientnet")
+    teacher = copy.deepcopy(task.teacher.state_dict())
+    optimizer = optimizer_of(task)
+    task.compile(backend="eager")
+    for dtype in (torch.bfloat16, torch.float32):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+            found = task(*batch())
+        assert found["loss"].dtype == torch.float32
+        optimizer.zero_grad()
+        found["loss"].backward()
+        optimizer.step()
+        assert all(parameter.grad is not None for parameter in task.training_core.guided.method.trainable_parameters())
+    assert all(torch.equal(value, teacher[key]) for key, value in task.teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in task.teacher.parameters())
+    assert not any(module.training for module in task.teacher.modules())
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"method": "dkdd"}, ValueError, r"method must be one of \['dkd', 'simkd'\], a Method class .* got 'dkdd'"),
+        (
+            {"method": "scalekd", "teacher": "test_efficientnet"},
+            ValueError,
+            "no tail found in EfficientNet: .* A tail works for timm's Swin",
+        ),
+        ({"method": "scalekd"}, ValueError, "the teacher's final map has size 1 x 1, .* set dc_removed_weight=0"),
+        (
+            SCALEKD | {"method_settings": {"main_heads": 7}},
+            ValueError,
+            r"main_heads must divide the teacher's width 64, one of \[1, 2, 4, .*, got 7",
+        ),
+        ({"method": "dkdd"}, ValueError, r"method must be one of \[.*'dkd', .*\], a Method class .* got 'dkdd'"),
         ({"method": 3}, TypeError, "method must be a name, a Method class or a Method, got int 3"),
         ({"method": DKD(), "method_settings": {"beta": 1.0}}, ValueError, "are for a name or a class, got a built"),
         ({"method": "dkd", "method_settings": {"gamma": 1.0}}, TypeError, "gamma"),
@@ -444,7 +496,7 @@ def epoch_of(task, optimizer, epoch, ema=False):
         (DiSKSimKDTask, {}),
         *[
             (DiSKTask, {**how, **method, "weight": "one_minus_discount"})
-            for method in ({"method": "simkd"}, {"method": "dkd"}, {"method": "cifd"}, {"method": Hints})
+            for method in ({"method": "simkd"}, {"method": "dkd"}, {"method": "cifd"}, {"method": Hints}, SCALEKD)
             for how in MODES
         ],
     ],
