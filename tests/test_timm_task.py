@@ -142,7 +142,9 @@ def test_scalekd_is_a_methods_losses_and_disks_own_of_the_logits_and_the_student
     terms = task.disk.terms(student.logits, shown.logits, target, task._teacher(image)[1], reduction="none")
     features = (1 - terms.guide) * sum(losses[name] for name in ("proxy", "main", "proxy_no_dc", "main_no_dc"))
     torch.testing.assert_close(found["kd_loss"], features.mean(), rtol=1e-4, atol=1e-5)
-    expected = nn.functional.cross_entropy(student.logits, target) + 0.4 * features.mean() + terms.loss.mean()
+    means = terms.mean()
+    expected = nn.functional.cross_entropy(student.logits, target) + 0.4 * features.mean()
+    expected = expected + means.student_loss + means.guide_loss  # of the logits, each player's own
     torch.testing.assert_close(found["loss"], expected, rtol=1e-4, atol=1e-4)
     state = task.get_checkpoint_state()
     assert state["state_dict"].keys() == models("test_efficientnet")[0].state_dict().keys()

@@ -289,10 +289,12 @@ class Convs(nn.Module):
         return self.fc(self.avgpool(self.layer4(self.layer3(x))).flatten(1))
 
 
-def scalekd_box(epoch=0, **kwargs):
-    """A box whose method is built for its two networks, and the term."""
+def scalekd_box(path=None, **kwargs):
+    """A box whose method is built for its two networks; the student's weights are those of a checkpoint, if any."""
     torch.manual_seed(0)
     pair, maps = (Convs(8), Convs(4)), {"before_last": "layer3", "last": "layer4"}
+    if path is not None:
+        load_ckpt(path, model=pair[1], strict=True)
     own = {"method": {"key": "scalekd", "kwargs": {"norm": "layer"}}, "image_size": [3, 8, 8], "student_maps": maps}
     settings = config({"num_classes": 5, **own, "teacher_maps": {"last": "layer4"}, **kwargs})
     settings["student"] |= {"forward_hook": {"input": [], "output": ["layer3", "layer4"]}}
@@ -306,6 +308,7 @@ def image_batches():
 
 
 def steps(box, first, last):
+    torch.manual_seed(7)  # the method is built when training begins
     for epoch in range(first, last):
         box.pre_epoch_process(epoch=epoch)
         for x, target in image_batches():
@@ -322,8 +325,8 @@ def test_scalekd_is_built_for_the_two_networks_trained_and_resumed(tmp_path):
     steps(whole, 0, 2)
     steps(half, 0, 1)
     save_ckpt(half.student_model, half.optimizer, half.lr_scheduler, 0.0, None, str(tmp_path / "0.pt"))
-    again = scalekd_box()
-    load_ckpt(str(tmp_path / "0.pt"), model=again.student_model, optimizer=again.optimizer)
+    again = scalekd_box(str(tmp_path / "0.pt"))
+    load_ckpt(str(tmp_path / "0.pt"), optimizer=again.optimizer)
     steps(again, 1, 2)
     assert set(again.student_model.state_dict()) == set(Convs(4).state_dict())
     for one, other in ((whole.student_model, again.student_model), (term_of(whole).guided, term_of(again).guided)):
