@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from disk_plugin import DiSKLoss, GuideHead
-from disk_plugin.features import DKD, METHODS, Guided, Method, Outputs, Pair, SimKD
+from disk_plugin.features import DKD, METHODS, Guided, Method, Outputs, Pair, ScaleKD, SimKD
 from disk_plugin.features.launching import explained, import_methods, settings_of
 from disk_plugin.features.simkd import pooled_classifier
+from disk_plugin.taps import get_tail
 from disk_plugin.taps.classifier import check_classifier
 from disk_plugin.training import GuidedTraining, Recipe, Schedule
 from disk_plugin.uniform import UniformGuide
@@ -279,18 +280,41 @@ class Small(nn.Module):
         return Outputs(self.fc(features), features, {"last": last})
 
 
-def built(kind, teacher):
+class Staged(nn.Module):
+    """A network of two stages, named as a tail is found, that shows the map of each."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layer3, self.layer4 = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 2 * width, 2, stride=2)
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(2 * width, C)
+
+    def forward(self, x):
+        before = self.layer3(x)
+        last = self.layer4(before)
+        features = self.avgpool(last).flatten(1)
+        return Outputs(self.fc(features), features, {"before_last": before, "last": last})
+
+
+def networks(kind):
+    """A student and a teacher for a method."""
+    return (Staged(4), Staged(8).eval()) if kind is ScaleKD else (Small(4), Small(6).eval())
+
+
+def built(kind, student, teacher):
     """A method for the pair, None for DiSK itself."""
     if kind is None:
         return None
-    shown = [model(torch.randn(2, 3, 4, 4)) for model in (Small(4), teacher)]
+    shown = [model(torch.randn(2, 3, 4, 4)) for model in (student, teacher)]
 
     def head():
         classifier = pooled_classifier(teacher.fc)
         check_classifier(classifier, shown[1].maps["last"], shown[1].logits)
         return classifier
 
-    return kind.for_pair(Pair(*shown, head))
+    def tail(**options):
+        return get_tail(teacher, torch.randn(2, 3, 4, 4), **options)
+
+    return kind.for_pair(Pair(*shown, head, tail))
 
 
 class Run:
@@ -298,8 +322,9 @@ class Run:
 
     def __init__(self, kind, mode, epochs=4):
         torch.manual_seed(0)
-        self.student, self.teacher = Small(4), Small(6).eval()
-        guided = Guided(DiSKLoss(GuideHead(C, 6), budget=0.3), built(kind, self.teacher), logit_loss=True)
+        self.student, self.teacher = networks(kind)
+        method = built(kind, self.student, self.teacher)
+        guided = Guided(DiSKLoss(GuideHead(C, self.teacher.fc.in_features), budget=0.3), method, logit_loss=True)
         own = {}
         if mode != "joint":
             own = {"recipe": Recipe(guide_passes=1, student_passes=2, replay=mode == "replay", replay_batch_size=4)}
@@ -355,7 +380,7 @@ def flat(state, path=""):
 
 
 @pytest.mark.parametrize("mode", ["joint", "alternating", "replay"])
-@pytest.mark.parametrize("name", ["disk", "simkd", "dkd", "hints"])
+@pytest.mark.parametrize("name", ["disk", "simkd", "dkd", "scalekd", "hints"])
 @pytest.mark.filterwarnings("ignore:the guide is dead:UserWarning")
 def test_every_method_in_every_mode_trains_and_a_resumed_run_equals_an_uninterrupted_one(
     name, mode, my_methods, tmp_path
