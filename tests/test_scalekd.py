@@ -421,7 +421,7 @@ def test_a_few_steps_lower_every_loss():
         (
             lambda: CrossAttentionProjector(6, 10, (4, 4), heads=4),
             ValueError,
-            r"divide teacher_width 10, one of \[1, 2",
+            r"divide the teacher's width 10, one of \[1, 2",
         ),
         (lambda: CrossAttentionProjector(0, 8, (4, 4)), ValueError, "student_width must be >= 1, got 0"),
         (lambda: CrossAttentionProjector(6, 8, 4), ValueError, r"student_size must be \(height, width\), got 4"),
