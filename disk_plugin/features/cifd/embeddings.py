@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +77,8 @@ class CachedEmbeddings:
 
     def read(self, index: Tensor, epoch: int) -> Rows:
         """Return the rows of some samples in the epoch's view."""
-        logits, features = self.cache(index, epoch % self.cache.views)
-        assert features is not None  # checked on construction
+        logits, found = self.cache(index, epoch % self.cache.views)
+        features = cast(Tensor, found)  # the mode was checked on construction
         check_finite("embeddings", features)
         return Rows(features, logits, self.target[index])
 
@@ -139,8 +139,7 @@ def collected(batches: Iterable[tuple[Tensor, Tensor | None, Tensor | None]]) ->
     if not columns[0]:
         raise ValueError("the loader must yield batches, got none")
     features, logits, target = (_joined(column) for column in columns)
-    assert features is not None
-    return Embeddings(features, logits, target)
+    return Embeddings(cast(Tensor, features), logits, target)
 
 
 def _joined(column: list[Tensor | None]) -> Tensor | None:

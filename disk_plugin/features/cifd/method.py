@@ -132,20 +132,19 @@ class CIFD(Method):
         Raises:
             ValueError: features of another shape; a student whose last Linear does not make its logits.
         """
-        for side, outputs in (("student", pair.student), ("teacher", pair.teacher)):
-            shape = None if outputs.features is None else tuple(outputs.features.shape)
-            if shape is None or len(shape) != 2:
-                raise ValueError(f"CIFD needs features (N, D) of the {side}, got {shape or 'none'}")
         student, teacher = pair.student, pair.teacher
-        assert student.features is not None
-        assert teacher.features is not None
+        for side, outputs in (("student", student), ("teacher", teacher)):
+            shape = tuple(given(outputs.features).shape)
+            if len(shape) != 2:
+                raise ValueError(f"CIFD needs features (N, D) of the {side}, got {shape}")
+        seen, embeddings = given(student.features), given(teacher.features)
         check_head(student)
         rdms, weights = None, settings.get("distortion_weights", _DEFAULT_R)
-        classes, width = teacher.logits.shape[1], teacher.features.shape[1]
+        classes, width = teacher.logits.shape[1], embeddings.shape[1]
         if len(weights) and not settings.get("rdms_file"):
-            relu = bool((teacher.features >= 0).all())
+            relu = bool((embeddings >= 0).all())
             rdms = RateDistortionModule(width, classes, distortion_weights=weights, nonnegative=relu)
-        built = cls(student.features.shape[1], width, classes, rdms, **settings)
+        built = cls(seen.shape[1], width, classes, rdms, **settings)
         found = built.embeddings.rdms
         if found is not None and found.num_classes not in (0, classes):
             raise ValueError(
