@@ -191,7 +191,7 @@ class CIFD(Method):
         keep = self.dropout()
         terms = self.embeddings(noisy, given(teacher.features), keep)
         losses = self._on_logits(logits, teacher.logits, terms.rdms, target, keep)
-        losses |= {"embedding": terms.embedding, "rate": terms.rate}
+        losses = {**losses, "embedding": terms.embedding, "rate": terms.rate}  # dynamo of torch 2.4 traces no |=
         if target.is_floating_point():
             return logits, losses
         counts = (target >= 0) & (target < logits.shape[1])
