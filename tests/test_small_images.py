@@ -459,6 +459,9 @@ def test_kd_and_disk_are_searched_with_the_same_number_of_trials():
         ("cifar100_10-l_10-xxs_regimes", report.regimes_table, "cifar100.md", "regimes"),
         ("cifar100_10-l_10-xxs_seconds", report.seconds_table, "cifar100.md", "seconds"),
         ("label_noise", label_noise.table, "wrong_labels.md", "label-noise"),
+        ("cifar100_10-l_10-xxs_cifd_search", report.search_table, "cifd.md", "cifd-search"),
+        ("cifar100_10-l_10-xxs_cifd_search", lambda found: found["modules_table"], "cifd.md", "cifd-modules"),
+        ("cifar100_10-l_10-xxs_12", report.table, "cifd.md", "cifd"),
     ],
 )
 def test_pages_repeat_the_committed_values(name, table, page, marker):
