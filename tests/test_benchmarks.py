@@ -117,9 +117,9 @@ def test_networks_have_the_size_of_their_namesakes(name, parameters):
     assert sum(each.numel() for each in cifar_resnets.CifarResNet(name).parameters()) == parameters
 
 
-@pytest.mark.parametrize("name", [*TABLES, "loss_gpu", "step_gpu", "host_steps", "cifd"])
+@pytest.mark.parametrize("name", [*TABLES, "loss_gpu", "step_gpu", "host_steps", "cifd", "scalekd"])
 def test_readme_shows_the_figures_that_are_kept(name):
-    if name == "timm_step":
+    if name in ("timm_step", "scalekd"):
         pytest.importorskip("timm")
     found = json.loads((FOLDER / "results" / f"{name}.json").read_text())
     shown = re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", (FOLDER / "README.md").read_text(), re.DOTALL)
