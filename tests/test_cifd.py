@@ -594,6 +594,12 @@ def test_compiled_it_is_the_same():
             ValueError,
             "for the logits' 5 classes, got some for 3",
         ),
+        (lambda: CIFD(S, T)(*batch(dtype=torch.float32)), ValueError, "must be fitted"),
+        (
+            lambda: CIFD(S, T, allow_unfitted=True)(*batch(dtype=torch.float32)),
+            ValueError,
+            "for the logits' 5 classes, got some for 0",
+        ),
         (lambda: fit_rdms(relu_features(1), progress=False), ValueError, "to train on and to hold out, got 1"),
     ],
 )

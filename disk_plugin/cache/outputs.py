@@ -1,9 +1,7 @@
 """The teacher's outputs for batches of sample-views, and their storage as rows."""
 
-import importlib
-import importlib.util
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +104,6 @@ def read_head(path: Path, meta: Meta) -> tuple[Tensor, Tensor | None] | None:
         layer = f"the teacher's last layer, tensors of shape {expected[0]} and {expected[1]}"
         raise RuntimeError(f"{path} must hold {layer}, got {came}: {REMEDY}") from cause
     return weight, bias
-
-
-def progress_bar(loader: Iterable[Any], shown: bool) -> Iterable[Any]:
-    """Show a progress bar over the batches if tqdm is installed."""
-    if not shown or importlib.util.find_spec("tqdm") is None:
-        return loader
-    bar: Iterable[Any] = importlib.import_module("tqdm").tqdm(loader, desc="teacher outputs")
-    return bar
 
 
 def batches(

@@ -13,11 +13,12 @@ from torch.utils.data import Dataset
 
 from .. import _checks
 from .._modes import in_mode, without_autocast
+from .._progress import progress_bar
 from . import fingerprint, storage
 from .checksums import BlockChecks
 from .description import Meta, read_meta
 from .files import DATA, HEAD
-from .outputs import TeacherOutputs, batches, check_mode, progress_bar, read_head, to_half
+from .outputs import TeacherOutputs, batches, check_mode, read_head, to_half
 from .verification import largest_difference
 from .views import PlainView, SeededViews, places, to_views
 
@@ -159,7 +160,8 @@ class TeacherCache:
             meta = _describe(teacher, source, outputs)
             with storage.open_writer(folder, meta, outputs.head_bytes()) as writer:
                 remaining = range(writer.meta.written, meta.rows)
-                for images, rows in progress_bar(batches(source, remaining, batch_size, num_workers), progress):
+                loader = batches(source, remaining, batch_size, num_workers)
+                for images, rows in progress_bar(loader, progress, "teacher outputs"):
                     writer.append(to_half(outputs.rows(images), rows, meta))
         return cls(folder)
 

@@ -1,6 +1,5 @@
 """A teacher's embeddings, from a cache or from one pass over a loader, for fitting on them."""
 
-import importlib.util
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._modes import in_mode
+from ..._progress import progress_bar
 from ...cache import TeacherCache
 from ...taps import FeatureTap, with_features
 
@@ -113,7 +113,9 @@ def upcast(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def to_embeddings(source: Any, teacher: nn.Module | None, targets: Tensor | None) -> Embeddings | CachedEmbeddings:
+def to_embeddings(
+    source: Any, teacher: nn.Module | None, targets: Tensor | None, progress: bool
+) -> Embeddings | CachedEmbeddings:
     """Return embeddings from a cache, from a loader and its teacher, or as they are.
 
     Raises:
@@ -127,7 +129,7 @@ def to_embeddings(source: Any, teacher: nn.Module | None, targets: Tensor | None
         raise TypeError(f"source must be Embeddings, a TeacherCache or a loader, got {type(source).__name__}")
     if teacher is None:
         raise TypeError("a loader of (x, target) needs teacher=, the model that makes the embeddings")
-    return collected(outputs(teacher, source))
+    return collected(outputs(teacher, progress_bar(source, progress, "teacher outputs")))
 
 
 def collected(batches: Iterable[tuple[Tensor, Tensor | None, Tensor | None]]) -> Embeddings:
@@ -159,26 +161,6 @@ def outputs(teacher: nn.Module, loader: Iterable[Any]) -> Iterator[tuple[Tensor,
         with in_mode(tap, training=False):
             logits, features = tap(x.to(device))
         yield features, logits, target
-
-
-def progress_bar(total: int, shown: bool, text: str) -> Any:
-    """Return a tqdm bar, or something with its ``update`` and ``close`` where it is not installed or wanted."""
-    if not shown or importlib.util.find_spec("tqdm") is None:
-        return _Silent()
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=text, unit="epoch")
-
-
-class _Silent:
-    def update(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def set_postfix_str(self, text: str) -> None:
-        pass
 
 
 def _on_cpu(value: Tensor | None) -> Tensor | None:

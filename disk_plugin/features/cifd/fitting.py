@@ -11,9 +11,11 @@ from torch import distributed as dist
 
 from ... import _checks
 from ..._collectives import average_gradients, mean_over_processes
+from ..._progress import progress_bar
 from .distances import DISTORTIONS, REDUCTIONS
-from .embeddings import CachedEmbeddings, Embeddings, Rows, progress_bar, to_embeddings
+from .embeddings import CachedEmbeddings, Embeddings, Rows, to_embeddings
 from .modules import RateDistortionModule
+from .seeding import seed_generators, seeded
 from .stage_a import stage_a_loss
 
 _DENSITY_RATE = 5.0  # of the densities' learning rate to the networks': at 1 they lag behind what they charge
@@ -99,13 +101,11 @@ def fit_rdms(
     _checks.number("held_out", held_out, above=0, at_most=0.5)
     for name, count in {"epochs": epochs, "batch_size": batch_size}.items():
         _checks.integer(name, count, at_least=1)
-    given, embeddings = modules, to_embeddings(source, teacher, targets)
+    given, embeddings = modules, to_embeddings(source, teacher, targets, progress)
     probe = embeddings.read(torch.arange(min(len(embeddings), batch_size)), 0)
     dim, classes = probe.features.shape[1], 0 if probe.logits is None else probe.logits.shape[1]
-    # manual_seed seeds every GPU
-    gpus = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(seed)
+    place = torch.device(device) if device is not None else _device_of(modules)
+    with seeded(seed, place):
         if modules is None:
             relu = bool((probe.features >= 0).all()) if nonnegative is None else nonnegative
             shape: dict[str, Any] = {"hidden_dim": hidden_dim, "nonnegative": relu}
@@ -116,7 +116,7 @@ def fit_rdms(
                 f"{dim} and {classes} classes"
             )
         dtype = next(modules.parameters()).dtype  # of a host's models, maybe half precision
-        modules.to(device=device, dtype=probe.features.dtype).requires_grad_(True)
+        modules.to(device=place, dtype=probe.features.dtype).requires_grad_(True)
         weights = {"ce_weight": ce_weight, "kl_weight": kl_weight, "temperature": temperature}
         settings: dict[str, Any] = {"kind": distortion, "reduction": reduction, **weights}
         fit = _Fit(modules, embeddings, settings, held_out, seed, shared)
@@ -127,6 +127,10 @@ def fit_rdms(
             modules.to(dtype)
         modules.report = report
     return modules
+
+
+def _device_of(modules: RateDistortionModule | None) -> torch.device:
+    return torch.device("cpu") if modules is None else next(modules.parameters()).device
 
 
 class _Fit:
@@ -147,7 +151,7 @@ class _Fit:
         if self.shared:
             for tensor in (*modules.parameters(), *modules.buffers()):
                 dist.broadcast(tensor.detach(), 0)
-            torch.manual_seed(seed + 1 + dist.get_rank())  # of the noise
+            seed_generators(seed + 1 + dist.get_rank(), next(modules.parameters()).device)  # of the noise
         samples = self._samples()
         order = torch.randperm(samples, generator=self.generator)
         left_out = min(max(round(held_out * samples), 1), samples - 1)
@@ -170,8 +174,7 @@ class _Fit:
         optimizer = torch.optim.Adam(groups, lr)
         steps = -(-len(self.seen) // batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
-        bar = progress_bar(epochs, progress, "rate-distortion modules")
-        for epoch in range(epochs):
+        for epoch in progress_bar(range(epochs), progress, "rate-distortion modules"):
             order = self.seen[torch.randperm(len(self.seen), generator=self.generator)]
             for index in torch.split(order, batch_size):
                 loss, _ = stage_a_loss(modules, self._rows(index, epoch), **self.settings)
@@ -182,10 +185,6 @@ class _Fit:
                     average_gradients(modules.parameters())
                 optimizer.step()
                 schedule.step()
-            rates = " ".join(f"{value:.1f}" for value in loss.rate.detach().mean(1).tolist())
-            bar.set_postfix_str(f"nats {rates}")
-            bar.update()
-        bar.close()
 
     @torch.no_grad()
     def measured(self, batch_size: int, reduction: str) -> dict[str, Any]:

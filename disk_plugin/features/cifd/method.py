@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ... import _checks
+from ..._progress import progress_bar
 from ...functional._positions import promote, without_ignored
 from ..method import Method, Outputs, Pair, check_head
 from .distances import REDUCTIONS, divergence
@@ -19,7 +20,7 @@ from .embeddings import collected
 from .fitting import fit_rdms
 from .modules import ModuleOutputs, RateDistortionModule
 
-_DEFAULT_R = (1e4, 5e3, 1e3)  # ImageNet, appendix A.2; those of CIFAR-100 leave little of a teacher that we tried
+_DEFAULT_R = (1e4, 5e3, 1e3)  # ImageNet, appendix A.2
 
 
 class CIFD(Method):
@@ -38,7 +39,7 @@ class CIFD(Method):
     Args:
         student_dim: width of the student's features.
         teacher_dim: width of the teacher's.
-        num_classes: C, for new modules.
+        num_classes: C, for new modules, which imitate the teacher's classes.
         rdms: fitted modules; None for new ones, one per ``distortion_weights``.
         ce_weight: lambda_CE, >= 0; without effect where DiSK's own loss takes its place.
         kl_weight: lambda_KL, >= 0.
@@ -146,7 +147,7 @@ class CIFD(Method):
             rdms = RateDistortionModule(width, classes, distortion_weights=weights, nonnegative=relu)
         built = cls(seen.shape[1], width, classes, rdms, **settings)
         found = built.embeddings.rdms
-        if found is not None and found.num_classes not in (0, classes):
+        if found is not None and found.num_classes != classes:
             raise ValueError(
                 f"rdms_file must hold modules for the teacher's {classes} classes, got some for {found.num_classes}"
             )
@@ -170,7 +171,8 @@ class CIFD(Method):
         rdms = self.embeddings.rdms
         if rdms is None:
             return ""
-        parts = ((given(outputs.features), outputs.logits, target) for outputs, target in batches)
+        shown = progress_bar(batches, progress, "teacher outputs")
+        parts = ((given(outputs.features), outputs.logits, target) for outputs, target in shown)
         device = next(rdms.parameters()).device
         fit_rdms(collected(parts), modules=rdms, device=device, shared=shared, progress=progress, **self.fitting)
         if folder is not None:
@@ -226,12 +228,11 @@ class CIFD(Method):
         ce = cross_entropy(s, label.to(s.dtype) if target.is_floating_point() else label, reduction="none")
         losses = {"ce": self.ce_weight * ce}
         losses["kl"] = self.kl_weight * keep[0] * divergence(s, t, self.temperature)
-        if rdms is not None and rdms.logits is not None:
+        if rdms is not None:
+            classes = 0 if rdms.logits is None else rdms.logits.shape[2]
+            if rdms.logits is None or classes != s.shape[1]:
+                raise ValueError(f"the rdms must be for the logits' {s.shape[1]} classes, got some for {classes}")
             weights = keep[1:] * s.new_tensor(self.embeddings.rdm_weights)
-            if rdms.logits.shape[2] != s.shape[1]:
-                raise ValueError(
-                    f"the rdms must be for the logits' {s.shape[1]} classes, got some for {rdms.logits.shape[2]}"
-                )
             each = divergence(s, rdms.logits.to(s.dtype), self.temperature)
             losses["kl_rdms"] = self.kl_weight * (weights.unsqueeze(1) * each).sum(0)  # no product for autocast
         return losses
