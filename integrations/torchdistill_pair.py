@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from disk_plugin._modes import in_mode
 from disk_plugin.features import METHODS, Method, Outputs, Pair
+from disk_plugin.features.method import LAST_MAP
 from disk_plugin.taps import TeacherTail, get_tail, logits_of
-from disk_plugin.taps.classifier import check_classifier, pooled_classifier
+from disk_plugin.taps.classifier import last_classifier
 
 
 class Paths(NamedTuple):
@@ -93,12 +94,9 @@ def build_for_pair(
     teacher = models[1]
 
     def head() -> nn.Module:
-        linear = [module for module in teacher.modules() if isinstance(module, nn.Linear)]
-        if not linear or "last" not in shown[1].maps:
-            raise ValueError("the teacher shows no Linear layer behind a map 'last' of teacher_maps")
-        classifier = pooled_classifier(linear[-1])
-        check_classifier(classifier, shown[1].maps["last"], shown[1].logits)
-        return classifier
+        if LAST_MAP not in shown[1].maps:
+            raise ValueError(f"teacher_maps must name {LAST_MAP!r}, which the teacher's classifier reads")
+        return last_classifier(teacher, shown[1].maps[LAST_MAP], shown[1].logits)
 
     def tail(**options: Any) -> TeacherTail:
         return get_tail(teacher, images, **options)

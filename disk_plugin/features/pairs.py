@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .._modes import in_mode
-from ..taps.classifier import check_classifier, pooled_classifier
+from ..taps.classifier import last_classifier
 from ..taps.maps import MapTap
 from ..taps.tails import TeacherTail, get_tail
 from .method import LAST_MAP, Outputs, Pair
@@ -48,12 +48,7 @@ def pair_of(student: MapTap, teacher: MapTap, images: Tensor) -> Pair:
         raise ValueError(f"student and teacher must have logits of one shape, got {shapes[0]} and {shapes[1]}")
 
     def head() -> nn.Module:
-        linear = [module for module in teacher.model.modules() if isinstance(module, nn.Linear)]
-        if not linear:
-            raise ValueError("the teacher has no nn.Linear layer")
-        classifier = pooled_classifier(linear[-1])
-        check_classifier(classifier, shown["teacher"].maps[LAST_MAP], shown["teacher"].logits)
-        return classifier
+        return last_classifier(teacher.model, shown["teacher"].maps[LAST_MAP], shown["teacher"].logits)
 
     def tail(**options: Any) -> TeacherTail:
         return get_tail(teacher.model, images, **options)

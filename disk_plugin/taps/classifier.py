@@ -12,6 +12,20 @@ def pooled_classifier(linear: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
 
 
+def last_classifier(model: nn.Module, last_map: Tensor, logits: Tensor) -> nn.Module:
+    """Return the model's last Linear behind a global pooling, checked to make its logits from its last map.
+
+    Raises:
+        ValueError: the model has no Linear layer, or the two do not make the logits.
+    """
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError("the teacher has no nn.Linear layer")
+    classifier = pooled_classifier(linear[-1])
+    check_classifier(classifier, last_map, logits)
+    return classifier
+
+
 @torch.no_grad()
 def check_classifier(classifier: nn.Module, teacher_map: Tensor, teacher_logits: Tensor) -> None:
     """Raise ValueError unless ``classifier(teacher_map)`` reproduces the teacher's logits.
