@@ -20,8 +20,8 @@ from typing import Any
 import pairs
 import timm
 import torch
-from timm.optim import create_optimizer_v2
 from timm.task import FeatureDistillationTask, TrainingTask
+from timm_step import stepper
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -30,19 +30,6 @@ from disk_plugin.integrations.timm import DiSKTask
 
 Step = Callable[[], None]
 VIEW_BAR, CALLS = 0.1, 20
-
-
-def stepper(task: TrainingTask, image: Tensor, target: Tensor) -> Step:
-    """Return a training step as a function."""
-    optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=1e-3, momentum=0.9)
-    task.get_trainable_module().train()
-
-    def step() -> None:
-        optimizer.zero_grad()
-        task(image, target)["loss"].backward()
-        optimizer.step()
-
-    return step
 
 
 def stored(step: Step, task: TrainingTask, device: str) -> int:
