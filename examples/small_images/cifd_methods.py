@@ -21,9 +21,10 @@ def teacher_of(batch: Batch) -> Outputs:
 
 def groups(cifd: CIFD) -> list[dict[str, Any]]:
     """Return the optimizer's groups: the densities decay towards nothing sensible."""
-    density = set(cifd.embeddings.bottleneck.density.parameters())
-    others = [each for each in cifd.trainable_parameters() if each not in density]
-    return [{"params": others}, {"params": list(density), "weight_decay": 0.0}]
+    density = list(cifd.embeddings.bottleneck.density.parameters())  # in an order that a resumed run repeats
+    apart = set(density)
+    others = [each for each in cifd.trainable_parameters() if each not in apart]
+    return [{"params": others}, {"params": density, "weight_decay": 0.0}]
 
 
 class CIFDAlone(Method):

@@ -23,6 +23,7 @@ from .resnet import ResNet, State, joined, parted
 from .views import Views, accuracies, batches, digest, precision, save
 
 MOMENTUM, WEIGHT_DECAY, BATCH_SIZE = 0.9, 5e-4, 200
+_NOISE_SEED = 555_555_555  # not a seed of any epoch's order
 
 
 class Recipe(NamedTuple):
@@ -111,6 +112,7 @@ class Run:
 
     def fit_epoch(self) -> None:
         """Train one epoch, log it and save it."""
+        torch.manual_seed(_NOISE_SEED + 1_000_003 * self.recipe.seed + self.epoch)  # of noise, as in a resumed run
         self._guide_passes()
         self._log(self._student_pass())
         self.epoch += 1
