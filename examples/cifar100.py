@@ -9,8 +9,8 @@ row of ``trials.CONVERGED``.
 
 Usage: python examples/cifar100.py --data data/cifar100.npz [--student NAME] [--teacher NAME] [--epochs N] [--seeds N]
        [--converged] [--methods NAME ...] [--only SEED ...] [--collect]
-       [--search | --search-cifd | --screen | --repeat | --regimes | --conditions
-       | --time] [--device cuda] [--out DIR] [--dry-run]
+       [--search | --search-cifd | --search-scalekd | --screen | --repeat | --regimes | --conditions | --time]
+       [--trials N] [--device cuda] [--out DIR] [--dry-run]
 """
 
 import argparse
@@ -25,6 +25,7 @@ from small_images.conditions import conditions, conditions_table
 from small_images.experiment import Experiment
 from small_images.final import Final
 from small_images.methods import METHODS
+from small_images.networks import SWIN, TEACHERS
 from small_images.report import (
     compared_table,
     regimes_table,
@@ -47,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="cifar100.npz, or the folder that holds cifar-100-python/")
     parser.add_argument("--student", choices=sorted(SHAPES), default="resnet10-xxs")
-    parser.add_argument("--teacher", choices=sorted(SHAPES), default="resnet10-l")
+    parser.add_argument("--teacher", choices=TEACHERS, default="resnet10-l")
     names = sorted({*METHODS, *trials.rows(1.0)})
     parser.add_argument("--methods", nargs="+", choices=names, default=["ce", "kd", "searched", "disk-alternating"])
     parser.add_argument("--epochs", type=int, default=30)
@@ -63,6 +64,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--search", action="store_true", help="search settings on held-out training images")
     parser.add_argument("--search-cifd", action="store_true", help="the same for CIFD, alone and guided")
+    parser.add_argument("--search-scalekd", action="store_true", help="the same for ScaleKD; needs --teacher swin")
     parser.add_argument("--screen", action="store_true", help="look at further settings of DiSK on the same images")
     parser.add_argument("--repeat", action="store_true", help="train what came close to the best from two more starts")
     parser.add_argument("--regimes", action="store_true", help="few images, wrong labels, no warm start")
@@ -71,6 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--teacher-epochs", type=int, default=24)
     parser.add_argument("--warm-epochs", type=int, default=15, help="of the CE warm start")
     parser.add_argument("--search-epochs", type=int, default=15)
+    parser.add_argument("--trials", type=int, default=8, help="of each method in a search; CIFD's are fixed")
     parser.add_argument("--views", type=int, help="distinct augmented copies of each image (30 on a CPU, else endless)")
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--batch-size", type=int, default=200)
@@ -89,12 +92,15 @@ def arguments() -> argparse.Namespace:
     args.held_out = data.HELD_OUT
     args.views = args.views or (30 if args.device == "cpu" else ENDLESS)
     if args.dry_run:
-        args.student, args.teacher, args.compile, args.held_out = "resnet10-xxs", "resnet10-s", False, 200
+        args.teacher = args.teacher if args.teacher == SWIN else "resnet10-s"
+        args.student, args.compile, args.held_out, args.trials = "resnet10-xxs", False, 200, 2
         args.epochs = args.teacher_epochs = args.warm_epochs = args.search_epochs = args.views = args.seeds = 2
         args.epochs = 3
-        trials.KD_TRIALS, trials.DISK_TRIALS = trials.KD_TRIALS[:2], trials.DISK_TRIALS[:2]
     elif args.data is None:
         parser.error("--data is needed: a cifar100.npz, or the folder that holds cifar-100-python/")
+    mapped = [name for name in args.methods if name in METHODS and METHODS[name].reads_maps]
+    if (mapped or args.search_scalekd) and args.teacher != SWIN:
+        parser.error(f"{' and '.join(mapped) or '--search-scalekd'} needs --teacher {SWIN}, got {args.teacher}")
     return args
 
 
@@ -112,9 +118,17 @@ def frozen(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def needs_cifd(args: argparse.Namespace) -> bool:
-    """Return whether a row needs the settings of CIFD's search."""
-    return any((METHODS[name].searched_as or "").endswith("cifd") for name in args.methods if name in METHODS)
+def needed(family: str, args: argparse.Namespace) -> bool:
+    """Return whether a row needs the settings of a family's search."""
+    return any((METHODS[name].searched_as or "").endswith(family) for name in args.methods if name in METHODS)
+
+
+def write_family(found: dict[str, Any], stem: Path) -> None:
+    """Write a search of CIFD or ScaleKD, of the former with its modules."""
+    shown = f"{search_table(found)}\n\n{found['modules_table']}" if "modules" in found else search_table(found)
+    write(found, shown, stem.with_name(f"{stem.name}_search.json"))
+    if "modules" in found:
+        write_modules(found["modules"], stem.with_name(f"{stem.name}_modules.png"))
 
 
 def main() -> None:
@@ -123,24 +137,27 @@ def main() -> None:
     experiment = Experiment(args)
     pair = f"cifar100_{args.teacher.removeprefix('resnet')}_{args.student.removeprefix('resnet')}"
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.search or (args.dry_run and not args.search_cifd):
+    asked = {"cifd": args.search_cifd, "scalekd": args.search_scalekd}
+    if args.search or (args.dry_run and not any(asked.values())):
         search = experiment.search(args.only if args.search else None)
         if search is not None:
             write(search, search_table(search), args.out / f"{pair}_search.json")
         if args.search:
             return
-    else:
+    elif not any(asked.values()):
         search = frozen(RESULTS / f"{pair}_search.json", args)
-    if args.search_cifd or (args.dry_run and needs_cifd(args)):
-        cifd = experiment.search_cifd(args.only if args.search_cifd else None)
-        if cifd is not None:
-            write(cifd, f"{search_table(cifd)}\n\n{cifd['modules_table']}", args.out / f"{pair}_cifd_search.json")
-            write_modules(cifd["modules"], args.out / f"{pair}_cifd_modules.png")
-        if args.search_cifd:
+    for family, search_family in {"cifd": experiment.search_cifd, "scalekd": experiment.search_scalekd}.items():
+        if asked[family] or (args.dry_run and needed(family, args)):
+            found = search_family(args.only if asked[family] else None)
+            if found is not None:
+                write_family(found, args.out / f"{pair}_{family}")
+        elif needed(family, args):
+            found = frozen(RESULTS / f"{pair}_{family}_search.json", args)
+        else:
+            continue
+        if asked[family]:
             return
-        search["chosen"] |= cifd["chosen"]
-    elif needs_cifd(args):
-        search["chosen"] |= frozen(RESULTS / f"{pair}_cifd_search.json", args)["chosen"]
+        search["chosen"] |= found["chosen"]
     if args.screen:
         name, found, shown = "screen", experiment.tried(trials.SCREEN, "screen", args.only), search_table
     elif args.repeat:

@@ -38,7 +38,7 @@ class CIFDAlone(Method):
         settings: of ``CIFD``.
     """
 
-    searched_as, reads_student = "cifd", True
+    searched_as, reads_student, needs = "cifd", True, ("rdms", "student_dim")
 
     @classmethod
     def made(cls, settings: dict[str, Any], **run: Any) -> "Method":
@@ -75,7 +75,7 @@ class DiSKCIFD(DiSK):
         settings: of ``DiSK``.
     """
 
-    searched_as, reads_student = "disk-cifd", True
+    searched_as, reads_student, needs = "disk-cifd", True, CIFDAlone.needs
 
     def __init__(
         self,

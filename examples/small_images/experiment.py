@@ -7,17 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from disk_plugin.features import Pair, pair_of
 from disk_plugin.features.cifd import Embeddings, RateDistortionModule, fit_rdms
+from disk_plugin.taps import with_maps
 
 from . import data, trials
-from .methods import CE, METHODS, Method, make_method
+from .methods import CE, KD, METHODS, Method, make_method
+from .networks import SWIN, network, width_of
 from .report import machine
-from .resnet import SHAPES, ResNet, State
-from .training import Recipe, Run
-from .views import Views, digest, outputs_of
+from .resnet import ResNet, State
+from .training import MAPS, Recipe, Run
+from .views import Views, digest, normalized, outputs_of
 
 SEARCH_SEED = 100  # not one of the report's
 TEACHER_SEED = 0
+SWINS_TEACHER = "resnet10-l"
 TOGETHER = 8  # trials of the search trained as one network
 
 
@@ -36,10 +40,14 @@ class Experiment:
         self.views = self.views_of(self.train)
 
     def views_of(self, train: data.Split, teacher: ResNet | None = None) -> Views:
-        """Return augmented views of some images with a teacher's outputs, by default the call's teacher."""
-        views = Views(train, self.args.views, teacher or self.teacher, None)
+        """Return augmented views of some images with a teacher's outputs, by default the call's teacher.
+
+        Methods that read maps are built for a Swin teacher alone.
+        """
+        teacher = teacher or self.teacher
+        views = Views(train, self.args.views, teacher, None, maps=not isinstance(teacher, ResNet))
         if self.args.device != "cuda":  # where the teacher's forward is cheaper than reading a file
-            views.folder = self.out / f"outputs-{digest(views.teacher.state_dict())}-{views.content}"
+            views.folder = self.out / f"outputs-{digest(teacher.state_dict())}-{views.content}"
         return views
 
     def recipe(self, model: str, epochs: int, seed: int) -> Recipe:
@@ -58,13 +66,19 @@ class Experiment:
         args = self.args
         recipe = self.recipe(name, args.teacher_epochs, TEACHER_SEED)._replace(compiled=args.device == "cuda")
         views = Views(self.train, args.views, None, None)
+        methods: dict[str, Method] = {"ce": CE()}
+        if name == SWIN:  # distilled from a convolutional network, as DeiT; its settings were not searched
+            recipe = recipe._replace(optimizer="adamw", lr=1e-3)
+            views = self.views_of(self.train, self.teacher_of(SWINS_TEACHER)[0])
+            methods = {"kd": KD(temperature=2.0)}
         folder = self.out / f"teacher-{name}-{args.teacher_epochs}"
-        run = Run(recipe, {"ce": CE()}, None, views, self.searched, self.held_out, folder)
+        run = Run(recipe, methods, None, views, self.searched, self.held_out, folder)
         if args.collect and run.epoch < recipe.epochs:
             raise RuntimeError(f"--collect expects a trained teacher in {folder}, got {run.epoch} of its epochs")
         run.fit()
-        model = ResNet(name).to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        model.load_state_dict(run.states()["ce"])
+        model = network(name).to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        [state] = run.states().values()
+        model.load_state_dict(state)
         return model, {"held_out": run.accuracies(self.held_out)[0], "test": run.accuracies(self.test)[0]}
 
     def warm_run(self, seed: int, index: Tensor, judge: data.Split) -> Run:
@@ -82,20 +96,26 @@ class Experiment:
 
     def methods(self, chosen: dict[str, tuple[str, dict[str, Any]]], epochs: int, seed: int, budget: float):
         """Build methods from name -> (method, settings)."""
-        run = {"feature_dim": SHAPES[self.args.teacher][0][-1], "epochs": epochs, "seed": seed}
+        run = {"feature_dim": width_of(self.args.teacher), "epochs": epochs, "seed": seed}
+        given = {"rdms": self.rdms, "student_dim": lambda: width_of(self.args.student), "pair": self.pair}
         made: dict[str, Method] = {}
         for name, (method, settings) in chosen.items():
-            own = run
-            if METHODS[method].reads_student:
-                own = {**run, "rdms": self.rdms(), "student_dim": SHAPES[self.args.student][0][-1]}
+            own = run | {needed: given[needed]() for needed in METHODS[method].needs}
             made[name] = make_method(method, settings, budget=budget, **own)
         return made
+
+    def pair(self) -> Pair:
+        """Return student and teacher with their maps, for a method that is built for a pair."""
+        images = normalized(self.train.images[:2])
+        student = network(self.args.student).to(self.args.device)
+        paths = dict(zip(MAPS, (f"blocks.{number}" for number in student.map_blocks), strict=True))
+        return pair_of(with_maps(student, paths), with_maps(self.teacher.body), images)
 
     def rdms(self) -> RateDistortionModule:
         """Fit rate-distortion modules to the teacher's embeddings of one view of the search's images."""
         path = self.out / f"rdms-{self.args.teacher}.pt"
         if not path.exists():
-            seen, (logits, features) = self.searched, self.views(SEARCH_SEED, 0)[1]
+            seen, (logits, features, *_) = self.searched, self.views(SEARCH_SEED, 0)[1]
             labels = self.train.labels[seen]
             embeddings = Embeddings(features[seen].float(), logits[seen].float(), labels)
             short = {"epochs": 1} if self.args.dry_run else {}
@@ -139,31 +159,29 @@ class Experiment:
 
     def search(self, only: list[int] | None) -> dict[str, Any] | None:
         """Search the settings of KD and of DiSK with equally many trials; return the best of each and all of them."""
-        chosen = {f"kd {i}": ("kd", settings) for i, settings in enumerate(trials.KD_TRIALS)}
-        chosen |= {f"disk {i}": ("disk", settings) for i, settings in enumerate(trials.DISK_TRIALS)}
+        chosen = trials.named("kd", trials.KD_TRIALS, self.args.trials)
+        chosen |= trials.named("disk", trials.DISK_TRIALS, self.args.trials)
         found = self.tried(chosen, "search", only)
         if only is not None:
             return None
-        best = {}
-        for method in ("kd", "disk"):
-            rows = [row for row in found["rows"].values() if row["method"] == method]
-            row = max(rows, key=lambda each: each["accuracy"])
-            best[method] = {"settings": row["settings"], "accuracy": row["accuracy"]}
-        number = {"kd": len(trials.KD_TRIALS), "disk": len(trials.DISK_TRIALS)}
-        return {**found, "budget": 1 - found["warm_start"] / 100, "trials": number, "chosen": best}
+        number = {name: sum(method == name for method, _ in chosen.values()) for name in ("kd", "disk")}
+        return {**found, "budget": 1 - found["warm_start"] / 100, "trials": number, "chosen": best_of(found)}
 
     def search_cifd(self, only: list[int] | None) -> dict[str, Any] | None:
         """Search the settings of CIFD, alone and guided, with as many trials as KD and DiSK had."""
         found = self.tried(trials.CIFD_TRIALS, "search-cifd", only)
         if only is not None:
             return None
-        best = {}
-        for method in ("cifd", "disk-cifd"):
-            row = max((row for row in found["rows"].values() if row["method"] == method), key=lambda r: r["accuracy"])
-            best[method] = {"settings": row["settings"], "accuracy": row["accuracy"]}
         rdms = self.rdms()
         modules = {"distortion_weights": rdms.distortion_weights, **rdms.report}
-        return {**found, "chosen": best, "modules": modules, "modules_table": rdms.table()}
+        return {**found, "chosen": best_of(found), "modules": modules, "modules_table": rdms.table()}
+
+    def search_scalekd(self, only: list[int] | None) -> dict[str, Any] | None:
+        """Search the settings of ScaleKD, alone and guided, with as many trials each as KD and DiSK."""
+        chosen = trials.named("scalekd", trials.SCALEKD_TRIALS, self.args.trials)
+        chosen |= trials.named("disk-scalekd", trials.DISK_SCALEKD_TRIALS, self.args.trials)
+        found = self.tried(chosen, "search-scalekd", only)
+        return None if only is not None else {**found, "chosen": best_of(found)}
 
     def chosen(self, search: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
         """Return each row's method with its settings: those of ``trials.rows``, or what the search froze."""
@@ -197,3 +215,12 @@ class Experiment:
             outputs_of(self.teacher, images)[0].cpu()  # synchronizes with the device
             taken["teacher's forward"] = (time.perf_counter() - begin) * len(self.searched) / len(images)
         return {"seconds_per_epoch": taken, "images": len(self.searched), "machine": machine(self.args.device)}
+
+
+def best_of(found: dict[str, Any]) -> dict[str, Any]:
+    """Return each method's best trial."""
+    best: dict[str, Any] = {}
+    for row in found["rows"].values():
+        if row["accuracy"] > best.get(row["method"], {"accuracy": -1.0})["accuracy"]:
+            best[row["method"]] = {"settings": row["settings"], "accuracy": row["accuracy"]}
+    return best

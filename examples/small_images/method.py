@@ -10,13 +10,17 @@ from disk_plugin import functional
 
 
 class Batch(NamedTuple):
-    """Normalised images (N, 3, 32, 32), labels (N,), the teacher's outputs (N, C) and (N, D), positions (N,)."""
+    """Normalised images (N, 3, 32, 32), labels (N,), the teacher's outputs (N, C) and (N, D), positions (N,).
+
+    ``teacher_map`` is the teacher's last feature map (N, D, H, W), where the views have it.
+    """
 
     images: Tensor
     labels: Tensor
     teacher_logits: Tensor
     teacher_features: Tensor
     index: Tensor
+    teacher_map: Tensor | None = None
 
 
 class Method(nn.Module):
@@ -27,6 +31,8 @@ class Method(nn.Module):
     guide_passes = 0  # before equally many passes of the student
     step_every = 1  # epochs between steps of the schedule or passes of the guide
     reads_student = False  # whether ``forward`` gets the student's Outputs with features and head, not its logits
+    reads_maps = False  # whether these Outputs have the student's last two maps, and the batch the teacher's last one
+    needs: tuple[str, ...] = ()  # what the experiment makes for it: "rdms", "student_dim", "pair"
     extra_passes = 0.0  # student forwards per pass over the data beyond the student's own
 
     @classmethod
@@ -37,6 +43,11 @@ class Method(nn.Module):
     def forward(self, student_logits: Tensor, batch: Batch) -> Tensor:
         """Return the loss to backpropagate."""
         raise NotImplementedError
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers to step with the student's."""
+        return [self.optimizer] if self.optimizer else []
 
     def end_epoch(self) -> dict[str, float]:
         """End an epoch; return its values to log."""

@@ -5,6 +5,7 @@ from typing import Any
 from .cifd_methods import CIFDAlone, DiSKCIFD
 from .disk_methods import AlternatingDiSK, DiscountBudgetDiSK, DiSK, ReplayDiSK
 from .method import CE, KD, Batch, Method
+from .scalekd_methods import DiSKScaleKD, ScaleKDAlone
 
 __all__ = ["CE", "KD", "METHODS", "Batch", "DiSK", "Method", "make_method"]
 
@@ -12,11 +13,14 @@ METHODS: dict[str, type[Method]] = {
     "ce": CE,
     "kd": KD,
     "disk": DiSK,
+    "disk-best": DiSK,  # as the search of this pair chose it
     "disk-alternating": AlternatingDiSK,
     "disk-discount-budget": DiscountBudgetDiSK,
     "disk-replay": ReplayDiSK,
     "cifd": CIFDAlone,
     "disk-cifd": DiSKCIFD,
+    "scalekd": ScaleKDAlone,
+    "disk-scalekd": DiSKScaleKD,
 }
 
 

@@ -91,6 +91,7 @@ class ResNet(nn.Module):
                 stages.append(BasicBlock(width, copies * filters, stride, copies))
                 width = copies * filters
         self.blocks = nn.Sequential(*stages)
+        self.map_blocks = (len(stages) - blocks[-1] - 1, len(stages) - 1)  # whose outputs are shown as maps
         readout = [widths[-1], num_classes] if features is None else [widths[-1], features, num_classes]
         layers = [nn.Linear(*each) if copies == 1 else JoinedLinear(*each, copies) for each in pairwise(readout)]
         self.bottleneck = nn.Sequential(*layers[:-1])
@@ -100,11 +101,19 @@ class ResNet(nn.Module):
         """Return the logits of all copies."""
         return self.outputs(images)[0]
 
-    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of all copies, and what their last layers read, (N, M * D)."""
-        out = self.blocks(F.relu(self.bn1(self.conv1(images))))
+    def outputs(self, images: Tensor, maps: bool = False) -> tuple[Tensor, ...]:
+        """Return the logits of all copies, and what their last layers read, (N, M * D).
+
+        With ``maps`` also the map before the last stage and the last map, (N, M * D, H, W).
+        """
+        out = F.relu(self.bn1(self.conv1(images)))
+        seen = []
+        for block in self.blocks:
+            out = block(out)
+            seen.append(out)
         features = self.bottleneck(out.mean((2, 3)))
-        return self.classifier(features), features
+        shown = (self.classifier(features), features)
+        return (*shown, *(seen[number] for number in self.map_blocks)) if maps else shown
 
     def head(self, copy: int, copies: int) -> nn.Module | partial:
         """Return the last layer of one copy, from its features (N, D) to its logits."""

@@ -19,11 +19,17 @@ from disk_plugin.training import guide_pass
 
 from . import data
 from .methods import Batch, Method
+from .networks import network
 from .resnet import ResNet, State, joined, parted
 from .views import Views, accuracies, batches, digest, precision, save
 
 MOMENTUM, WEIGHT_DECAY, BATCH_SIZE = 0.9, 5e-4, 200
 _NOISE_SEED = 555_555_555  # not a seed of any epoch's order
+MAPS = ("before_last", "last")
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY),
+    "adamw": partial(torch.optim.AdamW, weight_decay=0.05),
+}
 
 
 class Recipe(NamedTuple):
@@ -39,10 +45,11 @@ class Recipe(NamedTuple):
     progress: bool = True
     num_classes: int = 100
     features: int | None = None  # of the student's bottleneck
+    optimizer: str = "sgd"
 
     def network(self, copies: int = 1) -> ResNet:
         """Build the student, or several as one."""
-        return ResNet(self.model, self.num_classes, copies, self.features)
+        return network(self.model, self.num_classes, copies, self.features)
 
     def identity(self, methods: Iterable[Method], views: Views, index: Tensor, start: str) -> list[Any]:
         """Return what identifies a checkpoint; ``start`` is the digest of the initial state."""
@@ -86,11 +93,12 @@ class Run:
         self.model.load_state_dict(joined([start] * len(methods)))
         for method in methods.values():
             method.to(recipe.device)
-        student = torch.optim.SGD(self.model.parameters(), lr=recipe.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-        self.optimizers = [student, *(method.optimizer for method in methods.values() if method.optimizer)]
+        student = OPTIMIZERS[recipe.optimizer](self.model.parameters(), lr=recipe.lr)
+        self.optimizers = [student, *(each for method in methods.values() for each in method.optimizers)]
         steps = recipe.epochs * -(-len(index) // recipe.batch_size)
         self.schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(each, steps) for each in self.optimizers]
         self.outputs = torch.compile(self.model.outputs) if recipe.compiled else self.model.outputs
+        self.maps = any(method.reads_maps for method in methods.values())
         self._resume()
 
     def fit(self) -> "Run":
@@ -139,8 +147,8 @@ class Run:
         losses, count = torch.zeros(len(self.methods), device=self.recipe.device), 0
         for batch in self._epoch_batches():
             with precision(self.recipe.device):
-                logits, features = self.outputs(batch.images)
-            students = self._shown(logits.float(), features.float())
+                outputs = self.outputs(batch.images, self.maps)
+            students = self._shown(*(each.float() for each in outputs))
             each = torch.stack(
                 [
                     method(own if method.reads_student else own.logits, batch)
@@ -160,7 +168,10 @@ class Run:
         """Return each student's outputs out of the joint network's."""
         count = len(self.methods)
         parts = zip(*(value.unflatten(1, (count, -1)).unbind(1) for value in joint), strict=True)
-        return [Outputs(*part, head=self.model.head(copy, count)) for copy, part in enumerate(parts)]
+        return [
+            Outputs(logits, features, dict(zip(MAPS, maps, strict=False)), self.model.head(copy, count))
+            for copy, (logits, features, *maps) in enumerate(parts)
+        ]
 
     def _guide_passes(self) -> None:
         """Algorithm 1: before every third pass of the student, three of the guide with the student fixed."""

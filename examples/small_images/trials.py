@@ -73,6 +73,36 @@ CIFD_TRIALS: dict[str, tuple[str, Settings]] = {
     },
     **{f"cifd {8 + i}": ("cifd", light) for i, light in enumerate([*_LIGHT[1:], {**_LIGHT[1], "ce_weight": 0.1}])},
 }
+_NO_CE: Settings = {"ce_weight": 0.0, "kd_weight": 1.0}
+
+
+def _views(factor: float) -> Settings:
+    """Return ScaleKD's weights of both views, the paper's times a factor."""
+    return {"original_weight": 4 * factor, "dc_removed_weight": round(3 * factor, 4)}
+
+
+SCALEKD_TRIALS: list[Settings] = [
+    _views(1.0),  # the paper's weights
+    _views(0.1),
+    {**_views(0.1), **_NO_CE},
+    {**_views(0.01), **_NO_CE},
+    _views(0.01),
+    {**_views(1.0), **_NO_CE},
+    {**_views(0.1), **_NO_CE, "attention_scale": 1.0},
+    {**_views(0.1), **_NO_CE, "norm": "layer"},
+]
+DISK_SCALEKD_TRIALS: list[Settings] = [
+    *({**disk, "scalekd": _views(factor)} for factor in (0.1, 0.01) for disk in _DISK.values()),
+    *({**disk, "scalekd": _views(1.0)} for disk in _DISK.values()),
+    *({**disk, "scalekd": {**_views(0.1), "weighted_views": "dc_removed"}} for disk in _DISK.values()),
+]
+
+
+def named(method: str, settings: list[Settings], count: int | None = None) -> dict[str, tuple[str, Settings]]:
+    """Return the first trials of a method by name."""
+    return {f"{method} {i}": (method, each) for i, each in enumerate(settings[:count])}
+
+
 BEST: Settings = {"ce_weight": 0.1, "temperature": 2.0, **_TIGHT}  # the search's choice; one change at a time below
 SCREEN: dict[str, tuple[str, Settings]] = {
     "alternating": ("disk-alternating", BEST),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import data
-from .methods import Batch
+from .method import Batch
 from .resnet import ResNet, State
 
 
@@ -22,14 +22,17 @@ class Views:
         count: number of distinct views; epoch e of seed s uses view (7 s + e) mod count.
         teacher: the network to compute outputs of, or None.
         folder: stores the teacher's outputs in half precision (712 bytes per image and view at 256 features), or None.
+        maps: whether the teacher's last map is among them (2 kB more at 2 x 2).
     """
 
-    def __init__(self, train: data.Split, count: int, teacher: ResNet | None, folder: Path | None) -> None:
-        self.train, self.count, self.teacher, self.folder = train, count, teacher, folder
+    def __init__(
+        self, train: data.Split, count: int, teacher: ResNet | None, folder: Path | None, maps: bool = False
+    ) -> None:
+        self.train, self.count, self.teacher, self.folder, self.maps = train, count, teacher, folder, maps
         self.content = digest({"images": train.images, "labels": train.labels})
 
-    def __call__(self, seed: int, epoch: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return the images of an epoch and the teacher's (logits, features) on them."""
+    def __call__(self, seed: int, epoch: int) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Return the images of an epoch and the teacher's (logits, features) or (logits, features, map) on them."""
         number = self.number(seed, epoch)
         images = data.augmented(self.train.images, number)
         return images, self.outputs(images, number) if self.teacher else None
@@ -38,11 +41,11 @@ class Views:
         """Return the view of an epoch."""
         return (7 * seed + epoch) % self.count
 
-    def outputs(self, images: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    def outputs(self, images: Tensor, number: int) -> tuple[Tensor, ...]:
         """Return the teacher's outputs on the images of a view, and store them."""
-        return kept(self._path(number), lambda: outputs_of(self.teacher, images))
+        return kept(self._path(number), lambda: outputs_of(self.teacher, images, maps=self.maps))
 
-    def kept_outputs(self, number: int) -> tuple[Tensor, Tensor] | None:
+    def kept_outputs(self, number: int) -> tuple[Tensor, ...] | None:
         """Return a view's stored outputs, or None."""
         path = self._path(number)
         return tuple(torch.load(path, weights_only=True)) if path and path.exists() else None
@@ -83,15 +86,15 @@ def precision(device: str):
 
 
 @torch.no_grad()
-def outputs_of(model: ResNet, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
-    """Return logits (N, C) and pooled features (N, D) in half precision."""
+def outputs_of(model: ResNet, images: Tensor, batch_size: int = 500, maps: bool = False) -> tuple[Tensor, ...]:
+    """Return logits (N, C) and pooled features (N, D), with ``maps`` also the last map, in half precision."""
     model.eval()
-    seen: list[Tensor] = []
-    handle = model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].half()))
+    parts = []
     with precision(images.device.type):
-        logits = [model(normalized(part)).half() for part in images.split(batch_size)]
-    handle.remove()
-    return torch.cat(logits), torch.cat(seen)
+        for part in images.split(batch_size):
+            logits, features, *shown = model.outputs(normalized(part), maps)
+            parts.append([each.half() for each in (logits, features, *shown[-1:])])
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
 
 def normalized(images: Tensor) -> Tensor:
@@ -101,7 +104,7 @@ def normalized(images: Tensor) -> Tensor:
 
 def accuracies(model: ResNet, split: data.Split, copies: int) -> list[float]:
     """Return each copy's accuracy on the split, percent."""
-    logits, _ = outputs_of(model, split.images)
+    logits = outputs_of(model, split.images)[0]
     right = logits.unflatten(1, (copies, -1)).argmax(2) == split.labels.unsqueeze(1)
     return (100 * right.float().mean(0)).tolist()
 
@@ -119,7 +122,8 @@ def batches(views: Views, index: Tensor, seed: int, epoch: int, batch_size: int)
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = index[torch.randperm(len(index), generator=generator)].to(images.device)
     empty = images.new_empty((len(images), 0), dtype=torch.half)
-    logits, features = outputs or (empty, empty)
+    logits, features, *maps = outputs or (empty, empty)
     for part in order.split(batch_size):
         labels = views.train.labels[part]
-        yield Batch(normalized(images[part]), labels, logits[part].float(), features[part].float(), part)
+        shown = (each[part].float() for each in maps)
+        yield Batch(normalized(images[part]), labels, logits[part].float(), features[part].float(), part, *shown)
