@@ -74,8 +74,10 @@ def batch(samples=8, seed=1, soft=False):
 
 
 def gradients(task):
-    """Copies of all gradients by name, of what is trained and of the guide wherever it is."""
+    """Copies of all gradients by name, of what is trained, of the method and of the guide wherever they are."""
     named = [*task.student.named_parameters(), *task.disk.guide.named_parameters("guide")]
+    method = task.training_core.guided.method
+    named += [] if method is None else method.named_parameters("method")
     return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
 
 
@@ -629,10 +631,17 @@ def test_a_recorded_epoch_whose_rest_the_host_skips_still_trains_the_guide():
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
 
-def whole_and_budget(kind, mode):
+SHARED = {
+    "disk": (DiSKTask, {}),
+    "simkd": (DiSKSimKDTask, {}),
+    "scalekd": (DiSKTask, {**SCALEKD, "student": "test_vit2", "method_settings": {"norm": "layer"}}),
+}
+
+
+def whole_and_budget(kind, mode, settings):
     """One process's result on the whole batch, with a budget about which its halves disagree."""
     image, target = batch(8)
-    task = make(kind, mode=mode)
+    task = make(kind, mode=mode, **settings)
     without_batch_statistics(task)
     halves = [task(image[part], target[part])["usage"].item() for part in (slice(4), slice(4, 8))]
     budget = 0.2 * min(halves) + 0.8 * sum(halves) / 2
@@ -676,13 +685,14 @@ def process(rank, address, kind, mode, out, settings):
 
 
 @pytest.mark.parametrize("mode", ["joint", "alternating"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_equal_one_with_the_whole_batch(kind, mode, tmp_path):
-    budget = whole_and_budget(kind, mode)
-    single = make(kind, mode=mode, budget=budget, alternating={"guide_passes": 2} if mode == "alternating" else None)
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_equal_one_with_the_whole_batch(name, mode, tmp_path):
+    kind, settings = SHARED[name]
+    settings = {**settings, "budget": whole_and_budget(kind, mode, settings)}
+    single = make(kind, mode=mode, alternating={"guide_passes": 2} if mode == "alternating" else None, **settings)
     expected = one_step(single, *batch(8), mode)
     out = tmp_path / "result"
-    mp.spawn(process, (str(tmp_path / "rendezvous"), kind, mode, str(out), {"budget": budget}), nprocs=2)
+    mp.spawn(process, (str(tmp_path / "rendezvous"), kind, mode, str(out), settings), nprocs=2)
     (first, logged), (second, also_logged) = (torch.load(f"{out}.{rank}", weights_only=True) for rank in (0, 1))
     assert_equal(first, second, rtol=0, atol=0)
     assert_equal(first, expected, rtol=2e-3, atol=1e-5)
