@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from disk_plugin import DiSKLoss, GuideHead
-from disk_plugin.features import DKD, METHODS, Guided, Method, Outputs, Pair, ScaleKD, SimKD
+from disk_plugin.features import CIFD, DKD, METHODS, Guided, Method, Outputs, Pair, ScaleKD, SimKD
+from disk_plugin.features.cifd import RateDistortionModule
 from disk_plugin.features.launching import explained, import_methods, settings_of
 from disk_plugin.features.simkd import pooled_classifier
-from disk_plugin.taps import get_tail
+from disk_plugin.taps import TeacherTail, get_tail
 from disk_plugin.taps.classifier import check_classifier
 from disk_plugin.training import GuidedTraining, Recipe, Schedule
 from disk_plugin.uniform import UniformGuide
@@ -153,6 +154,31 @@ def batch(*dense, dtype=torch.float32):
 
 def mse(student, teacher, target):
     return (student - teacher).square().mean(1)
+
+
+def frozen_methods():
+    """Each method that holds what is not trained, and that part."""
+    tail = TeacherTail(nn.Conv2d(8, 12, 2, stride=2).eval(), (8, 4, 4), (12, 2, 2))
+    scalekd = ScaleKD((6, 4, 4), (6, 2, 2), tail, proxy_heads=2, main_heads=2)
+    simkd = SimKD(6, 8, pooled_classifier(nn.Linear(8, C)), teacher_size=(2, 2))
+    cifd = CIFD(D, 12, rdms=RateDistortionModule(12, C, distortion_weights=(10.0,)), allow_unfitted=True)
+    return {"scalekd": (scalekd, tail), "simkd": (simkd, simkd.classifier), "cifd": (cifd, cifd.embeddings.rdms)}
+
+
+@pytest.mark.parametrize("name", ["scalekd", "simkd", "cifd"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_method_keeps_frozen_stays_so_when_it_is_frozen_and_released(name, whole):
+    method, kept = frozen_methods()[name]
+    guided = Guided(DiSKLoss(GuideHead(C)), method)
+    expected = [id(parameter) for parameter in guided.trainable_parameters()]
+    module = guided if whole else method
+    assert module.requires_grad_(False) is module
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    module.requires_grad_(True)
+    assert not any(parameter.requires_grad for parameter in kept.parameters())
+    assert [id(parameter) for parameter in guided.trainable_parameters()] == expected
+    nn.ModuleList([guided]).requires_grad_(True)  # which asks no module
+    assert [id(parameter) for parameter in guided.trainable_parameters()] == expected
 
 
 def test_a_uniform_weight_is_the_method_itself_and_a_weight_scales_each_sample():

@@ -299,3 +299,50 @@ def test_bad_input_is_refused(call, error, message):
 def test_more_blocks_than_the_teacher_has_are_refused():
     with pytest.raises(ValueError, match="it has 3 blocks, got blocks=3 and final_blocks=1"):
         get_tail(timm_teacher("vit"), images("vit"), blocks=3, final_blocks=1)
+
+
+# ---- a teacher that is no longer as it was ---------------------------------------------------------------------------
+
+
+def test_a_teacher_that_is_no_longer_frozen_is_refused_and_the_tail_itself_stays_frozen():
+    teacher = timm_teacher("swin")
+    tail = get_tail(teacher, images("swin"))
+    tail.requires_grad_(True)
+    assert not any(parameter.requires_grad for parameter in tail.parameters())
+    nn.ModuleList([tail]).requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"the teacher of this tail is not frozen, .*call teacher\.requires_grad_"):
+        tail(torch.randn(2, tail.entry_width, *tail.entry_size))
+    teacher.requires_grad_(False)
+    assert tail(torch.randn(2, tail.entry_width, *tail.entry_size)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_teacher_in_another_precision_reads_and_returns_the_students(dtype, checkpoint):
+    tail = TeacherTail(nn.Conv2d(4, 8, 2, stride=2).eval(), (4, 6, 6), (8, 3, 3), checkpoint=checkpoint)
+    entry = torch.randn(2, 4, 6, 6, requires_grad=True)
+    expected = tail(entry)
+    tail.to(dtype)
+    found = tail(entry)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    found.sum().backward()
+    assert entry.grad.dtype == torch.float32
+    assert entry.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("shape", "named"), [((9, 3, 3), "9, 3, 3"), ((8, 4, 4), "8, 4, 4")])
+def test_a_tail_that_does_not_return_its_declared_shape_is_refused(shape, named):
+    tail = TeacherTail(nn.Conv2d(4, 8, 2, stride=2).eval(), (4, 6, 6), shape)
+    message = rf"the tail's body must return its final_shape \({named}\), got \(8, 3, 3\)"
+    with pytest.raises(ValueError, match=message):
+        tail(torch.randn(2, 4, 6, 6))
+
+
+@pytest.mark.parametrize("name", ["mixer_s16_224", "vit_relpos_small_patch16_224"])
+def test_blocks_for_one_number_of_tokens_read_no_other(name):
+    timm = pytest.importorskip("timm")
+    teacher = timm.create_model(name, img_size=64, num_classes=5).eval()
+    tail = get_tail(teacher, torch.randn(2, 3, 64, 64), blocks=1)
+    with pytest.raises(ValueError, match=r"reads maps of size \(4, 4\), got \(6, 6\)"):
+        tail(torch.randn(2, tail.entry_width, 6, 6))

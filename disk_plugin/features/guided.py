@@ -160,7 +160,14 @@ class Guided(nn.Module):
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters to train beside the student's: the guide's and the method's."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+        guide = [parameter for parameter in self.disk.parameters() if parameter.requires_grad]
+        return guide if self.method is None else guide + self.method.trainable_parameters()
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Guided":
+        """Change the guide and what the method trains, not what the method keeps frozen."""
+        for module in self.children():
+            module.requires_grad_(requires_grad)
+        return self
 
     def extra_repr(self) -> str:
         """Show the settings."""

@@ -152,9 +152,21 @@ class Method(nn.Module):
     def begin_epoch(self, epoch: int) -> None:
         """Begin an epoch, counted from 0, for weights that warm up; hosts call it."""
 
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return its submodules that are never trained, such as parts of the teacher."""
+        return []
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters to train beside the student's."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+        frozen = {parameter for module in self.frozen_modules() for parameter in module.parameters()}
+        return [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in frozen]
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Method":
+        """Change what is trained, and nothing of the ``frozen_modules``."""
+        super().requires_grad_(requires_grad)
+        for module in self.frozen_modules():
+            module.requires_grad_(False)
+        return self
 
 
 class PlainLoss(Method):

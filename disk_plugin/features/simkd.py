@@ -117,6 +117,10 @@ class SimKD(Method):
         channels = student_map.shape[1], teacher_map.shape[1]
         return cls(*channels, pair.teacher_head(), teacher_size=size, **settings)
 
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return the teacher's classifier."""
+        return [self.classifier]
+
     def forward(self, student: Outputs | Tensor, teacher: Outputs | Tensor, target: Tensor | None = None) -> Any:
         """Return the losses by name, or, given two maps, what ``match`` returns. The target is not used."""
         if isinstance(student, Tensor) or isinstance(teacher, Tensor):
@@ -182,10 +186,6 @@ class SimKD(Method):
         )
         simkd.load_state_dict(state)
         return simkd
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return the projector's parameters; the classifier is frozen."""
-        return list(self.projector.parameters())
 
     def train(self, mode: bool = True) -> "SimKD":
         """Set the projector's mode; the teacher's classifier stays in evaluation mode."""

@@ -151,7 +151,7 @@ def find_blocks(teacher: Any, images: Tensor, blocks: int, final_blocks: int) ->
     if not _same(found, final):
         raise ValueError(f"its last {blocks + final_blocks} blocks and its norm do not reproduce its final tokens")
     fixed = body.biased or (body.rope is not None and getattr(body.rope, "feat_shape", None) is not None)
-    return Found(body, last, maps[0], maps[1], fixed)
+    return Found(body, last, maps[0], maps[1], fixed or not _reads(body, maps[0].repeat(1, 1, 2, 2)))
 
 
 @torch.no_grad()
@@ -198,6 +198,16 @@ def _last_stages(teacher: Any) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
 def _has_fixed_mask(module: Any) -> bool:
     """Whether an attention mask, as of shifted windows, is stored for one size."""
     return isinstance(getattr(module, "attn_mask", None), Tensor) and not getattr(module, "dynamic_mask", False)
+
+
+@torch.no_grad()
+def _reads(body: nn.Module, feature_map: Tensor) -> bool:
+    """Whether the blocks read a map of this size: some mix or bias a number of tokens that is fixed."""
+    try:
+        body(feature_map)
+    except (AssertionError, RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:

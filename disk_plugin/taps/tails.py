@@ -18,6 +18,10 @@ WORKING = (
     "timm's Swin, SwinV2, ConvNeXt, ResNet, ViT, DeiT, BEiT and EVA, and ResNets with layer1 to layer3 or layer4 and "
     "an avgpool, such as mdistiller's and torchvision's"
 )
+_UNFROZEN = (
+    "the teacher of this tail is not frozen, a parameter requires grad: call teacher.requires_grad_(False), after any "
+    "requires_grad_(True) of a module that holds it"
+)
 _TRAINING = (
     "the teacher of this tail is in training mode, in which stochastic depth and BatchNorm make another target of "
     "every pass: call teacher.eval(), after any train() of a module that holds it"
@@ -50,9 +54,9 @@ class TeacherTail(nn.Module):
         (N, final_width, H', W').
 
     Raises:
-        RuntimeError: the teacher is in training mode; in ``forward``, called under ``torch.no_grad()`` on an input that
-            requires grad.
-        ValueError: in ``forward``, an input of another shape.
+        RuntimeError: the teacher is in training mode; in ``forward``, the teacher is not frozen any more, or it is
+            called under ``torch.no_grad()`` on an input that requires grad.
+        ValueError: in ``forward``, an input of another shape, or a result of another one than ``final_shape``.
 
     Examples:
         >>> import torch
@@ -91,10 +95,14 @@ class TeacherTail(nn.Module):
         if self.fixed_size and tuple(entry.shape[2:]) != self.entry_size:
             raise ValueError(
                 f"the last stage of this teacher reads maps of size {self.entry_size}, got {tuple(entry.shape[2:])}: "
-                f"its positions or masks are made for one image size (timm: model.set_input_size(...), or "
-                f"dynamic_img_size=True)"
+                f"it is made for one image size (timm: model.set_input_size(...), or dynamic_img_size=True)"
             )
-        return self._run(self.body, entry)
+        final = self._run(self.body, entry)
+        declared = tuple(entry.shape[2:]) != self.entry_size or tuple(final.shape[2:]) == self.final_size
+        if final.ndim != 4 or final.shape[1] != self.final_width or not declared:
+            expected = (self.final_width, *self.final_size)
+            raise ValueError(f"the tail's body must return its final_shape {expected}, got {tuple(final.shape[1:])}")
+        return final
 
     def finish(self, final_map: Tensor) -> Tensor:
         """Apply the ``final_blocks``, through which the projection of the student's last stage passes too."""
@@ -107,6 +115,11 @@ class TeacherTail(nn.Module):
         # strides; rounded up, as an odd size is padded on its way down
         height, width = (-(-entry // final) for entry, final in zip(self.entry_size, self.final_size, strict=True))
         return final_size[0] * height, final_size[1] * width
+
+    def requires_grad_(self, requires_grad: bool = True) -> "TeacherTail":
+        """Freeze the teacher, whatever is asked for."""
+        super().requires_grad_(False)
+        return self
 
     def train(self, mode: bool = True) -> "TeacherTail":
         """Change nothing: the modules are the teacher's, which stays in evaluation mode."""
@@ -132,13 +145,18 @@ class TeacherTail(nn.Module):
                 "a tail was called under torch.no_grad() on an input that requires grad: no gradient would reach the "
                 "student through it. The teacher's parameters are frozen, so call it with gradients enabled"
             )
-        if self.checkpoint and feature_map.requires_grad:
-            # nothing is drawn at random in evaluation mode
-            result = checkpointed(body, feature_map, use_reentrant=False, preserve_rng_state=False)
+        parameters = list(body.parameters())
+        if any(parameter.requires_grad for parameter in parameters):
+            raise RuntimeError(_UNFROZEN)
+        given = feature_map
+        if parameters and not torch.is_autocast_enabled(given.device.type):
+            given = given.to(parameters[0].dtype)  # a teacher may be kept in half precision
+        final: Tensor
+        if self.checkpoint and given.requires_grad:  # nothing is drawn at random in evaluation mode
+            final = checkpointed(body, given, use_reentrant=False, preserve_rng_state=False)
         else:
-            result = body(feature_map)
-        final: Tensor = result
-        return final
+            final = body(given)
+        return final if given is feature_map else final.to(feature_map.dtype)
 
     def _check_mode(self) -> None:
         if any(module.training for module in self.modules()):
@@ -201,14 +219,8 @@ def get_tail(
     if any(module.training for module in teacher.modules()):
         raise RuntimeError(_TRAINING)
     parts = _find(teacher, images, blocks, final_blocks)
-    return TeacherTail(
-        parts.body,
-        _shape(parts.entry),
-        _shape(parts.final),
-        final_blocks=parts.final_blocks,
-        fixed_size=parts.fixed_size,
-        checkpoint=checkpoint,
-    )
+    how: dict[str, Any] = {"final_blocks": parts.final_blocks, "fixed_size": parts.fixed_size, "checkpoint": checkpoint}
+    return TeacherTail(parts.body, _shape(parts.entry), _shape(parts.final), **how)
 
 
 def _find(teacher: nn.Module, images: Tensor, blocks: int, final_blocks: int) -> Found:

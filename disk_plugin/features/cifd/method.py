@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ... import _checks
@@ -178,6 +178,10 @@ class CIFD(Method):
         if folder is not None:
             rdms.save(folder / "rdms.pt")
         return rdms.table()
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return the rate-distortion modules."""
+        return [] if self.embeddings.rdms is None else [self.embeddings.rdms]
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Return the losses per sample, multiplied by their weights."""
