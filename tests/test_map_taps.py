@@ -67,6 +67,68 @@ def test_tokens_become_a_map_and_a_tuple_its_first_element():
         with_maps(model, {"last": "pair"})(torch.randn(2, 3, 3, 4))
 
 
+class ChannelsLast(nn.Module):
+    """Two maps of which the channels are the last dimension, as torchvision's Swin has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 10), nn.Linear(10, 20)
+
+    def forward(self, x):
+        out = self.second(self.first(x.permute(0, 2, 3, 1)))
+        return out.mean((1, 2))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 12), (7, 13)])
+def test_a_map_with_its_channels_last_is_told_by_the_images(size):
+    model, x = ChannelsLast(), torch.randn(2, 3, *size)
+    _, maps = with_maps(model, {"before_last": "first", "last": "second"})(x)
+    expected = model.first(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(maps["before_last"], expected)
+    assert maps["last"].shape == (2, 20, *size)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "stride"),
+    [(8, (8, 8), 1), (6, (12, 18), 2), (4, (13, 7), 2), (3, (32, 32), 8), (16, (33, 65), 4)],
+)
+def test_a_map_with_its_channels_first_stays_as_it_is(channels, size, stride):
+    model = nn.Sequential(nn.Conv2d(3, channels, 3, stride=stride, padding=1), nn.Flatten(2))
+    _, maps = with_maps(model, {"last": "0"})(torch.randn(2, 3, *size))
+    assert maps["last"].shape[1] == channels
+
+
+def test_torchvisions_swin_shows_maps():
+    vision = pytest.importorskip("torchvision")
+    model = vision.models.swin_t(num_classes=CLASSES).eval()
+    _, maps = with_maps(model, {"before_last": "features.5", "last": "features.7"})(torch.randn(1, 3, 64, 96))
+    assert {name: tuple(each.shape) for name, each in maps.items()} == {
+        "before_last": (1, 384, 4, 6),
+        "last": (1, 768, 2, 3),
+    }
+
+
+@pytest.mark.parametrize(("stride", "width"), [(32, 256), (16, 256), (8, 256)])
+def test_a_last_stage_that_keeps_the_size_is_still_the_last(stride, width):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet18", num_classes=CLASSES, output_stride=stride).eval()
+    with torch.no_grad():
+        _, maps = with_maps(model)(torch.randn(1, 3, 64, 64))
+        torch.testing.assert_close(model.layer4(maps["before_last"]), maps["last"])
+    assert maps["before_last"].shape[1] == width
+
+
+def test_of_two_heads_in_training_the_first_counts():
+    timm = pytest.importorskip("timm")
+    settings = {"img_size": 32, "embed_dim": 48, "depth": 4, "num_heads": 2}
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=CLASSES, **settings)
+    model.set_distilled_training(True)
+    tap = with_maps(model.train())
+    logits, maps = tap(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, CLASSES)
+    assert maps["last"].shape == (2, 48, 2, 2)
+
+
 @pytest.mark.parametrize("name", TIMM)
 def test_timms_models_show_the_map_before_their_last_stage(name):
     timm = pytest.importorskip("timm")
@@ -124,6 +186,11 @@ def test_a_grid_that_is_known_need_not_be_square():
             lambda: with_maps(MDistillerResNet(), {"last": "layer9"}),
             ValueError,
             r"paths\['last'\] must name a module of the model, got 'layer9'; its last ones: .*fc",
+        ),
+        (
+            lambda: with_maps(torch.compile(MDistillerResNet())),
+            ValueError,
+            r"expected a model that is not compiled, got .* call torch\.compile\(with_maps\(model\)\) instead",
         ),
         (
             lambda: Intermediate.of(nn.Linear(1, 1), torch.ones(1, 1)),

@@ -16,7 +16,7 @@ _RELATIVE_TOLERANCE = 1e-3  # a wrong map differs by the size of the map, anothe
 class Intermediate(NamedTuple):
     """Reads the map before the last stage, (N, C, H, W); made by ``of``.
 
-    For a model whose maps have one size (ViT, Mixer) it is the map after three quarters of the blocks, as in ScaleKD
+    For a model whose maps have one shape (ViT, Mixer) it is the map after three quarters of the blocks, as in ScaleKD
     (Fan et al., NeurIPS 2024): after the ninth of twelve.
 
     Attributes:
@@ -27,7 +27,7 @@ class Intermediate(NamedTuple):
 
     @classmethod
     def of(cls, model: Any, images: Tensor) -> "Intermediate":
-        """Find the map by the sizes of all maps of a model.
+        """Find the map by the shapes of all maps of a model.
 
         Raises:
             ValueError: the model has no ``forward_intermediates``, only one map, or another last map with it than
@@ -43,9 +43,9 @@ class Intermediate(NamedTuple):
             raise ValueError(f"forward_intermediates of {kind} does not end with the map of its forward_features")
         if len(maps) < 2:
             raise ValueError(f"{kind} must have two stages or blocks at least, got {len(maps)}")
-        sizes = [tuple(each.shape[2:]) for each in maps]
-        larger = [index for index, size in enumerate(sizes) if size != sizes[-1]]
-        return cls(larger[-1] if larger else max(round(0.75 * len(maps)) - 1, 0))
+        shapes = [tuple(each.shape[1:]) for each in maps]  # with the width: a last stage may keep the size
+        others = [index for index, shape in enumerate(shapes) if shape != shapes[-1]]
+        return cls(others[-1] if others else max(round(0.75 * len(maps)) - 1, 0))
 
     def __call__(self, model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return what ``forward_features`` would, and the map before the last stage."""

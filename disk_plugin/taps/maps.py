@@ -48,7 +48,8 @@ class MapTap(nn.Module):
         missing = sorted(set(tapped) - set(seen))
         if missing:
             raise RuntimeError(f"the modules {missing} were not called in the model's forward pass: name others")
-        return logits, {name: _to_map(name, path, seen[path]) for name, path in self.paths.items()}
+        sides = tuple(x.shape[2:]) if isinstance(x, Tensor) and x.ndim == 4 else None
+        return logits, {name: _to_map(name, path, seen[path], sides) for name, path in self.paths.items()}
 
     def _by_methods(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         model: Any = self.model
@@ -56,7 +57,7 @@ class MapTap(nn.Module):
             self._intermediate = Intermediate.of(model, x[:2])
         features, before = self._intermediate(model, x)
         last = Layout.of(model, features, tuple(x.shape[2:])).to_map(features)
-        return model.forward_head(features), {"before_last": before, "last": last}
+        return logits_of(model.forward_head(features)), {"before_last": before, "last": last}
 
 
 def with_maps(model: nn.Module, paths: Mapping[str, str] | None = None) -> MapTap:
@@ -69,11 +70,12 @@ def with_maps(model: nn.Module, paths: Mapping[str, str] | None = None) -> MapTa
 
     Shape:
         Returns logits (N, C) and maps (N, D, H, W). Outputs (N, L, D) of a named module are taken as the tokens of a
-        square image, without class tokens; a tuple's first element counts.
+        square image, without class tokens; those (N, H, W, D), as of torchvision's Swin, are told by the images' aspect
+        ratio; a tuple's first element counts.
 
     Raises:
-        ValueError: no module of that name, the message names some; no paths for a model without timm's methods; in
-            ``forward``, an output that is no map.
+        ValueError: no module of that name, the message names some; no paths for a model without timm's methods, or for
+            a compiled one, whose methods are not; in ``forward``, an output that is no map.
         TypeError: ``model`` is not a module.
         RuntimeError: in ``forward``, a named module is not called.
 
@@ -87,6 +89,11 @@ def with_maps(model: nn.Module, paths: Mapping[str, str] | None = None) -> MapTa
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Module, got {type(model).__name__}")
+    if not paths and hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "expected a model that is not compiled, got the result of torch.compile, whose forward_intermediates runs "
+            "uncompiled: call torch.compile(with_maps(model)) instead"
+        )
     if not paths and not hasattr(model, "forward_intermediates"):
         raise ValueError(
             f"paths must name the modules whose outputs are the maps, such as {{'before_last': 'layer3', 'last': "
@@ -102,6 +109,11 @@ def with_maps(model: nn.Module, paths: Mapping[str, str] | None = None) -> MapTa
     return tap
 
 
+def _shows(size: tuple[int, ...], sides: tuple[int, ...]) -> bool:
+    """Whether a map of this size may be of images with these sides, which strides divide and round."""
+    return abs(size[0] * sides[1] - size[1] * sides[0]) <= max(sides) and size[0] <= sides[0]
+
+
 def _keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     keeper: Any = module._disk_maps
     if keeper is not None:
@@ -109,9 +121,10 @@ def _keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen[path] = output[0] if isinstance(output, tuple | list) else output
 
 
-def _to_map(name: str, path: str, output: Any) -> Tensor:
+def _to_map(name: str, path: str, output: Any, sides: tuple[int, ...] | None) -> Tensor:
     if isinstance(output, Tensor) and output.ndim == 4:
-        return output
+        last = sides is not None and _shows(output.shape[1:3], sides) and not _shows(output.shape[2:], sides)
+        return output.permute(0, 3, 1, 2) if last else output
     if isinstance(output, Tensor) and output.ndim == 3 and math.isqrt(output.shape[1]) ** 2 == output.shape[1]:
         return Layout("NLC", 0).to_map(output)
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
