@@ -578,3 +578,19 @@ def final_map(teacher, features, size):
     if features.ndim == 3:
         return to_map(features[:, teacher.num_prefix_tokens :], size)
     return features.permute(0, 3, 1, 2) if getattr(teacher, "output_fmt", "") == "NHWC" else features
+
+
+def gradient_of_the_last_map(attention_scale, half):
+    torch.manual_seed(0)
+    tail = TeacherTail(nn.Conv2d(32, 48, 2, stride=2).eval(), (32, 8, 8), (48, 4, 4))
+    loss = ScaleKDLoss((12, 8, 8), (24, 4, 4), tail, attention_scale=attention_scale, norm="layer")
+    before, last = torch.randn(4, 12, 8, 8), torch.randn(4, 24, 4, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        found = loss(before, last, torch.randn(4, 48, 4, 4))
+    return torch.autograd.grad(found["main_no_dc"].sum(), last)[0].flatten()
+
+
+@pytest.mark.parametrize(("attention_scale", "low", "high"), [(5.0, 0.7, 1.0), (0.2, -1.0, 0.4)])
+def test_a_soft_attention_is_rounded_away_in_half_precision_as_the_page_says(attention_scale, low, high):
+    full, half = (gradient_of_the_last_map(attention_scale, half) for half in (False, True))
+    assert low < nn.functional.cosine_similarity(full, half, dim=0) <= high

@@ -130,7 +130,7 @@ def test_a_methods_layers_are_trained_clipped_and_kept_in_the_tasks_state_and_th
 
 
 def test_scalekd_is_a_methods_losses_and_disks_own_of_the_logits_and_the_student_stays_bare():
-    task = make(**SCALEKD, student="test_efficientnet", method_settings={"norm": "layer"}, distill_loss_weight=0.4)
+    task = make(**SCALEKD, student="test_vit2", method_settings={"norm": "layer"}, distill_loss_weight=0.4)
     image, target = batch()
     task.eval()  # or BatchNorm's statistics differ
     found = task(image, target)
@@ -138,7 +138,7 @@ def test_scalekd_is_a_methods_losses_and_disks_own_of_the_logits_and_the_student
     student = task._parts.student(task.student, image)
     assert {name: tuple(each.shape[2:]) for name, each in student.maps.items()} == {
         "before_last": (2, 2),
-        "last": (1, 1),
+        "last": (2, 2),
     }
     losses = method(student, shown, target)
     terms = task.disk.terms(student.logits, shown.logits, target, task._teacher(image)[1], reduction="none")
@@ -149,12 +149,12 @@ def test_scalekd_is_a_methods_losses_and_disks_own_of_the_logits_and_the_student
     expected = expected + means.student_loss + means.guide_loss  # of the logits, each player's own
     torch.testing.assert_close(found["loss"], expected, rtol=1e-4, atol=1e-4)
     state = task.get_checkpoint_state()
-    assert state["state_dict"].keys() == models("test_efficientnet")[0].state_dict().keys()
+    assert state["state_dict"].keys() == models("test_vit2")[0].state_dict().keys()
     assert not any("tail" in key for key in state["task_state"]["method"])
 
 
 def test_scalekds_teacher_is_as_it_was_after_steps_under_the_compiler_and_autocast():
-    task = make(**SCALEKD, student="test_efficientnet")
+    task = make(**SCALEKD, student="test_vit2")
     teacher = copy.deepcopy(task.teacher.state_dict())
     optimizer = optimizer_of(task)
     task.compile(backend="eager")

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import _checks
 from ...taps.tails import TeacherTail
@@ -54,7 +54,7 @@ class ScaleKD(Method):
         to C - 1.
 
     Raises:
-        ValueError: values out of range; heads that do not divide a width; a teacher's map of 1 x 1, of which nothing is
+        ValueError: values out of range; heads that do not divide a width; a map of 1 x 1, of which nothing is
             left without its mean; maps of other shapes, or none.
         TypeError: values of another type.
         RuntimeError: in ``forward``, the teacher is in training mode, or its tail is under ``torch.no_grad()``.
@@ -124,6 +124,11 @@ class ScaleKD(Method):
                 teacher whose final map is not its tail's.
         """
         before, last = (_shape(pair.student, "student", name) for name in (BEFORE_LAST_MAP, LAST_MAP))
+        if before[1] * before[2] < last[1] * last[2]:
+            raise ValueError(
+                f"the student's map before its last stage must not be smaller than its last one, got {before[1:]} and "
+                f"{last[1:]}: are the names of its modules swapped?"
+            )
         final = _shape(pair.teacher, "teacher", LAST_MAP)
         how = {"blocks": "tail_blocks", "final_blocks": "tail_final_blocks", "checkpoint": "checkpoint_tail"}
         tail = pair.teacher_tail(**{name: settings[key] for name, key in how.items() if key in settings})
@@ -133,6 +138,10 @@ class ScaleKD(Method):
                 f"{(tail.final_width, *tail.final_size)}, got {final}"
             )
         return cls(before, last, tail, **settings)
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return the teacher's last stage."""
+        return [self.features.tail]
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor) -> dict[str, Tensor]:
         """Return the losses per sample, multiplied by their weights."""

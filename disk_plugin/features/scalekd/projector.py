@@ -36,8 +36,8 @@ class CrossAttentionProjector(nn.Module):
         student_size: (H, W) of the student's map, for the positions.
         query_size: (H, W) of the learned table of queries; None for no table: queries are then given.
         heads: number of attention heads.
-        attention_scale: s, the sharpness of the attention, beside its usual 1/sqrt(d); the authors' Swin teachers have
-            5, EVA 1 or 0.2.
+        attention_scale: s > 0, the sharpness of the attention, beside its usual 1/sqrt(d); the authors' Swin teachers
+            have 5, EVA 1 or 0.2.
         norm: of the student's map: ``"batch"``, or ``"layer"``, with which samples do not influence each other.
 
     Shape:
@@ -70,7 +70,7 @@ class CrossAttentionProjector(nn.Module):
         for name, value in {"student_width": student_width, "teacher_width": teacher_width}.items():
             _checks.integer(name, value, at_least=1)
         check_heads("heads", heads, teacher_width)
-        _checks.number("attention_scale", attention_scale, at_least=0)
+        _checks.number("attention_scale", attention_scale, above=0)
         _checks.choice("norm", norm, NORMS)
         self.student_width, self.teacher_width, self.heads = student_width, teacher_width, heads
         self.attention_scale, self.query_size = float(attention_scale), query_size and _pair("query_size", query_size)
