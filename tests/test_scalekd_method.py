@@ -254,6 +254,24 @@ def under_no_grad():
         method.features.tail(entry)
 
 
+def of_sizes(before, last, **settings):
+    tail = TeacherTail(nn.Conv2d(16, 24, 2, stride=2).eval(), (16, 8, 8), (24, 4, 4))
+    return ScaleKD((6, *before), (8, *last), tail, **settings)
+
+
+def one_location():
+    method, *_, student, teacher, target = setting()
+    maps = {**student.maps, "last": student.maps["last"].mean((2, 3), keepdim=True)}
+    method(Outputs(student.logits, maps=maps), teacher, target)
+
+
+def swapped():
+    student, teacher = models()
+    paths = {"before_last": PATHS["last"], "last": PATHS["before_last"]}
+    pair = pair_of(with_maps(student, paths), with_maps(teacher, PATHS), torch.randn(2, 3, 16, 16))
+    ScaleKD.for_pair(pair)
+
+
 def in_training_mode():
     method, _, model, student, teacher, target = setting()
     model.train()
@@ -286,6 +304,15 @@ def in_training_mode():
             ValueError,
             "the teacher's final map has size 1 x 1, so that nothing is left without its mean: set dc_removed_weight=0",
         ),
+        (
+            lambda: of_sizes((8, 8), (1, 1)),
+            ValueError,
+            "the student's last map has size 1 x 1, so that nothing is left without its mean: set dc_removed_weight=0",
+        ),
+        (lambda: of_sizes((1, 1), (1, 1)), ValueError, "the student's map before its last stage has size 1 x 1"),
+        (one_location, ValueError, "stage4 has size 1 x 1, so that nothing is left without its mean"),
+        (lambda: built(attention_scale=0.0), ValueError, r"attention_scale must be > 0, got 0\.0"),
+        (swapped, ValueError, r"must not be smaller than its last one, got \(4, 4\) and \(8, 8\): .* swapped"),
         (
             lambda: pair_with(timm_teacher("vit")),
             ValueError,
@@ -344,7 +371,13 @@ def test_published_settings_fit_their_pairs(name):
     if name == "swin_large -> resnet50":
         assert sum(parameter.numel() for parameter in method.trainable_parameters()) == 175_958_016
     timm = pytest.importorskip("timm")
-    assert all(timm.is_model(preset["models"][side]) for side in ("student", "teacher"))
+    models, size = preset["models"], preset["models"]["image_size"]
+    with torch.device("meta"):
+        for side in ("student", "teacher"):
+            model = timm.create_model(models[side], **models[f"{side}_settings"]).eval()
+            assert model(torch.empty(1, 3, size, size)).shape == (1, model.num_classes)
+        shown = model.forward_intermediates(torch.empty(1, 3, size, size), output_fmt="NCHW")[1][-1]
+    assert tuple(shown.shape[1:]) == final  # the teacher's, as above
     assert preset["recipe"]["epochs"] == 300
 
 
@@ -354,3 +387,13 @@ def test_every_published_setting_says_whose_it_is():
     assert len(values) > 70
     assert all(re.search(r"# (paper|authors' code|ours)", line) for line in values), values
     ScaleKD((12, 8, 8), (24, 4, 4), get_tail(models()[1], torch.randn(2, 3, 16, 16)), **presets.CIFAR100["method"])
+
+
+def test_a_student_of_one_location_is_compared_with_the_means_alone():
+    method = of_sizes((8, 8), (1, 1), dc_removed_weight=0.0, norm="layer")
+    maps = {"before_last": torch.randn(2, 6, 8, 8), "last": torch.randn(2, 8, 1, 1, requires_grad=True)}
+    teacher = Outputs(torch.randn(2, 5), maps={"last": torch.randn(2, 24, 4, 4)})
+    losses = method(Outputs(torch.randn(2, 5), maps=maps), teacher, torch.arange(2))
+    assert list(losses) == ["ce", "kd", "proxy", "main"]
+    losses["main"].sum().backward()
+    assert 0 < maps["last"].grad.norm() < 1e3

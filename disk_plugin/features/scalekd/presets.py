@@ -1,10 +1,10 @@
 """ScaleKD's published pairs as plain dicts to unpack; each value is marked "paper", "authors' code" or "ours".
 
 ``p = presets.PAIRS["swin_large -> resnet50"]``, then ``ScaleKD.for_pair(pair, **p["method"])``; ``p["recipe"]`` is the
-rest of the training recipe, ``p["models"]`` are names in timm, and ``p["top1"]`` the accuracies on ImageNet-1K. "Paper"
-is ScaleKD (NeurIPS 2024), "authors' code" its public repository. The authors' weights are sums over locations, ours
-means: they are multiplied by the number of locations. Guided by DiSK, its own loss takes the place of
-``ce_weight`` and ``kd_weight``. None of these recipes has been run by us.
+rest of the training recipe, ``p["models"]`` are names in timm with the settings that ``create_model`` needs for 224
+pixels, and ``p["top1"]`` the accuracies on ImageNet-1K. "Paper" is ScaleKD (NeurIPS 2024), "authors' code" its public
+repository. The authors' weights are sums over locations, ours means: they are multiplied by the number of locations.
+Guided by DiSK, its own loss takes the place of ``ce_weight`` and ``kd_weight``. We have run none of these recipes.
 """
 
 from typing import Any
@@ -71,9 +71,16 @@ _SWIN, _EVA = "swin_large_patch4_window7_224", "eva_large_patch14_196"
 
 
 def _pair(
-    teacher: str, student: str, top1: tuple[float, float], method: dict[str, Any], recipe: dict[str, Any]
+    teacher: str,
+    student: str,
+    top1: tuple[float, float],
+    method: dict[str, Any],
+    recipe: dict[str, Any],
+    **student_settings: int,
 ) -> Preset:
-    models = {"teacher": teacher, "student": student, "image_size": 224}  # ours: timm's names
+    models: dict[str, Any] = {"teacher": teacher, "student": student, "image_size": 224}  # ours: timm's names
+    teacher_settings = {"img_size": 224} if teacher == _EVA else {}  # ours: timm's model is for 196
+    models |= {"teacher_settings": teacher_settings, "student_settings": student_settings}
     published = {"baseline": top1[0], "scalekd": top1[1]}  # paper, Table 3
     return {"models": models, "method": method, "recipe": recipe, "top1": published}
 
@@ -144,17 +151,18 @@ PAIRS: dict[str, Preset] = {
     ),
     "eva_large -> mixer_b14": _pair(
         _EVA,
-        "mixer_b16_224",  # ours: timm has none with patches of 14: patch_size=14
+        "mixer_b16_224",  # ours: timm has none with patches of 14, but MlpMixer(patch_size=14, embed_dim=768)
         (76.62, 82.89),  # paper
         _EVA_METHOD,
         _VIT_RECIPE,  # ours: its own was not found
     ),
     "eva_large -> vit_b14": _pair(
         _EVA,
-        "deit_base_patch16_224",  # ours: timm has none with patches of 14: patch_size=14
+        "deit_base_patch16_224",  # ours: timm has none with patches of 14
         (82.02, 86.43),  # paper
         _EVA_METHOD,
         _VIT_RECIPE,  # ours: its own was not found
+        patch_size=14,  # paper
     ),
 }
 
