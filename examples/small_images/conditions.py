@@ -9,8 +9,8 @@ from . import data, trials
 from .experiment import SEARCH_SEED, Experiment
 from .method import CE
 from .methods import make_method
+from .networks import width_of
 from .report import better_kd, differences, machine
-from .resnet import SHAPES
 from .shown import Shown
 from .training import Recipe, Run
 from .views import Views, outputs_of
@@ -76,7 +76,7 @@ class Cell:
         self.name, self.condition = name, (condition := CONDITIONS[name])
         network = condition.teacher or self.args.teacher
         teacher = experiment.teacher if network == self.args.teacher else experiment.teacher_of(network)[0]
-        self.feature_dim = SHAPES[network][0][-1]
+        self.feature_dim = width_of(network)
         self.views = self._shown(experiment.views_of(experiment.train, teacher), condition.corrected)
         self.held_out = self.views.split(experiment.held_out)
         self.index = data.part_of(experiment.searched, round(condition.share * len(experiment.searched)))

@@ -73,7 +73,7 @@ CIFD_TRIALS: dict[str, tuple[str, Settings]] = {
     },
     **{f"cifd {8 + i}": ("cifd", light) for i, light in enumerate([*_LIGHT[1:], {**_LIGHT[1], "ce_weight": 0.1}])},
 }
-_NO_CE: Settings = {"ce_weight": 0.0, "kd_weight": 1.0}
+_AS_DISK: Settings = {"ce_weight": 0.1, "kd_weight": 0.9, "temperature": 2.0}  # the logits' losses beside a guide
 
 
 def _views(factor: float) -> Settings:
@@ -84,12 +84,12 @@ def _views(factor: float) -> Settings:
 SCALEKD_TRIALS: list[Settings] = [
     _views(1.0),  # the paper's weights
     _views(0.1),
-    {**_views(0.1), **_NO_CE},
-    {**_views(0.01), **_NO_CE},
+    {**_views(0.1), **_AS_DISK},
+    {**_views(0.01), **_AS_DISK},
     _views(0.01),
-    {**_views(1.0), **_NO_CE},
-    {**_views(0.1), **_NO_CE, "attention_scale": 1.0},
-    {**_views(0.1), **_NO_CE, "norm": "layer"},
+    {**_views(1.0), **_AS_DISK},
+    {**_views(0.1), **_AS_DISK, "norm": "layer"},
+    {**_views(0.1), "ce_weight": 0.0, "kd_weight": 1.0},
 ]
 DISK_SCALEKD_TRIALS: list[Settings] = [
     *({**disk, "scalekd": _views(factor)} for factor in (0.1, 0.01) for disk in _DISK.values()),
