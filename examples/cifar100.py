@@ -104,18 +104,24 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def frozen(path: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Read the settings that the search froze for this pair.
+def frozen(pair: str, flag: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Read the settings that a search froze for this pair.
 
     Raises:
         FileNotFoundError: no search was run for it.
     """
+    path = RESULTS / f"{pair}_{flag_name(flag)}.json"
     if not path.exists():
-        command = f"python examples/cifar100.py --search --student {args.student} --teacher {args.teacher}"
+        command = f"python examples/cifar100.py {flag} --student {args.student} --teacher {args.teacher}"
         raise FileNotFoundError(
             f"expected the settings of a search in {path}, got none: run {command} and copy it there"
         )
     return json.loads(path.read_text())
+
+
+def flag_name(flag: str) -> str:
+    """Return what a search's file is called: "search", or "scalekd_search" of --search-scalekd."""
+    return "_".join(reversed(flag.removeprefix("--").split("-")))
 
 
 def needed(family: str, args: argparse.Namespace) -> bool:
@@ -123,12 +129,40 @@ def needed(family: str, args: argparse.Namespace) -> bool:
     return any((METHODS[name].searched_as or "").endswith(family) for name in args.methods if name in METHODS)
 
 
-def write_family(found: dict[str, Any], stem: Path) -> None:
-    """Write a search of CIFD or ScaleKD, of the former with its modules."""
+def write_search(found: dict[str, Any], stem: Path) -> None:
+    """Write a search, of CIFD with its modules."""
     shown = f"{search_table(found)}\n\n{found['modules_table']}" if "modules" in found else search_table(found)
-    write(found, shown, stem.with_name(f"{stem.name}_search.json"))
+    write(found, shown, stem.with_suffix(".json"))
     if "modules" in found:
-        write_modules(found["modules"], stem.with_name(f"{stem.name}_modules.png"))
+        write_modules(found["modules"], stem.with_name(f"{stem.name.removesuffix('_search')}_modules.png"))
+
+
+def settings(experiment: Experiment, pair: str, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Return what the searches chose, from their files; None after a search that was asked for.
+
+    A dry run searches what its rows need.
+    """
+    searches = {
+        "--search": (args.search, True, experiment.search),
+        "--search-cifd": (args.search_cifd, needed("cifd", args), experiment.search_cifd),
+        "--search-scalekd": (args.search_scalekd, needed("scalekd", args), experiment.search_scalekd),
+    }
+    asked = [flag for flag, (is_asked, *_) in searches.items() if is_asked]
+    search: dict[str, Any] | None = None
+    for flag, (_, is_needed, run) in searches.items():
+        if flag in asked or (args.dry_run and is_needed and not asked):
+            found = run(args.only if asked else None)
+            if found is not None:
+                write_search(found, args.out / f"{pair}_{flag_name(flag)}")
+        elif is_needed and not asked:
+            found = frozen(pair, flag, args)
+        else:
+            continue
+        if search is None:
+            search = found
+        else:
+            search["chosen"] |= found["chosen"]
+    return None if asked else search
 
 
 def main() -> None:
@@ -137,27 +171,9 @@ def main() -> None:
     experiment = Experiment(args)
     pair = f"cifar100_{args.teacher.removeprefix('resnet')}_{args.student.removeprefix('resnet')}"
     args.out.mkdir(parents=True, exist_ok=True)
-    asked = {"cifd": args.search_cifd, "scalekd": args.search_scalekd}
-    if args.search or (args.dry_run and not any(asked.values())):
-        search = experiment.search(args.only if args.search else None)
-        if search is not None:
-            write(search, search_table(search), args.out / f"{pair}_search.json")
-        if args.search:
-            return
-    elif not any(asked.values()):
-        search = frozen(RESULTS / f"{pair}_search.json", args)
-    for family, search_family in {"cifd": experiment.search_cifd, "scalekd": experiment.search_scalekd}.items():
-        if asked[family] or (args.dry_run and needed(family, args)):
-            found = search_family(args.only if asked[family] else None)
-            if found is not None:
-                write_family(found, args.out / f"{pair}_{family}")
-        elif needed(family, args):
-            found = frozen(RESULTS / f"{pair}_{family}_search.json", args)
-        else:
-            continue
-        if asked[family]:
-            return
-        search["chosen"] |= found["chosen"]
+    search = settings(experiment, pair, args)
+    if search is None:
+        return
     if args.screen:
         name, found, shown = "screen", experiment.tried(trials.SCREEN, "screen", args.only), search_table
     elif args.repeat:

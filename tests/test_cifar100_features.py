@@ -182,3 +182,14 @@ def test_methods_say_what_they_need():
     needs = {name: set(method.needs) for name, method in METHODS.items()}
     assert {name for name, each in needs.items() if each} == set(FAMILIES)
     assert all(METHODS[name].reads_student for name in FAMILIES)
+
+
+@pytest.mark.parametrize("flag", ["--search", "--search-scalekd"])
+def test_a_row_without_its_search_names_the_command(monkeypatch, tmp_path, flag):
+    monkeypatch.setattr(cifar100, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cifar100.py", "--data", "x.npz", "--teacher", "swin", "--methods", "scalekd"])
+    name = {"--search": "pair_search.json", "--search-scalekd": "pair_scalekd_search.json"}[flag]
+    with pytest.raises(FileNotFoundError, match=rf"{name}, got none: run .*cifar100\.py {flag} .*--teacher swin"):
+        cifar100.frozen("pair", flag, cifar100.arguments())
+    (tmp_path / name).write_text('{"chosen": {}}')
+    assert cifar100.frozen("pair", flag, cifar100.arguments()) == {"chosen": {}}
