@@ -1,11 +1,11 @@
-"""CIFAR-100 at equal cost: CE, KD and DiSK students of a ResNet10 teacher, from data to table.
+"""CIFAR-100 at equal passes: CE, KD, DiSK, CIFD and ScaleKD students of one teacher, from data to table.
 
 Trains the teacher and the CE warm starts, searches the settings of KD and of DiSK with the same number of trials on
 5,000 held-out training images (``--search``; frozen in results/*_search.json), then trains every row of the report on
 all 50,000 images from the same start and batches, with the same learning rate and number of passes. Reported is the
 last epoch. Each row and seed has its own folder: the same command resumes from the last complete epoch, and
 ``--collect`` tabulates whatever has finished. ``--converged`` is the long protocol: 60 epochs of CE, then 60 of each
-row of ``trials.CONVERGED``.
+row of ``trials.CONVERGED``. Passes are not time: ScaleKD's holds the teacher's last stage too; see ``--time``.
 
 Usage: python examples/cifar100.py --data data/cifar100.npz [--student NAME] [--teacher NAME] [--epochs N] [--seeds N]
        [--converged] [--methods NAME ...] [--only SEED ...] [--collect]

@@ -14,11 +14,6 @@ from .method import Batch, Method
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4  # the student's
 
 
-def teacher_of(batch: Batch) -> Outputs:
-    """Return what a method reads of the teacher."""
-    return Outputs(batch.teacher_logits, batch.teacher_features)
-
-
 def groups(cifd: CIFD) -> list[dict[str, Any]]:
     """Return the optimizer's groups: the densities decay towards nothing sensible."""
     density = list(cifd.embeddings.bottleneck.density.parameters())  # in an order that a resumed run repeats
@@ -60,7 +55,7 @@ class CIFDAlone(Method):
 
     def forward(self, student: Outputs, batch: Batch) -> Tensor:
         """Return the sum of the losses' means."""
-        losses = self.cifd(student, teacher_of(batch), batch.labels)
+        losses = self.cifd(student, batch.teacher, batch.labels)
         return torch.stack([loss.mean() for loss in losses.values()]).sum()
 
 
@@ -96,7 +91,7 @@ class DiSKCIFD(DiSK):
 
     def forward(self, student: Outputs, batch: Batch) -> Tensor:
         """One backward for student, method and guide."""
-        terms = self.guided.terms(student, teacher_of(batch), batch.labels, reduction="none")
+        terms = self.guided.terms(student, batch.teacher, batch.labels, reduction="none")
         self.report.add(terms)
         return terms.mean().loss
 

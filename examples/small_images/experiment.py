@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from disk_plugin.features import Pair, pair_of
 from disk_plugin.features.cifd import Embeddings, RateDistortionModule, fit_rdms
@@ -39,7 +39,7 @@ class Experiment:
         self.teacher, self.teacher_accuracy = self.teacher_of(args.teacher)
         self.views = self.views_of(self.train)
 
-    def views_of(self, train: data.Split, teacher: ResNet | None = None) -> Views:
+    def views_of(self, train: data.Split, teacher: nn.Module | None = None) -> Views:
         """Return augmented views of some images with a teacher's outputs, by default the call's teacher.
 
         Methods that read maps are built for a Swin teacher alone.
@@ -57,7 +57,7 @@ class Experiment:
             model, epochs, seed, lr=args.lr, batch_size=args.batch_size, device=args.device, compiled=args.compile
         )
 
-    def teacher_of(self, name: str) -> tuple[ResNet, dict[str, float]]:
+    def teacher_of(self, name: str) -> tuple[nn.Module, dict[str, float]]:
         """Train a teacher on the search's training images, so that it has not seen the held-out ones either.
 
         Raises:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from disk_plugin import functional
+from disk_plugin.features import Outputs
+from disk_plugin.features.method import LAST_MAP
 
 
 class Batch(NamedTuple):
@@ -21,6 +23,12 @@ class Batch(NamedTuple):
     teacher_features: Tensor
     index: Tensor
     teacher_map: Tensor | None = None
+
+    @property
+    def teacher(self) -> Outputs:
+        """What a method of the package reads of the teacher."""
+        maps = {} if self.teacher_map is None else {LAST_MAP: self.teacher_map}
+        return Outputs(self.teacher_logits, self.teacher_features, maps)
 
 
 class Method(nn.Module):

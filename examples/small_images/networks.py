@@ -1,12 +1,14 @@
 """The networks of the examples by name: the ResNet10 family, several copies of which run as one, and a Swin teacher."""
 
+from torch import nn
+
 from .resnet import SHAPES, ResNet
 
 SWIN = "swin"
 TEACHERS = sorted({*SHAPES, SWIN})
 
 
-def network(name: str, num_classes: int = 100, copies: int = 1, features: int | None = None):
+def network(name: str, num_classes: int = 100, copies: int = 1, features: int | None = None) -> nn.Module:
     """Build a network; ``copies`` and ``features`` are ResNet's."""
     if name != SWIN:
         return ResNet(name, num_classes, copies, features)

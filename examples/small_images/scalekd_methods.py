@@ -43,7 +43,7 @@ class ScaleKDAlone(Method):
     def forward(self, student: Outputs, batch: Batch) -> Tensor:
         """Return the sum of the losses' means."""
         with precision(batch.images.device.type):
-            losses = self.scalekd(student, teacher_of(batch), batch.labels)
+            losses = self.scalekd(student, batch.teacher, batch.labels)
         return torch.stack([loss.mean() for loss in losses.values()]).sum()
 
 
@@ -82,7 +82,7 @@ class DiSKScaleKD(DiSK):
     def forward(self, student: Outputs, batch: Batch) -> Tensor:
         """One backward for student, projectors and guide."""
         with precision(batch.images.device.type):
-            terms = self.guided.terms(student, teacher_of(batch), batch.labels, reduction="none")
+            terms = self.guided.terms(student, batch.teacher, batch.labels, reduction="none")
         self.report.add(terms)
         return terms.mean().loss
 
@@ -97,8 +97,3 @@ def make_scalekd(settings: dict[str, Any], pair: Pair, seed: int) -> ScaleKD:
 def projectors_optimizer(scalekd: ScaleKD) -> torch.optim.Optimizer:
     """Return AdamW, as of the paper's runs: the projectors are blocks of a transformer."""
     return torch.optim.AdamW(scalekd.trainable_parameters(), lr=1e-3, weight_decay=0.05)
-
-
-def teacher_of(batch: Batch) -> Outputs:
-    """Return what a method reads of the teacher."""
-    return Outputs(batch.teacher_logits, batch.teacher_features, {"last": batch.teacher_map})

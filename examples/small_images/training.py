@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from disk_plugin.features import Outputs
+from disk_plugin.features.method import BEFORE_LAST_MAP, LAST_MAP
 from disk_plugin.training import guide_pass
 
 from . import data
@@ -25,7 +26,7 @@ from .views import Views, accuracies, batches, digest, precision, save
 
 MOMENTUM, WEIGHT_DECAY, BATCH_SIZE = 0.9, 5e-4, 200
 _NOISE_SEED = 555_555_555  # not a seed of any epoch's order
-MAPS = ("before_last", "last")
+MAPS = (BEFORE_LAST_MAP, LAST_MAP)  # as networks show them
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY),
     "adamw": partial(torch.optim.AdamW, weight_decay=0.05),
