@@ -32,7 +32,7 @@ MODES = [
     {"mode": "alternating", "alternating": {"replay": True, "student_passes": 1}},
 ]
 KINDS = [DiSKTask, DiSKSimKDTask]
-SCALEKD = {"method": "scalekd", "teacher": "test_vit"}  # whose last map is 2 x 2 for these images
+SCALEKD = {"method": "scalekd", "teacher": "test_vit", "student": "test_vit2"}  # whose maps are 2 x 2 for these images
 
 
 class Hints(Method):
@@ -130,7 +130,7 @@ def test_a_methods_layers_are_trained_clipped_and_kept_in_the_tasks_state_and_th
 
 
 def test_scalekd_is_a_methods_losses_and_disks_own_of_the_logits_and_the_student_stays_bare():
-    task = make(**SCALEKD, student="test_vit2", method_settings={"norm": "layer"}, distill_loss_weight=0.4)
+    task = make(**SCALEKD, method_settings={"norm": "layer"}, distill_loss_weight=0.4)
     image, target = batch()
     task.eval()  # or BatchNorm's statistics differ
     found = task(image, target)
@@ -154,7 +154,7 @@ def test_scalekd_is_a_methods_losses_and_disks_own_of_the_logits_and_the_student
 
 
 def test_scalekds_teacher_is_as_it_was_after_steps_under_the_compiler_and_autocast():
-    task = make(**SCALEKD, student="test_vit2")
+    task = make(**SCALEKD)
     teacher = copy.deepcopy(task.teacher.state_dict())
     optimizer = optimizer_of(task)
     task.compile(backend="eager")
@@ -508,7 +508,7 @@ def epoch_of(task, optimizer, epoch, ema=False):
 @pytest.mark.filterwarnings("ignore:the module with R|the bottleneck.s noise")  # of CIFD, on a few images
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(kind, settings, tmp_path):
     def fresh():
-        task = make(kind, "test_efficientnet", **settings)
+        task = make(kind, **{"student": "test_efficientnet", **settings})
         return task, optimizer_of(task)
 
     def finish(task, optimizer, epochs):
@@ -634,7 +634,7 @@ def test_a_recorded_epoch_whose_rest_the_host_skips_still_trains_the_guide():
 SHARED = {
     "disk": (DiSKTask, {}),
     "simkd": (DiSKSimKDTask, {}),
-    "scalekd": (DiSKTask, {**SCALEKD, "student": "test_vit2", "method_settings": {"norm": "layer"}}),
+    "scalekd": (DiSKTask, {**SCALEKD, "method_settings": {"norm": "layer"}}),
 }
 
 
