@@ -6,6 +6,7 @@ import sys
 import cifar100
 import pytest
 import torch
+from evidence import PAGES
 from small_images import data, report, trials
 from small_images.experiment import Experiment
 from small_images.methods import METHODS
@@ -193,3 +194,14 @@ def test_a_row_without_its_search_names_the_command(monkeypatch, tmp_path, flag)
         cifar100.frozen("pair", flag, cifar100.arguments())
     (tmp_path / name).write_text('{"chosen": {}}')
     assert cifar100.frozen("pair", flag, cifar100.arguments()) == {"chosen": {}}
+
+
+def test_the_sizes_that_the_page_names(experiment):
+    (method,) = experiment.methods({"scalekd": ("scalekd", {})}, epochs=2, seed=0, budget=0.5).values()
+    page = (PAGES / "scalekd.md").read_text()
+    for count in (
+        sum(parameter.numel() for parameter in method.scalekd.trainable_parameters()),
+        sum(parameter.numel() for parameter in network("resnet10-xxs").parameters()),
+    ):
+        assert f"{count:,}" in page
+    assert f"{sum(parameter.numel() for parameter in experiment.teacher.parameters()) / 1e6:.1f} million" in page

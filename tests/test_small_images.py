@@ -462,6 +462,9 @@ def test_kd_and_disk_are_searched_with_the_same_number_of_trials():
         ("cifar100_10-l_10-xxs_cifd_search", report.search_table, "cifd.md", "cifd-search"),
         ("cifar100_10-l_10-xxs_cifd_search", lambda found: found["modules_table"], "cifd.md", "cifd-modules"),
         ("cifar100_10-l_10-xxs_12", report.table, "cifd.md", "cifd"),
+        ("cifar100_swin_10-xxs_search", report.search_table, "scalekd.md", "scalekd-kd-search"),
+        ("cifar100_swin_10-xxs_scalekd_search", report.search_table, "scalekd.md", "scalekd-search"),
+        ("cifar100_swin_10-xxs_4", report.table, "scalekd.md", "scalekd"),
     ],
 )
 def test_pages_repeat_the_committed_values(name, table, page, marker):
