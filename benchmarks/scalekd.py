@@ -131,7 +131,7 @@ def main() -> None:
         args.pairs,
     )
     if args.dry_run:
-        names, size, batch, count = ("test_vit", "test_efficientnet"), 32, 4, 6
+        names, size, batch, count = ("test_vit", "test_vit2"), 32, 4, 6
     torch.manual_seed(0)
     rows, memory = steps(names, size, batch, count, args.device)
     rows.append(views((batch, 8, 7, 7) if args.dry_run else (batch, 768, 7, 7), count, args.device))
