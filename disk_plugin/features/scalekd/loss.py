@@ -46,7 +46,7 @@ class ScaleKDLoss(nn.Module):
         ValueError: values out of range, no weight above 0, or a map of 1 x 1 with ``dc_removed_weight`` > 0; in
             ``forward``, maps of another shape.
         TypeError: ``tail`` is no ``TeacherTail``.
-        RuntimeError: in ``forward``, the teacher is in training mode.
+        RuntimeError: in ``forward``, the teacher is in training mode or not frozen any more.
 
     Examples:
         >>> import torch
@@ -88,13 +88,10 @@ class ScaleKDLoss(nn.Module):
         self.weights = {view: float(value) for view, value in weights.items() if value > 0}
         if not self.weights:
             raise ValueError("original_weight or dc_removed_weight must be > 0, got 0 and 0")
-        sizes = {"the teacher's final map": tail.final_size}
-        sizes |= {
-            "the student's map before its last stage": stage3_shape[1:],
-            "the student's last map": stage4_shape[1:],
-        }
         if "dc_removed" in self.weights:
-            check_sizes(sizes)
+            given = {"map before its last stage": stage3_shape, "last map": stage4_shape}
+            sizes = {f"the student's {name}": shape[1:] for name, shape in given.items()}
+            _check_sizes({"the teacher's final map": tail.final_size, **sizes})
         self.tail, self.proxy_weight = tail, float(proxy_weight)
         options: dict[str, Any] = {"attention_scale": attention_scale, "norm": norm}
         self.proxy, self.main = nn.ModuleDict(), nn.ModuleDict()  # projectors by view
@@ -117,7 +114,7 @@ class ScaleKDLoss(nn.Module):
                     f"{name} must have the batch size of teacher_map {teacher_map.shape[0]}, got {student_map.shape[0]}"
                 )
         if "dc_removed" in self.weights:
-            check_sizes({"stage3": stage3.shape[2:], "stage4": stage4.shape[2:], "teacher_map": teacher_map.shape[2:]})
+            _check_sizes({"stage3": stage3.shape[2:], "stage4": stage4.shape[2:], "teacher_map": teacher_map.shape[2:]})
         losses = {}
         for view, weight in self.weights.items():
             suffix, dc = _SUFFIXES[view], view == "original"
@@ -148,11 +145,11 @@ class ScaleKDLoss(nn.Module):
         return f"weights={self.weights}, proxy_weight={self.proxy_weight}, trainable_parameters={count:_}"
 
 
-def check_sizes(sizes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_sizes(sizes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ValueError if a map has one location: all of the teacher's would read the same of it."""
     for name, size in sizes.items():
         if tuple(size) == (1, 1):
             raise ValueError(
-                f"{name} has size 1 x 1, so that nothing is left without its mean: set "
-                f"dc_removed_weight=0, or give larger images"
+                f"{name} has size 1 x 1, so that nothing is left without its mean: set dc_removed_weight=0, or give "
+                f"larger images"
             )

@@ -40,7 +40,7 @@ class ScaleKD(Method):
         proxy_weight: factor of the losses behind the teacher's last stage, >= 0.
         proxy_heads: attention heads of the projector to the teacher's last stage; a divisor of its width.
         main_heads: attention heads of the projector to the teacher's final map; a divisor of its width.
-        attention_scale: sharpness of the attention, beside its usual 1/sqrt(d).
+        attention_scale: sharpness of the attention, > 0, beside its usual 1/sqrt(d).
         norm: of the student's maps: "batch", or "layer", with which a sample has no influence on others.
         weighted_views: which losses of features a guide weighs: "both", or "dc_removed" for those of the maps without
             their mean alone.
@@ -54,10 +54,11 @@ class ScaleKD(Method):
         to C - 1.
 
     Raises:
-        ValueError: values out of range; heads that do not divide a width; a map of 1 x 1, of which nothing is
-            left without its mean; maps of other shapes, or none.
+        ValueError: values out of range; heads that do not divide a width; a map of 1 x 1, of which nothing is left
+            without its mean; maps of other shapes, or none.
         TypeError: values of another type.
-        RuntimeError: in ``forward``, the teacher is in training mode, or its tail is under ``torch.no_grad()``.
+        RuntimeError: in ``forward``, the teacher is in training mode or not frozen any more, or its tail is under
+            ``torch.no_grad()``.
 
     Examples:
         >>> tail = TeacherTail(torch.nn.Conv2d(16, 32, 2, stride=2).eval(), (16, 8, 8), (32, 4, 4))
@@ -120,8 +121,8 @@ class ScaleKD(Method):
         """Build the method for the pair's maps and the teacher's tail.
 
         Raises:
-            ValueError: maps of another shape; a teacher without a tail that works, the message lists those that do; a
-                teacher whose final map is not its tail's.
+            ValueError: maps of another shape, or swapped; a teacher without a tail that works, the message lists those
+                that do; a teacher whose final map is not its tail's.
         """
         before, last = (_shape(pair.student, "student", name) for name in (BEFORE_LAST_MAP, LAST_MAP))
         if before[1] * before[2] < last[1] * last[2]:
