@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from disk_plugin.features import Outputs
@@ -21,7 +21,7 @@ from disk_plugin.training import guide_pass
 from . import data
 from .methods import Batch, Method
 from .networks import network
-from .resnet import ResNet, State, joined, parted
+from .resnet import State, joined, parted
 from .views import Views, accuracies, batches, digest, precision, save
 
 MOMENTUM, WEIGHT_DECAY, BATCH_SIZE = 0.9, 5e-4, 200
@@ -48,7 +48,7 @@ class Recipe(NamedTuple):
     features: int | None = None  # of the student's bottleneck
     optimizer: str = "sgd"
 
-    def network(self, copies: int = 1) -> ResNet:
+    def network(self, copies: int = 1) -> nn.Module:
         """Build the student, or several as one."""
         return network(self.model, self.num_classes, copies, self.features)
 
@@ -194,7 +194,7 @@ class Run:
                 guide_pass(method.optimizer, part, partial(self._guide_loss, method, student))
             method.end_guide_passes()
 
-    def _guide_loss(self, method: Method, student: ResNet, batch: Batch) -> Tensor:
+    def _guide_loss(self, method: Method, student: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad(), precision(self.recipe.device):
             logits = student(batch.images).float()
         return method.guide_loss(logits, batch)

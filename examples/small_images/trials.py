@@ -77,12 +77,12 @@ _AS_DISK: Settings = {"ce_weight": 0.1, "kd_weight": 0.9, "temperature": 2.0}  #
 
 
 def _views(factor: float) -> Settings:
-    """Return ScaleKD's weights of both views, the paper's times a factor."""
+    """Return ScaleKD's weights of both views, the package's defaults (about the paper's) times a factor."""
     return {"original_weight": 4 * factor, "dc_removed_weight": round(3 * factor, 4)}
 
 
 SCALEKD_TRIALS: list[Settings] = [
-    _views(1.0),  # the paper's weights
+    _views(1.0),
     _views(0.1),
     {**_views(0.1), **_AS_DISK},
     {**_views(0.01), **_AS_DISK},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import data
 from .method import Batch
@@ -26,7 +26,7 @@ class Views:
     """
 
     def __init__(
-        self, train: data.Split, count: int, teacher: ResNet | None, folder: Path | None, maps: bool = False
+        self, train: data.Split, count: int, teacher: nn.Module | None, folder: Path | None, maps: bool = False
     ) -> None:
         self.train, self.count, self.teacher, self.folder, self.maps = train, count, teacher, folder, maps
         self.content = digest({"images": train.images, "labels": train.labels})
@@ -86,7 +86,7 @@ def precision(device: str):
 
 
 @torch.no_grad()
-def outputs_of(model: ResNet, images: Tensor, batch_size: int = 500, maps: bool = False) -> tuple[Tensor, ...]:
+def outputs_of(model: nn.Module, images: Tensor, batch_size: int = 500, maps: bool = False) -> tuple[Tensor, ...]:
     """Return logits (N, C) and pooled features (N, D), with ``maps`` also the last map, in half precision."""
     model.eval()
     parts = []
@@ -102,7 +102,7 @@ def normalized(images: Tensor) -> Tensor:
     return data.normalized(images).contiguous(memory_format=torch.channels_last)
 
 
-def accuracies(model: ResNet, split: data.Split, copies: int) -> list[float]:
+def accuracies(model: nn.Module, split: data.Split, copies: int) -> list[float]:
     """Return each copy's accuracy on the split, percent."""
     logits = outputs_of(model, split.images)[0]
     right = logits.unflatten(1, (copies, -1)).argmax(2) == split.labels.unsqueeze(1)
