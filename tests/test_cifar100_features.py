@@ -9,7 +9,6 @@ import torch
 from evidence import PAGES
 from small_images import data, report, trials
 from small_images.experiment import Experiment
-from small_images.methods import METHODS
 from small_images.networks import network, width_of
 from small_images.resnet import ResNet, joined
 from small_images.training import Recipe, Run
@@ -177,12 +176,6 @@ def test_the_report_with_scalekd_runs_as_typed(small, monkeypatch, tmp_path, cap
     assert {row["method"] for row in search["rows"].values()} == {"scalekd", "disk-scalekd"}
     assert results["protocol"]["settings"]["scalekd"] == search["chosen"]["scalekd"]["settings"]
     assert report.table(results) in capsys.readouterr().out
-
-
-def test_methods_say_what_they_need():
-    needs = {name: set(method.needs) for name, method in METHODS.items()}
-    assert {name for name, each in needs.items() if each} == set(FAMILIES)
-    assert all(METHODS[name].reads_student for name in FAMILIES)
 
 
 @pytest.mark.parametrize("flag", ["--search", "--search-scalekd"])

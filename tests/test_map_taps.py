@@ -94,8 +94,8 @@ def test_a_map_with_its_channels_last_is_told_by_the_images(size):
 )
 def test_a_map_with_its_channels_first_stays_as_it_is(channels, size, stride):
     model = nn.Sequential(nn.Conv2d(3, channels, 3, stride=stride, padding=1), nn.Flatten(2))
-    _, maps = with_maps(model, {"last": "0"})(torch.randn(2, 3, *size))
-    assert maps["last"].shape[1] == channels
+    x = torch.randn(2, 3, *size)
+    assert torch.equal(with_maps(model, {"last": "0"})(x)[1]["last"], model[0](x))
 
 
 def test_torchvisions_swin_shows_maps():
@@ -108,14 +108,13 @@ def test_torchvisions_swin_shows_maps():
     }
 
 
-@pytest.mark.parametrize(("stride", "width"), [(32, 256), (16, 256), (8, 256)])
-def test_a_last_stage_that_keeps_the_size_is_still_the_last(stride, width):
+@pytest.mark.parametrize("stride", [32, 16, 8])
+def test_a_last_stage_that_keeps_the_size_is_still_the_last(stride):
     timm = pytest.importorskip("timm")
     model = timm.create_model("resnet18", num_classes=CLASSES, output_stride=stride).eval()
     with torch.no_grad():
         _, maps = with_maps(model)(torch.randn(1, 3, 64, 64))
         torch.testing.assert_close(model.layer4(maps["before_last"]), maps["last"])
-    assert maps["before_last"].shape[1] == width
 
 
 def test_of_two_heads_in_training_the_first_counts():

@@ -33,6 +33,8 @@ MODES = [
 ]
 KINDS = [DiSKTask, DiSKSimKDTask]
 SCALEKD = {"method": "scalekd", "teacher": "test_vit", "student": "test_vit2"}  # whose maps are 2 x 2 for these images
+# a student with BatchNorm, whose last map is 1 x 1
+SCALEKD_OF_MEANS = {"method": "scalekd", "teacher": "test_vit", "method_settings": {"dc_removed_weight": 0.0}}
 
 
 class Hints(Method):
@@ -500,7 +502,7 @@ def epoch_of(task, optimizer, epoch, ema=False):
         (DiSKSimKDTask, {}),
         *[
             (DiSKTask, {**how, **method, "weight": "one_minus_discount"})
-            for method in ({"method": "simkd"}, {"method": "dkd"}, {"method": "cifd"}, {"method": Hints}, SCALEKD)
+            for method in (*({"method": each} for each in ("simkd", "dkd", "cifd", Hints)), SCALEKD, SCALEKD_OF_MEANS)
             for how in MODES
         ],
     ],
