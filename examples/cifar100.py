@@ -186,7 +186,8 @@ def main() -> None:
     elif args.conditions:
         name, shown = "conditions", conditions_table
         path = args.out / f"{pair}_conditions.json"
-        found = conditions(experiment, args.only, lambda so_far: path.write_text(json.dumps(so_far, indent=1) + "\n"))
+        only = [] if args.collect else args.only
+        found = conditions(experiment, only, lambda so_far: path.write_text(json.dumps(so_far, indent=1) + "\n"))
     else:
         final = Final(experiment, search)
         if not args.collect:

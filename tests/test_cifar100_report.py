@@ -252,9 +252,33 @@ def test_the_conditions_write_every_cell_and_train_it_once(tmp_path, experiment,
     values = found["conditions"]["8 features"]["differences"][f"auto-1 - {kd}"]["values"]
     assert values[1] == pytest.approx(cell["auto-1"]["held_out"] - cell[kd]["held_out"])
     table = conditions.conditions_table(found)
-    assert table.count("\n") == 1 + (8 + 2) * 3 + (5 + 2)
+    forms, passes = table.split("\n\n")
+    assert [row.split(" | ")[0] for row in forms.splitlines()[2:]] == [*(f"| {name}" for name in chosen[:3]), "| mean"]
+    assert f"| {values[0]:+.2f} / {values[1]:+.2f} |" in forms
+    gaps = [each["differences"][f"ce - {each['kd']}"]["values"] for each in list(found["conditions"].values())[:3]]
+    assert [cell.strip() for cell in forms.splitlines()[-1].split("|")][5] == f"{sum(map(sum, gaps)) / 6:+.2f}"
+    assert passes.splitlines()[2].startswith(f"| {chosen[3]} | ")
     monkeypatch.setattr(Run, "fit_epoch", lambda run: pytest.fail("trained again"))
     assert conditions.conditions(made, only, lambda so_far: None) == found
+    for part in (only[1:2], []):  # what has finished is reported regardless
+        assert conditions.conditions(made, part, lambda so_far: None) == found
+
+
+def test_an_unfinished_condition_is_not_reported_unless_it_is_asked_for(tmp_path, experiment, monkeypatch):
+    made, fit_epoch = experiment(tmp_path, "--conditions"), Run.fit_epoch
+
+    def stopped(run):
+        if run.folder.name.startswith("condition-4-features") and run.epoch == 1:
+            raise KeyboardInterrupt
+        fit_epoch(run)
+
+    monkeypatch.setattr(Run, "fit_epoch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        conditions.conditions(made, [0, 2], lambda so_far: None)
+    assert list(conditions.conditions(made, [], lambda so_far: None)["conditions"]) == ["8 features"]
+    monkeypatch.setattr(Run, "fit_epoch", fit_epoch)
+    found = conditions.conditions(made, [2], lambda so_far: None)["conditions"]
+    assert {name: each["seeds"] for name, each in found.items()} == {"8 features": [100], "4 features": [100, 101]}
 
 
 def test_conditions_of_one_student_share_its_warm_start(tmp_path, experiment):

@@ -1,9 +1,13 @@
 """For which CNNs does a scaffold help? Cheap runs over conditions: 16 px images, evaluated on held-out images."""
 
 import re
+import statistics
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from . import data, trials
 from .experiment import SEARCH_SEED, Experiment
@@ -73,26 +77,47 @@ class Cell:
 
     def __init__(self, experiment: Experiment, name: str, seed: int) -> None:
         self.experiment, self.args, self.seed = experiment, experiment.args, seed
-        self.name, self.condition = name, (condition := CONDITIONS[name])
-        network = condition.teacher or self.args.teacher
-        teacher = experiment.teacher if network == self.args.teacher else experiment.teacher_of(network)[0]
-        self.feature_dim = width_of(network)
-        self.views = self._shown(experiment.views_of(experiment.train, teacher), condition.corrected)
-        self.held_out = self.views.split(experiment.held_out)
-        self.index = data.part_of(experiment.searched, round(condition.share * len(experiment.searched)))
-        self.judged = self.views.split(experiment.train.part(data.part_of(self.index, JUDGED)))
+        self.name, self.condition = name, CONDITIONS[name]
+        self.epochs = self.args.epochs * self.condition.times
+        self.network = self.condition.teacher or self.args.teacher
+        self.index = data.part_of(experiment.searched, round(self.condition.share * len(experiment.searched)))
+        words = re.findall("[a-z0-9]+", name.lower())
+        self.folder = self._folder(f"condition-{'-'.join(words)}-{self._key(self.epochs)}")
+
+    @cached_property
+    def views(self) -> Shown:
+        """What the students are shown, with the teacher's outputs; trains a teacher that is missing."""
+        experiment = self.experiment
+        teacher = experiment.teacher
+        if self.network != self.args.teacher:
+            teacher, _ = experiment.teacher_of(self.network)
+        return self._shown(experiment.views_of(experiment.train, teacher), self.condition.corrected)
+
+    @cached_property
+    def held_out(self) -> data.Split:
+        """The images that accuracy is reported on."""
+        return self.views.split(self.experiment.held_out)
+
+    @cached_property
+    def judged(self) -> data.Split:
+        """The training images that training accuracy is measured on."""
+        return self.views.split(self.experiment.train.part(data.part_of(self.index, JUDGED)))
+
+    def is_finished(self) -> bool:
+        """Return whether all epochs of its methods are trained."""
+        path = self.folder / "checkpoint.pt"
+        return path.exists() and torch.load(path, weights_only=True)["epoch"] == self.epochs
 
     def run(self) -> dict[str, Any]:
         """Train what is missing; return accuracies on held-out and training images."""
         warm = self._warm_run().fit()
         accuracy = warm.logs["ce"][-1]["accuracy"]
-        chosen, epochs = compared(self.condition), self.args.epochs * self.condition.times
-        told = {"feature_dim": self.feature_dim, "epochs": epochs, "seed": self.seed, "budget": 1 - accuracy / 100}
-        told["num_classes"] = self._recipe(epochs).num_classes
-        methods = {name: make_method(method, settings, **told) for name, (method, settings) in chosen.items()}
-        folder = self._folder(f"condition-{'-'.join(re.findall('[a-z0-9]+', self.name.lower()))}-{self._key(epochs)}")
-        start = warm.states()["ce"]
-        run = Run(self._recipe(epochs), methods, start, self.views, self.index, self.held_out, folder).fit()
+        told = {"feature_dim": width_of(self.network), "epochs": self.epochs, "seed": self.seed}
+        told |= {"budget": 1 - accuracy / 100, "num_classes": self._recipe(self.epochs).num_classes}
+        chosen = compared(self.condition).items()
+        methods = {name: make_method(method, settings, **told) for name, (method, settings) in chosen}
+        start, recipe = warm.states()["ce"], self._recipe(self.epochs)
+        run = Run(recipe, methods, start, self.views, self.index, self.held_out, self.folder).fit()
         train = dict(zip(methods, run.accuracies(self.judged), strict=True))
         return {
             "teacher": self._teacher(),
@@ -142,17 +167,21 @@ class Cell:
 def conditions(
     experiment: Experiment, only: list[int] | None, keep: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Train all conditions from the first start, then from the next; report the results after every cell."""
+    """Train all conditions from the first start, then from the next; report the results after every cell.
+
+    With ``only`` it trains those alone, and reports what has finished of the others too.
+    """
     args = experiment.args
     shared = ("student", "teacher", "epochs", "warm_epochs", "views", "lr")
     protocol = {key: getattr(args, key) for key in shared} | {"pixels": PIXELS, "machine": machine(args.device)}
     cells: dict[str, dict[int, Any]] = {}
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"protocol": protocol, "conditions": {}}
     for seed in range(SEARCH_SEED, SEARCH_SEED + args.seeds):
         for number, name in enumerate(CONDITIONS):
-            if only is None or number in only:
-                cells.setdefault(name, {})[seed] = Cell(experiment, name, seed).run()
-                found = {"protocol": protocol, "conditions": {key: summed(each) for key, each in cells.items()}}
+            cell = Cell(experiment, name, seed)
+            if only is None or number in only or cell.is_finished():
+                cells.setdefault(name, {})[seed] = cell.run()
+                found["conditions"] = {key: summed(each) for key, each in cells.items()}
                 keep(found)
     return found
 
@@ -169,23 +198,38 @@ def summed(cells: dict[int, Any]) -> dict[str, Any]:
 
 
 def conditions_table(results: dict[str, Any]) -> str:
-    """Return all conditions as Markdown."""
-    lines = [
-        "| condition | method | held-out accuracy, per seed | minus the better KD, per seed | training images |",
-        "|---|---|---|---|---|",
-    ]
+    """Return the conditions as Markdown, a table for each set of methods compared."""
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for name, condition in results["conditions"].items():
-        cells = condition["cells"]
-        for method in cells[0]["methods"]:
-            each = [cell["methods"][method] for cell in cells]
-            gap = condition["differences"].get(f"{method} - {condition['kd']}")
-            columns = [
-                " / ".join(f"{one['held_out']:.2f}" for one in each),
-                " / ".join(f"{value:+.2f}" for value in gap["values"]) if gap else "",
-                " / ".join(f"{one['train']:.2f}" for one in each),
-            ]
-            lines.append(f"| {name} | {method} | {' | '.join(columns)} |")
-        for key in ("warm_start", "teacher"):
-            columns = [" / ".join(f"{cell[key][split]:.2f}" for cell in cells) for split in ("held_out", "train")]
-            lines.append(f"| {name} | ({key.replace('_', ' ')}) | {columns[0]} |  | {columns[1]} |")
+        methods = tuple(method for method in condition["cells"][0]["methods"] if not method.startswith("kd"))
+        groups.setdefault(methods, {})[name] = condition
+    return "\n\n".join(_table(methods, group) for methods, group in groups.items())
+
+
+def _table(methods: tuple[str, ...], group: dict[str, Any]) -> str:
+    """Return conditions that compare the same methods: accuracies as held-out (training), differences per seed."""
+    columns = ["condition", "teacher", "warm start", "better KD", *(f"{method} minus KD" for method in methods)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, condition in group.items():
+        cells, kd = condition["cells"], condition["kd"]
+        row = [_accuracies([cell[key] for cell in cells]) for key in ("teacher", "warm_start")]
+        row.append(f"{_accuracies([cell['methods'][kd] for cell in cells])}, {kd}")
+        gaps = [condition["differences"][f"{method} - {kd}"]["values"] for method in methods]
+        lines.append(f"| {' | '.join([name, *row, *map(_signed, gaps)])} |")
+    means = [
+        statistics.fmean(
+            gap for each in group.values() for gap in each["differences"][f"{method} - {each['kd']}"]["values"]
+        )
+        for method in methods
+    ]
+    lines.append(f"| mean |  |  |  | {' | '.join(f'{mean:+.2f}' for mean in means)} |")
     return "\n".join(lines)
+
+
+def _accuracies(each: list[dict[str, float]]) -> str:
+    held_out, train = (statistics.fmean(one[split] for one in each) for split in ("held_out", "train"))
+    return f"{held_out:.1f} ({train:.1f})"
+
+
+def _signed(values: list[float]) -> str:
+    return " / ".join(f"{value:+.2f}" for value in values)
