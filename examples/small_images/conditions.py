@@ -40,6 +40,7 @@ CONDITIONS = {
     "8 features": Condition(features=8),
     "as it is (16 features)": Condition(),
     "8 features, KD searched": Condition(features=8, compared="kd"),
+    "as it is, KD searched": Condition(compared="kd"),
     "4 features": Condition(features=4),
     "wider body, 8 features": Condition(student="resnet10-s", features=8),
     "20 superclasses": Condition(superclasses=True),
