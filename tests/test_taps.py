@@ -1,6 +1,7 @@
 import copy
 import inspect
 import io
+import math
 import re
 import threading
 import types
@@ -533,6 +534,15 @@ def test_budget_of_a_student_that_returns_more_than_logits(wrap):
             return wrap(x)
 
     assert estimate_budget(Student(), [(rows(0, 1), torch.tensor([0, 0]))]) == 1 / 2
+
+
+def test_budget_reads_the_first_two_entries_of_a_batch_and_refuses_nan():
+    loader = [(rows(0, 1), torch.tensor([0, 0]), torch.tensor([7, 8]))]  # with an index, as a cache's dataset gives
+    assert estimate_budget(nn.Identity(), loader) == 1 / 2
+    with pytest.raises(ValueError, match="logits without NaN"):
+        estimate_budget(nn.Identity(), [(rows(0, 1) * math.nan, torch.tensor([0, 0]))])
+    with pytest.raises(TypeError, match=r"loader must yield \(x, target, ...\), got dict"):
+        estimate_budget(nn.Identity(), [{"x": rows(0), "target": torch.tensor([0])}])
 
 
 def test_budget_of_a_tap_is_that_of_its_model():

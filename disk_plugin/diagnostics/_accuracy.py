@@ -1,6 +1,6 @@
 """Accuracy and agreement of two classifiers on the same batches."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import islice
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from .._batches import first_two
 from .._modes import in_mode
 from ..taps import logits_of
 
@@ -40,7 +41,7 @@ def compare(
     with ExitStack() as stack:
         for model in (student, teacher):
             stack.enter_context(in_mode(model, training=False))
-        for x, target in islice(_pairs(loader, name), max_batches):
+        for x, target in islice(first_two(loader, name), max_batches):
             logits = {}
             for role, model in {"student": student, "teacher": teacher}.items():
                 where = _get_device(model) if device is None else device
@@ -95,14 +96,6 @@ def _check(student_logits: Tensor, teacher_logits: Tensor, target: Any, name: st
         )
     if tuple(target.shape) != _checks.positions(student_logits):
         raise ValueError(f"target of {name} must be {expected}, got {came}")
-
-
-def _pairs(loader: Iterable[Any], name: str) -> Iterator[tuple[Any, Any]]:
-    """Yield x and target, the first two entries of each batch; others, such as an index, are dropped."""
-    for batch in loader:
-        if not isinstance(batch, tuple | list) or len(batch) < 2:
-            raise TypeError(f"{name} must yield (x, target, ...), got {type(batch).__name__}")
-        yield batch[0], batch[1]
 
 
 def _to(x: Any, device: Any) -> Any:
