@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from disk_plugin import DiSKLoss, GuideHead
 from disk_plugin.features import CIFD, DKD, METHODS, Guided, Method, Outputs, Pair, ScaleKD, SimKD
@@ -19,6 +20,7 @@ from disk_plugin.features.simkd import pooled_classifier
 from disk_plugin.taps import TeacherTail, get_tail
 from disk_plugin.taps.classifier import check_classifier
 from disk_plugin.training import GuidedTraining, Recipe, Schedule
+from disk_plugin.training.guide_passes import repeated
 from disk_plugin.uniform import UniformGuide
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -473,3 +475,20 @@ def test_guide_passes_put_the_random_numbers_back():
 
     run.training.run_guide_passes(Drawing(run.loader), run.show)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("kind", ["loader", "sampler", "batch sampler"])
+def test_guide_passes_leave_the_order_of_a_loader_with_its_own_generator(kind):
+    data, generator = TensorDataset(torch.arange(8)), torch.Generator().manual_seed(0)
+    sampler = RandomSampler(data, generator=generator)
+    loader = {
+        "loader": lambda: DataLoader(data, batch_size=4, shuffle=True, generator=generator),
+        "sampler": lambda: DataLoader(data, batch_size=4, sampler=sampler),
+        "batch sampler": lambda: DataLoader(data, batch_sampler=BatchSampler(sampler, 4, drop_last=False)),
+    }[kind]()
+    state = generator.get_state()
+    expected = [x.tolist() for (x,) in loader]
+    generator.set_state(state)
+    orders = [[x.tolist() for (x,) in batches] for batches in repeated(loader)(3)]
+    assert len({str(order) for order in orders}) == 3
+    assert [x.tolist() for (x,) in loader] == expected

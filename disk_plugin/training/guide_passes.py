@@ -155,15 +155,27 @@ def guide_pass(optimizer: torch.optim.Optimizer, batches: Iterable[Any], guide_l
 def repeated(loader: Iterable[Any]) -> Passes:
     """Return a function that yields a loader as often as asked, and then restores the state of all random generators.
 
-    So the student sees its samples in the order of a run without guide passes.
+    That includes the loader's own and its samplers'. So the student sees its samples in the order of a run without
+    guide passes.
     """
 
     def passes(count: int) -> Iterator[Iterable[Any]]:
+        own = [(generator, generator.get_state()) for generator in _generators_of(loader)]
         with preserved_random_state():
             for _ in range(count):
                 yield loader
+        for generator, state in own:
+            generator.set_state(state)
 
     return passes
+
+
+def _generators_of(loader: Any) -> list[torch.Generator]:
+    """Return the generators that a DataLoader and its samplers were given."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = (getattr(owner, "generator", None) for owner in owners)
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 @contextmanager
