@@ -66,7 +66,8 @@ class AccumulatedBatch:
         """Return a micro-batch's mean ``student_loss``: scale it by valid elements in the micro-batch / in the batch.
 
         That is 1 / number of micro-batches if they have equal size and nothing is ignored, else ``(target !=
-        ignore_index).sum()`` of the micro-batch over that of the batch. Arguments are those of ``DiSKLoss.forward``.
+        ignore_index).sum()`` of the micro-batch over that of the batch. Arguments are those of ``DiSKLoss.forward``;
+        they are kept until ``terms`` by reference, so clone a buffer that the next micro-batch overwrites.
         """
         _checks.logits(student_logits, teacher_logits)
         warn_if_swapped(self.disk, student_logits, teacher_logits)
@@ -102,6 +103,14 @@ class AccumulatedBatch:
 
     def _keep(self, **inputs: Tensor | None) -> None:
         part = {name: value.detach() for name, value in inputs.items() if value is not None}
-        if self._parts and part.keys() != self._parts[0].keys():
-            raise ValueError(f"every micro-batch must come with {[*self._parts[0]]} as the first did, got {[*part]}")
+        first = self._parts[0] if self._parts else part
+        if part.keys() != first.keys():
+            raise ValueError(f"every micro-batch must come with {[*first]} as the first did, got {[*part]}")
+        for name, value in part.items():
+            if value.shape[1:] != first[name].shape[1:]:
+                expected = ("N", *first[name].shape[1:])
+                raise ValueError(
+                    f"{name} of every micro-batch must have the first's shape ({', '.join(map(str, expected))}), got "
+                    f"{tuple(value.shape)}: pad sequences to one length, with ignore_index as their target"
+                )
         self._parts.append(part)

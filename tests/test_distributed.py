@@ -394,6 +394,10 @@ def test_an_accumulated_batch_refuses_what_it_cannot_do():
     whole.add(*arguments)
     with pytest.raises(ValueError, match=r"as the first did, got \[.*'sample_weight'\]"):
         whole.add(*arguments, sample_weight=torch.ones(2))
+    longer = torch.randn(2, CLASSES, 7), torch.randn(2, CLASSES, 7), torch.zeros(2, 7, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"student_logits of every .* first's shape \(N, 5\), got \(2, 5, 7\): pad"):
+        whole.add(*longer)
+    assert whole.terms().counted == 2  # what was refused is not kept
 
 
 def test_attach_says_what_is_missing(single):
