@@ -38,8 +38,24 @@ def valid_or_none(target: Tensor, ignore_index: int) -> Tensor | None:
     if target.is_floating_point():
         return None
     valid = target != ignore_index
-    look = target.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
-    return None if look and bool(valid.all()) else valid
+    return None if _readable(target) and bool(valid.all()) else valid
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether a value can be read without synchronizing with a device or breaking a graph."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+
+
+def _check_range(label: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise ValueError for class indices out of range; on other devices than a CPU ``gather`` raises."""
+    if not label.numel() or not _readable(label):
+        return
+    for found in label.aminmax():
+        if not 0 <= found < classes:
+            raise ValueError(
+                f"target must be class indices in [0, {classes}), the number of the logits' classes, or "
+                f"ignore_index={ignore_index}, got {int(found)}"
+            )
 
 
 def without_ignored(value: Tensor, valid: Tensor | None) -> Tensor:
@@ -106,6 +122,7 @@ def get_positions(
         label = target.argmax(1)
     else:
         label = target if masked is None else torch.where(masked, target, 0)
+        _check_range(label, student_logits.shape[1], ignore_index)
     valid = torch.ones_like(label, dtype=torch.bool) if masked is None else masked
     weight = torch.ones_like(label, dtype=student_logits.dtype)
     if sample_weight is not None:
