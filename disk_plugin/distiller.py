@@ -43,7 +43,8 @@ class Distiller(nn.Module):
 
     Raises:
         ValueError: a method that reads feature maps, which cannot be found in an arbitrary model; a teacher without a
-            Linear layer if its features are read; ``steps_per_epoch`` without ``epochs``; values below 1.
+            Linear layer if its features are read; models that share trainable parameters; ``steps_per_epoch`` without
+            ``epochs``; values below 1.
         TypeError: ``loss`` is of another type; settings beside a ``loss``.
         RuntimeError: in ``load_state_dict``, a state that was saved without ``epochs``.
 
@@ -71,6 +72,7 @@ class Distiller(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
+        check_apart(student, teacher)
         self.guided, teacher = fit_to_teacher(teacher, loss, settings)
         self.student = student.model if isinstance(student, FeatureTap) else student
         if reads_student_features(self.guided) and not isinstance(student, FeatureTap):
@@ -176,6 +178,18 @@ def fit_to_teacher(
     if reads or reads_features(guided.disk.guide):
         teacher = _tapped(teacher)
     return guided, teacher.eval().requires_grad_(False)
+
+
+def check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise ValueError if a parameter that the student trains is the teacher's too, which is frozen."""
+    theirs = {id(parameter) for parameter in teacher.parameters()}
+    own = ((name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad)
+    shared = [name for name, parameter in own if id(parameter) in theirs]
+    if shared:
+        raise ValueError(
+            f"the teacher, which is frozen, must share no trainable parameter with the student, got {len(shared)}, "
+            f"among them {shared[0]}: pass copy.deepcopy(model) as teacher"
+        )
 
 
 def reads_student_features(guided: Guided) -> bool:

@@ -185,6 +185,28 @@ def test_what_it_cannot_be_built_from(given, error, message):
         Distiller(*models(), **given)
 
 
+@pytest.mark.parametrize("shared", ["the model", "a module", "a weight"])
+def test_a_teacher_that_shares_what_the_student_trains_is_refused_before_it_is_frozen(shared):
+    student, teacher = models()
+    if shared == "the model":
+        teacher = student
+    elif shared == "a module":
+        teacher[0] = student[0]
+    else:
+        teacher[3].weight = student[2].weight
+    with pytest.raises(ValueError, match=r"must share no trainable parameter.* pass copy.deepcopy\(model\) as teacher"):
+        Distiller(student, teacher)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    Distiller(student, copy.deepcopy(teacher))
+    student.requires_grad_(False)[2].bias.requires_grad_(True)  # of a frozen base, as adapters have it, both may read
+    Distiller(student, teacher) if shared != "the model" else None
+
+
+def test_a_single_epoch_in_which_the_discount_never_moves_is_told():
+    with pytest.warns(UserWarning, match="epochs=1 training ends at progress 0, where discount='auto' is plain dist"):
+        Distiller(*models(), epochs=1, steps_per_epoch=20)
+
+
 def test_a_convolution_as_the_tapped_layer_tells_the_classes():
     teacher = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 5, 1), nn.Flatten())
     student = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))

@@ -10,6 +10,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from disk_plugin import DiSKLoss, _checks
+from disk_plugin.distiller import check_apart
 from disk_plugin.features.method import Method
 
 from .flags import INCOMPATIBLE
@@ -89,13 +90,16 @@ def check_criterion(criterion: nn.Module | None) -> None:
         )
 
 
-def check_student(student: nn.Module) -> None:
-    """Validate that the student is a timm model with one prediction.
+def check_student(student: nn.Module, teacher: str | nn.Module) -> None:
+    """Validate that the student is a timm model with one prediction, and not the teacher.
 
     Raises:
-        ValueError: not a timm model; a distillation head set to predict separately, while inference uses the mean.
+        ValueError: not a timm model; a distillation head set to predict separately, while inference uses the mean;
+            parameters that the teacher shares.
     """
     student = unwrap_model(student)
+    if isinstance(teacher, nn.Module):
+        check_apart(student, teacher)
     missing = [name for name in ("num_classes", "in_chans", "pretrained_cfg") if not hasattr(student, name)]
     if missing:
         raise ValueError(f"the student must be a timm model, got {type(student).__name__} without {missing}")

@@ -63,7 +63,7 @@ class GuidedTask(StudentTask):
     ) -> None:
         host, loss = arguments.split(settings)
         arguments.check_modes(mode, epochs, dual, alternating, input_size, loss)
-        arguments.check_student(student_model)
+        arguments.check_student(student_model, teacher_model)
         super().__init__(student_model, teacher_model, criterion, **host)
         arguments.check_criterion(self.criterion)
         check_classes(self.teacher.model, student_model, by_name=isinstance(teacher_model, str))
