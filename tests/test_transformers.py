@@ -45,7 +45,6 @@ C = 5
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:the schedule has one epoch:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
 ]
 
@@ -237,10 +236,9 @@ def test_a_dataset_without_a_length_has_a_schedule_over_the_steps(tmp_path):
     assert (dual.epochs, dual.epoch, dual.loss.level.progress) == (20, 20, 1.0)
 
 
-@pytest.mark.filterwarnings("default:the schedule has one epoch:UserWarning")
-def test_one_epoch_is_warned_of(tmp_path):
-    with pytest.warns(UserWarning, match="one epoch, in which discount='auto' stays plain distillation: set epoch_st"):
-        trained(tmp_path, loss_of(), num_train_epochs=1)
+def test_a_single_epoch_has_a_schedule_within_it(tmp_path):
+    dual = trained(tmp_path, loss_of(), Images(80), num_train_epochs=1).guided_training.schedule.dual
+    assert (dual.epochs, dual.epoch, dual.loss.level.progress) == (20, 20, 1.0)
 
 
 @resumes

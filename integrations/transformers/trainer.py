@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from disk_plugin import DiSKLoss
-from disk_plugin.distiller import fit_to_teacher, outputs_of, reads_student_features
+from disk_plugin.distiller import check_apart, fit_to_teacher, outputs_of, reads_student_features
 from disk_plugin.distributed import SharedGuide, attach, mean_over_processes, share_statistics, split_statistics
 from disk_plugin.features import Guided, Outputs
 from disk_plugin.taps import FeatureTap, logits_of, with_features
@@ -30,7 +29,7 @@ else:
 
 STATE_NAME = "disk.pt"
 _SETTINGS = frozenset(inspect.signature(DiSKLoss).parameters) - {"guide"}
-_PARTS = 20  # epochs of the schedule where the host cannot tell how long one of its own is
+_PARTS = 20  # epochs of the schedule where the host has one, or cannot tell how long one is
 
 
 class DistillationMixin(_Host):
@@ -48,8 +47,8 @@ class DistillationMixin(_Host):
         loss: a ``DiSKLoss``, or a ``Guided`` around it and a method that reads logits or features; None for
             ``DiSKLoss`` with a ``GuideHead`` that fits the teacher.
         dual: arguments of ``DualScheduler``, but for ``epochs``.
-        epoch_steps: optimizer steps between two steps of the schedule; None for the Trainer's epochs. Set it where
-            those are few, as in fine-tuning.
+        epoch_steps: optimizer steps between two steps of the schedule; None for the Trainer's epochs, or, if there is
+            but one, for a twentieth of it. Set it where epochs are few, as in fine-tuning.
 
     Attributes:
         guided: loss and method, with the guide's parameters.
@@ -77,6 +76,7 @@ class DistillationMixin(_Host):
         super().__init__(*args, **kwargs)
         check_trainer(self)
         check_pair(self.model, teacher)
+        check_apart(self.model, teacher)
         if epoch_steps is not None and epoch_steps < 1:
             raise ValueError(f"epoch_steps must be at least 1, got {epoch_steps}")
         smoothing = self.label_smoother.epsilon if self.label_smoother is not None else 0.0
@@ -190,16 +190,10 @@ class DistillationMixin(_Host):
         """Make the schedule, whose length the Trainer knows only now, and load a checkpoint's state."""
         state, self._mean_count = self.state, None
         steps = self.epoch_steps
-        if steps is None and state.num_train_epochs > state.max_steps:  # of a dataset without a length
+        whole = state.num_train_epochs == 1 or state.num_train_epochs > state.max_steps  # the latter without a length
+        if steps is None and whole:
             steps = math.ceil(state.max_steps / _PARTS)
         epochs = state.num_train_epochs if steps is None else math.ceil(state.max_steps / steps)
-        level = self.guided.disk.level
-        if epochs == 1 and level is not None and level.discount == "auto":
-            warnings.warn(
-                f"the schedule has one epoch, in which discount='auto' stays plain distillation: set "
-                f"epoch_steps={max(1, state.max_steps // _PARTS)} for steps within the epoch",
-                stacklevel=2,
-            )
         self.guided.train()
         if self._initial is not None and self._loaded is None:  # model_init has made a new student
             self.guided.load_state_dict(self._initial)
