@@ -7,12 +7,14 @@ from torch import nn
 
 from . import _checks
 from .level import DiscountLevel, GuideLevel, to_shown
+from .variants import Variant, resolve_variant
 
 if TYPE_CHECKING:
     from .loss import DiSKLoss
 
 MULTIPLIER, BUDGET = 50.0, 0.3  # defaults with a budget; 50 is the largest multiplier of A.5
 PAPER_BOUNDS = (0.1, 50.0)  # smallest and largest multiplier of a schedule, A.5
+_BUDGET_RULES = ("budget_label", "budget_clamp", "budget_denominator", "guide_penalty", "student_feels_budget")
 
 
 class Form(NamedTuple):
@@ -24,8 +26,16 @@ class Form(NamedTuple):
     keeps_multiplier: bool  # a scheduler leaves the multiplier constant unless bounds are given
 
 
-def resolve_form(guide: nn.Module, discount: float | Literal["auto"] | None, multiplier: Any, budget: Any) -> Form:
+def resolve_form(
+    guide: nn.Module,
+    discount: float | Literal["auto"] | None,
+    multiplier: Any,
+    budget: Any,
+    variant: str | Variant = "paper",
+) -> Form:
     """Resolve ``DiSKLoss``'s arguments; defaults depend on which of them are given.
+
+    A variant with rules of its own for the budget, as the authors' scripts have them, asks for a budget too.
 
     Raises:
         ValueError: a numeric discount beside a budget, a multiplier or a guide with its own; values out of range.
@@ -45,7 +55,9 @@ def resolve_form(guide: nn.Module, discount: float | Literal["auto"] | None, mul
     elif discount is not None:
         _checks.choice("discount", discount, ("auto",))
     by_itself = isinstance(guide, DiscountLevel)
-    asked = multiplier is not None or budget is not None
+    rules, papers = resolve_variant(variant), Variant()
+    ruled = isinstance(discount, str) and any(getattr(rules, name) != getattr(papers, name) for name in _BUDGET_RULES)
+    asked = multiplier is not None or budget is not None or ruled
     level = None if by_itself or asked or discount is None else GuideLevel(discount)
     default = 0.0 if by_itself or level else MULTIPLIER
     values = {
@@ -56,6 +68,12 @@ def resolve_form(guide: nn.Module, discount: float | Literal["auto"] | None, mul
         _checks.number(name, value, at_least=0)
     keeps = multiplier is not None or default == 0.0
     return Form(level, float(values["multiplier"]), float(values["budget"]), keeps)
+
+
+def level_of(loss: "DiSKLoss") -> DiscountLevel | None:
+    """Return what sets the level of g in a loss without a budget: its own, or a ``UniformGuide``."""
+    level = loss.level or loss.guide
+    return level if isinstance(level, DiscountLevel) else None
 
 
 def remaining_weight(ce_weight: Any) -> float:

@@ -1,6 +1,6 @@
 """Statistics of an epoch's training batches for the scheduler, collected on the device and read once."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,17 +46,17 @@ def no_statistics() -> Tensor:
     return torch.tensor(NOTHING_SEEN, dtype=torch.float64)
 
 
-def upgraded(collected: Tensor) -> Tensor:
-    """Return an older checkpoint's tensor in the current layout; unknown entries are NaN, which triggers no warning.
+def upgrade(state_dict: dict[str, Any], name: str) -> None:
+    """Convert an older checkpoint's entry to the current layout; unknown values are NaN, which triggers no warning.
 
-    A tensor of any other shape is returned unchanged, so that ``load_state_dict`` raises.
+    A tensor of any other shape stays, so that ``load_state_dict`` raises.
     """
-    if tuple(collected.shape) != (_BEFORE,):
-        return collected
-    usage, positions, smallest, largest = collected.tolist()
+    if name not in state_dict or tuple(state_dict[name].shape) != (_BEFORE,):
+        return
+    usage, positions, smallest, largest = state_dict[name].tolist()
     unknown = float("nan") if positions else 0.0
     values = [usage, positions, unknown, unknown, unknown, smallest, largest]
-    return torch.tensor(values, dtype=torch.float64, device=collected.device)
+    state_dict[name] = torch.tensor(values, dtype=torch.float64, device=state_dict[name].device)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from ._form import format_settings, remaining_weight, resolve_form
 from ._modes import without_autocast
 from ._state import moving
 from ._training_batch import evaluate_batch
-from .epoch_statistics import NOTHING_SEEN, EpochStatistics, no_statistics, upgraded
+from .epoch_statistics import NOTHING_SEEN, EpochStatistics, no_statistics, upgrade
 from .functional import DiSKTerms
 from .functional._positions import REDUCTIONS, Reduction, guide_input
 from .functional._settings import Settings
@@ -32,8 +32,8 @@ class DiSKLoss(nn.Module):
     - **discount** (the default, not in the paper): the guide ranks the samples, and after each batch the loss adjusts
       the level of g so that the mean discount, the share of the teacher's pull that is taken off, meets a target
       (``disk_plugin.level.DiscountLevel``). There is no hinge and ``multiplier`` is 0.
-    - **budget** (the paper's), in nats: if ``multiplier`` or ``budget`` is given, or ``discount=None``. Both are
-      buffers, so a loaded checkpoint overrides the constructor's.
+    - **budget** (the paper's), in nats: if ``multiplier`` or ``budget`` is given, ``discount=None``, or the variant has
+      rules for it. Both are buffers, so a loaded checkpoint overrides the constructor's.
 
     ``DualScheduler`` sets the training progress for the first and schedules the second. A
     ``disk_plugin.uniform.UniformGuide`` bounds its own g. Where the authors' code differs from the paper, ``variant``
@@ -112,7 +112,7 @@ class DiSKLoss(nn.Module):
         super().__init__()
         if fitted := isinstance(student_temperature, str):
             _checks.choice("student_temperature", student_temperature, ("fit",))
-        form = resolve_form(guide, discount, multiplier, budget)
+        form = resolve_form(guide, discount, multiplier, budget, variant)
         settings = Settings(
             ce_weight=ce_weight,
             distill_weight=remaining_weight(ce_weight) if distill_weight is None else distill_weight,
@@ -238,10 +238,10 @@ class DiSKLoss(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load, converting the statistics of an older checkpoint to the current layout."""
-        name = f"{prefix}epoch_statistics"
-        if name in state_dict:
-            state_dict[name] = upgraded(state_dict[name])  # load_state_dict has copied the caller's dict
+        upgrade(state_dict, f"{prefix}epoch_statistics")  # load_state_dict has copied the caller's dict
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.epoch_batches.is_meta and not self.epoch_statistics.is_meta:  # with assign=True; it is in no state
+            self.epoch_batches = self.epoch_statistics.new_zeros(2)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DiSKLoss":
         """Move the module; its scalars stay float64 (counts!), and are reinitialized on leaving the meta device."""

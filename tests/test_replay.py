@@ -93,6 +93,25 @@ def test_multiplier_and_budget_are_those_in_force_at_the_replay():
     torch.testing.assert_close(replay.guide_loss(torch.arange(N)), disk.terms(*data).guide_loss)
 
 
+def test_a_record_of_another_dtype_is_refused_when_it_is_loaded():
+    saved, fresh = make_replay(dtype=torch.float32), make_replay(dtype=torch.float16)
+    saved.record(*batch())
+    with pytest.raises(RuntimeError, match=r"expected a record of dtype torch.float16, got torch.float32"):
+        fresh.load_state_dict(saved.state_dict())
+
+
+@pytest.mark.parametrize("target", ["all", "scaffolded"])
+def test_at_a_held_discount_too_the_gradient_is_that_of_the_loss(target):
+    rules = {"variant": VARIANTS["paper"]._replace(teacher_target=target), "top_k": 3}
+    disk, data = make_disk(discount=0.4, budget=None, multiplier=None, **rules), batch()
+    expected = torch.autograd.grad(disk.eval().terms(*data).guide_loss, [*disk.guide.parameters()])
+    replay = make_replay(disk)
+    replay.record(*data)
+    found = torch.autograd.grad(replay.guide_loss(torch.arange(N)), [*disk.guide.parameters()])
+    torch.testing.assert_close(found, expected)
+    assert any(value.abs().max() > 1e-6 for value in found)
+
+
 @pytest.mark.parametrize("variant", ["paper", "official_cifar"])
 def test_on_a_fixed_student_the_replay_takes_the_steps_of_the_literal_passes(variant):
     torch.manual_seed(0)

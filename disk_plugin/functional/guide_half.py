@@ -21,7 +21,7 @@ class StudentSide(NamedTuple):
     """Inputs of the guide's half from student and teacher, per position."""
 
     removed: Tensor  # as in ``Rows``
-    slope: Tensor  # as in ``Rows``
+    slope: Tensor  # d discount / d log g
     budget_ce: Tensor  # the budget's cross-entropy over the variant's denominator, nats; may carry the student's graph
     factor: float | Tensor  # tau tau_s
     classes: int  # K
@@ -45,7 +45,8 @@ def guide_half(
     Values are detached from the guide, whose gradient is in closed form; the student's graph passes through
     ``budget_ce``.
     """
-    logits, penalty_weight = guide_logits.detach(), settings.variant.guide_penalty
+    logits = guide_logits.detach()
+    penalty_weight = 0.0 if settings.hold_discount else settings.variant.guide_penalty
     g = logits.sigmoid()
     spent = where.weighted(g * student.budget_ce)
     penalty = over_budget = g.new_zeros(())

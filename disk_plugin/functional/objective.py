@@ -85,7 +85,7 @@ def disk_terms(
             the logit, as in the paper.
         hold_discount: instead of under the budget, the guide minimises L_dist at a fixed mean discount, which the
             caller keeps (not in the paper). The guide's logit receives the gradient of the Lagrangian, whose mean over
-            the batch is 0; ``multiplier`` and ``budget`` are not read.
+            the batch is 0; ``multiplier``, ``budget`` and the variant's rules of the budget are not read.
         ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
         weight: weight of each class in the cross-entropy, (C,); None for 1. Means still divide by the number of
             non-ignored targets, in ``F.cross_entropy`` by the sum of their weights. Scaffold, budget and so the guide
@@ -180,12 +180,13 @@ def evaluate(
 
     # the student's half: the guide is detached
     core = where.reduce(where.weighted(core), reduction)
-    student = StudentSide(parts.removed, parts.slope, budget_ce, temperature * tau_s, settings.scaffolded(s.shape[1]))
+    slope, classes = get_discount_slope(parts), settings.scaffolded(s.shape[1])
+    student = StudentSide(parts.removed, slope, budget_ce, temperature * tau_s, classes)
     half = guide_half(guide_logits, student, where, settings, reduction)
     divergence = temperature * tau_s * get_divergence(parts, half.guide, size)
     weighted = [*(value * where.weight for value in (ce, distill, divergence)), half.spent.detach()]
     matches = (parts.prediction == where.label, parts.prediction == teacher_label, teacher_label == where.label)
-    plain = [half.guide, get_discount(parts), *(match.to(s.dtype) for match in matches), get_discount_slope(parts)]
+    plain = [half.guide, get_discount(parts), *(match.to(s.dtype) for match in matches), slope]
     ce, distill, divergence, usage, guide, discount, correct, agreement, teacher_correct, discount_slope = (
         where.reduce_each([*weighted, *plain], reduction)
     )

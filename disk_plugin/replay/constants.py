@@ -75,9 +75,12 @@ def guide_loss(constants: GuideConstants, guide_logits: Tensor, settings: Settin
     log_g = logsigmoid(guide_logits.detach()).unsqueeze(1)
     scaffolded, share, kept = with_guide(constants.log_student, log_g)
     kl, taken = offset - (constants.target * scaffolded).sum(1), constants.target * share
+    slope = (taken * kept).sum(1)
+    if settings.variant.teacher_target == "scaffolded":  # else the whole target, of which K classes are kept, sums to 1
+        slope = slope / constants.target.sum(1).clamp(min=torch.finfo(slope.dtype).tiny)
     student = StudentSide(
         removed=taken.sum(1),
-        slope=(taken * kept).sum(1),
+        slope=slope,
         budget_ce=over_denominator(constants.budget_ce, constants.wrong, where, settings.variant, settings.reduce_mean),
         factor=factor,
         classes=settings.scaffolded(constants.target.shape[1]),

@@ -195,10 +195,13 @@ class GuideReplay:
         """Restore the state, bit for bit.
 
         Raises:
-            RuntimeError: entries missing or unknown, a record of another capacity.
+            RuntimeError: entries missing or unknown, a record of another capacity or dtype.
         """
         if set(state) != set(self.state_dict()):
             raise RuntimeError(f"expected a state with {sorted(self.state_dict())}, got {sorted(state)}")
+        stored = state["rows"]["target"].dtype if state["rows"] else self.dtype
+        if stored != self.dtype:
+            raise RuntimeError(f"expected a record of dtype {self.dtype}, got {stored}: give dtype={stored}")
         self.optimizer.load_state_dict(state["optimizer"])
         self._record.load_state_dict(state, next(self.disk.guide.parameters()).device)
         self.generator.set_state(state["generator"].cpu())
