@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._form import level_of
 from ._state import write
 from ._watch import warn_if_probabilities, warn_if_swapped, warn_without_scheduler
 from .epoch_statistics import count_batch, is_finite
 from .functional import DiSKTerms, student_temperature_step
 from .functional.objective import evaluate
+from .functional.scaffold import get_reach
 from .level import DiscountLevel
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ def evaluate_batch(
     Micro-batches pass False: their full batch is counted later, once, and only then averaged over ranks.
     """
     guide_logits = disk.level.place(own_logits) if disk.level else own_logits
+    if counted:
+        _check_first_time(disk)
     if counted and disk.fit_student_temperature:
         step_student_temperature(disk, student_logits, teacher_logits, target)
     settings = disk._settings(averaged=counted)
@@ -41,8 +45,21 @@ def evaluate_batch(
     if counted:
         warn_if_swapped(disk, student_logits, teacher_logits)
         warn_if_probabilities(disk, student_logits=student_logits, teacher_logits=teacher_logits)
-        observe(disk, terms, guide_logits, own_logits, target)
+        observe(disk, terms, guide_logits, own_logits, teacher_logits, target)
     return terms
+
+
+def _check_first_time(disk: "DiSKLoss") -> None:
+    """Raise RuntimeError inside a backward, where activation checkpointing evaluates a batch a second time."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return
+    level = level_of(disk)
+    if disk.fit_student_temperature or (level is not None and level.discount is not None):
+        raise RuntimeError(
+            "the loss was evaluated within a backward, as by torch.utils.checkpoint: after its first evaluation the "
+            "level of g has moved, and the gradient would be that of another g; call the loss outside the checkpoint, "
+            "which costs no memory, as it saves one tensor of the logits' size for backward"
+        )
 
 
 @torch.no_grad()
@@ -66,7 +83,14 @@ def step_student_temperature(disk: "DiSKLoss", student_logits: Tensor, teacher_l
         )
 
 
-def observe(disk: "DiSKLoss", terms: DiSKTerms, guide_logits: Tensor, own_logits: Tensor, target: Tensor) -> None:
+def observe(
+    disk: "DiSKLoss",
+    terms: DiSKTerms,
+    guide_logits: Tensor,
+    own_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+) -> None:
     """Update the statistics and the level of g, the loss's or a ``UniformGuide``'s, with a batch.
 
     ``guide_logits`` are those used in the loss, ``own_logits`` the guide's output.
@@ -76,22 +100,38 @@ def observe(disk: "DiSKLoss", terms: DiSKTerms, guide_logits: Tensor, own_logits
     write(disk.epoch_statistics, statistics)
     finite = is_finite(terms)
     write(disk.epoch_batches, disk.epoch_batches + torch.stack([torch.ones_like(finite), ~finite]))
-    level = disk.level or disk.guide
-    if not isinstance(level, DiscountLevel):
+    level = level_of(disk)
+    if level is None:
         return
     warn_without_scheduler(level)
     if level.discount is not None:
-        _step_level(disk, level, terms.mean(), own_logits, target)
+        _step_level(disk, level, terms.mean(), own_logits, teacher_logits, target)
 
 
 @torch.no_grad()
-def _step_level(disk: "DiSKLoss", level: DiscountLevel, terms: DiSKTerms, own_logits: Tensor, target: Tensor) -> None:
+def _step_level(
+    disk: "DiSKLoss",
+    level: DiscountLevel,
+    terms: DiSKTerms,
+    own_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+) -> None:
     """Step the level with the batch's means; ``reduce_mean`` averages them over the ranks."""
-    one = torch.ones_like(terms.discount)
-    shown = own_logits.detach().to(one.dtype)
-    if not target.is_floating_point():
-        shown = torch.where(target != disk.ignore_index, shown, 0.0)
-    centre = shown.sum() / terms.counted
-    seen = torch.stack([terms.discount, terms.discount_slope, terms.agreement, centre, one]) * terms.counted
+    shown, one = own_logits.detach().to(terms.discount.dtype), torch.ones_like(terms.discount)
+    valid = None if target.is_floating_point() else target != disk.ignore_index
+    shown = shown if valid is None else torch.where(valid, shown, 0.0)
+    reach = terms.counted if disk.top_k is None else _reach(disk, teacher_logits, target, valid).to(one.dtype)
+    means = torch.stack([terms.discount, terms.discount_slope, terms.agreement, one]) * terms.counted
+    seen = torch.cat([means, torch.stack([shown.sum(), reach])])
     seen = seen if disk.reduce_mean is None else disk.reduce_mean(seen)
-    level.step(*(seen[:4] / seen[4]).unbind())  # NaN, which changes nothing, if all targets are ignored
+    discount, slope, agreement, counted, centre, reach = seen.unbind()
+    # NaN, which changes nothing, if all targets are ignored
+    level.step(discount / reach, slope / reach, agreement / counted, centre / counted)
+
+
+def _reach(disk: "DiSKLoss", teacher_logits: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the sum over valid positions of the largest possible discount, a scalar."""
+    label = target.argmax(1) if valid is None else torch.where(valid, target, 0)
+    reach = get_reach(teacher_logits, label, disk.variant, temperature=disk.temperature, top_k=disk.top_k)
+    return reach.sum() if valid is None else torch.where(valid, reach, 0.0).sum()

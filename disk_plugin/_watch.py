@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .epoch_statistics import EpochStatistics
 from .functional._positions import transformed
+from .level import DiscountLevel
 
 # A guide is dead if it no longer tells samples apart: g > .99 or < .01 on every sample, or, as the loss keeps g below
 # 1, equal g on all of them while g or the discount is nearly 1. With many classes g < .01 may still be useful.
@@ -66,6 +67,37 @@ def low_multiplier(highest: float, upper: float, epochs: int) -> str | None:
     )
 
 
+def constant_budget(high: float, low: float, period: int) -> str | None:
+    """Return a warning if a budget that is to fall stays at its upper end, as its cosine restarts every epoch."""
+    if high == low or period > 1:
+        return None
+    return (
+        f"the budget stays at {high:g} and never falls to {low:g}: its cosine restarts every epoch; give as "
+        f"budget_period the epochs that it is to take"
+    )
+
+
+def single_step(level: DiscountLevel, epochs: int) -> str | None:
+    """Return a warning if the schedule ends before what follows the training progress has left its start."""
+    if epochs > 1 or not level.follows_progress:
+        return None
+    what = "discount='auto' is plain distillation" if level.discount == "auto" else "g stays at the first value"
+    return (
+        f"in a schedule of epochs=1 training ends at progress 0, where {what}: call step() several times within the "
+        f"epoch and give that number as epochs, or set a constant"
+    )
+
+
+def unreachable(level: DiscountLevel | None, seen: EpochStatistics) -> str | None:
+    """Return a warning if g is at its largest and the discount still below its target."""
+    if level is None or level.discount is None or not seen.positions or level.log_guide.item() < -1e-3:
+        return None
+    return (
+        f"g is 1, its largest, and the discount {seen.discount:.3g} of the teacher's pull on the student still misses "
+        f"its target of {level.target.item():.3g}: give a smaller discount"
+    )
+
+
 def past_the_end(epoch: int, epochs: int) -> str | None:
     """Return a warning if the schedule is over; stepped once per batch, it is over within the first epoch."""
     if epoch < epochs:
@@ -82,10 +114,12 @@ _UNSTEPPED = 10_000  # batches since its last step; fewer may be a long epoch
 
 
 @contextmanager
-def ignoring_low_multiplier() -> Iterator[None]:
-    """Suppress the warning for a host that writes ``DualScheduler.note`` to its own log."""
+def ignoring_note() -> Iterator[None]:
+    """Suppress the warning at construction for a host that writes ``DualScheduler.note`` to its own log."""
+    starts = ("in the .* steps of its schedule", "the budget stays at", "in a schedule of epochs=1")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "in the .* steps of its schedule", UserWarning)
+        for start in starts:
+            warnings.filterwarnings("ignore", start, UserWarning)
         yield
 
 
@@ -140,7 +174,8 @@ def warn_without_scheduler(level: Any) -> None:
     if torch.compiler.is_compiling() or transformed() or not level.follows_progress:
         return
     level.batches_without_progress += 1
-    if level.has_scheduler and level.batches_without_progress == _UNSTEPPED:
+    if level.has_scheduler and level.batches_without_progress == _UNSTEPPED and not level.warned_unstepped:
+        level.warned_unstepped = True
         warnings.warn(
             f"{_UNSTEPPED} training batches since DualScheduler was made or stepped: call dual.step() after each "
             f"epoch, or what it schedules stays where it is (an epoch may be that long; then all is well)",

@@ -27,7 +27,7 @@ class GuideHead(nn.Module):
         feature_dim: D, width of the teacher's features; 0 for a guide on logits only.
         use_logits: whether the teacher's logits are an input; False needs ``feature_dim`` > 0.
         hidden_dims: widths of the hidden layers.
-        norm: ``"layer"``, or ``"batch"`` as in the paper.
+        norm: ``"layer"``, or ``"batch"`` as in the paper, whose statistics include ignored targets, as zeros.
         initial: approximate initial g in (0, 1), set by the last bias; None for torch's initialization, near .5.
 
     Shape:

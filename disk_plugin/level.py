@@ -32,7 +32,8 @@ _HIGHEST = -1e-3  # of log g; above it the ranking would be lost
 class DiscountLevel(nn.Module):
     r"""One number, log g, set so that the mean discount d, the share of the teacher's pull taken off, meets a target.
 
-    Not in the paper. After each training batch it makes one Newton step towards the target d*:
+    Not in the paper. With ``top_k`` it is the share of the pull on the K classes that receive g, as no more can be
+    taken off. After each training batch it makes one Newton step towards the target d*:
 
     $$\Delta \log g = (d^* - d) \Big/ \tfrac1N \sum_i \sum_y \frac{t_y s_y g}{(s_y + g)^2}, \qquad
     |\Delta \log g| \le 1/2$$
@@ -71,6 +72,7 @@ class DiscountLevel(nn.Module):
         self.discount, self.share, self.over = discount, float(share), float(over)
         self.patience = PATIENCE
         self.has_scheduler, self.batches_without_progress = False, 0  # training batches since ``set_progress``
+        self.warned_unstepped = False
         self._initial = dict(_INITIAL)
         self._lowest = -math.inf if discount == 0 else _SMALLEST
         if discount in ("auto", 0):
@@ -95,7 +97,7 @@ class DiscountLevel(nn.Module):
         """Update g in place after a training batch; ``DiSKLoss`` calls it. A batch that is not finite is skipped.
 
         Args:
-            discount: mean share of the teacher's pull that was taken off, a scalar.
+            discount: mean share of the teacher's pull, on the classes that receive g, that was taken off, a scalar.
             slope: its derivative w.r.t. log g, a scalar.
             agreement: share of samples on which the student's argmax is the teacher's, a scalar.
             mean_logit: mean of the guide's own logits, a scalar; used by ``GuideLevel`` only.
@@ -153,6 +155,13 @@ class DiscountLevel(nn.Module):
         with moving(self, fn, self._initial):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load; with a discount of 0 g stays 0, whatever target the checkpoint had."""
+        super()._load_from_state_dict(*args)
+        if self.discount == 0:
+            with torch.no_grad():
+                self.log_guide.fill_(-math.inf)
 
     def extra_repr(self) -> str:
         """Show the settings and the current target in ``print(loss)``."""

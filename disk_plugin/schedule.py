@@ -7,10 +7,9 @@ from typing import Any, Literal
 import torch
 
 from . import _checks, _watch
-from ._form import asks_for_budget, multiplier_bounds, pair, switch_to_budget
+from ._form import asks_for_budget, level_of, multiplier_bounds, pair, switch_to_budget
 from ._untrained import GuideMoves
 from .estimate import estimate_budget
-from .level import DiscountLevel
 from .loss import DiSKLoss
 
 __all__ = ["DualScheduler", "estimate_budget"]
@@ -50,9 +49,10 @@ class DualScheduler:
     - if it is called more than ``epochs`` times (once per batch?);
     - with a budget, if the guide is dead: g > .99 on every sample; g < .01 on every sample with a mean discount of at
       most .01; or, with the multiplier in the upper half of its range, a standard deviation of g below .002 while all g
-      exceed .9 or the mean discount exceeds .95.
+      exceed .9 or the mean discount exceeds .95;
+    - with a discount, if g is 1 and its target still missed.
 
-    Construction warns if ``epochs`` are too few for the multiplier to rise.
+    Construction warns if ``epochs`` are too few: the multiplier hardly rises, the budget or the discount never moves.
 
     Under ``"adaptive"`` and ``"ascent"`` every rank must have the same statistics
     (``disk_plugin.distributed.share_statistics``).
@@ -121,9 +121,8 @@ class DualScheduler:
                 _checks.integer(name, value, at_least=1)
         self._budget_from_loss = budget is None
         budget = loss.budget.item() if budget is None else budget
-        self.budget_high, self.budget_low = pair(
-            "budget", budget if isinstance(budget, tuple | list) else (budget,) * 2
-        )
+        both = budget if isinstance(budget, tuple | list) else (budget, budget)
+        self.budget_high, self.budget_low = pair("budget", both)
         if self.budget_high < self.budget_low:
             raise ValueError(f"budget must be a number or (upper, lower), got {budget}")
         _checks.number("budget_decay", budget_decay, above=0, at_most=1)
@@ -140,6 +139,7 @@ class DualScheduler:
         self._moves = GuideMoves(loss.guide)
         if budget_asked and loss.level is not None:
             switch_to_budget(loss)
+        self._level = level_of(loss)  # depends on the training progress
         loss.reset_statistics()
         self._write()
         self.note = self._note()
@@ -162,6 +162,7 @@ class DualScheduler:
         pulled_down = 1.1 * self.loss.multiplier.item() >= middle  # a period of two epochs reaches the middle
         if self.loss.level is None and any(True for _ in self.loss.guide.parameters()):  # a trained guide
             self._warn("dead", _watch.dead_guide(seen, self.epoch, pulled_down=pulled_down))
+        self._warn("unreachable", _watch.unreachable(self._level, seen))
         if self.rule != "cosine" and not seen.positions:
             came = f"{bad:.0f}, all with a NaN or inf loss" if bad else "none"
             raise RuntimeError(f"step() with rule={self.rule!r} needs a training batch since the last step, got {came}")
@@ -207,9 +208,8 @@ class DualScheduler:
         ascent = self.rule == "ascent"
         self.loss.multiplier.fill_(self._ascent_multiplier if ascent else self._cosine_multiplier(self.epoch))
         self.loss.budget.fill_(self._budget(self.epoch))
-        level = self.loss.level or self.loss.guide
-        if isinstance(level, DiscountLevel):
-            level.set_progress(self.epoch / self.epochs)
+        if self._level is not None:
+            self._level.set_progress(self.epoch / self.epochs)
 
     def _last_start(self) -> int:
         """Return the epoch of the last restart, after which at least a full period is left."""
@@ -236,10 +236,13 @@ class DualScheduler:
         return self.budget_low + (high - self.budget_low) * fall
 
     def _note(self) -> str | None:
+        if self._level is not None:
+            return _watch.single_step(self._level, self.epochs)
+        falling = _watch.constant_budget(self.budget_high, self.budget_low, self.budget_period)
         if self.rule == "ascent":
-            return None
+            return falling
         highest = max(self._cosine_multiplier(epoch) for epoch in range(self.epochs))
-        return _watch.low_multiplier(highest, self.multiplier_max, self.epochs)
+        return _watch.low_multiplier(highest, self.multiplier_max, self.epochs) or falling
 
     def _warn(self, kind: str, message: str | None) -> None:
         if message is not None and kind not in self._warned:

@@ -66,7 +66,7 @@ def test_the_guide_feels_the_divergence_at_a_given_mean_discount(variant, top_k)
     g = logits.sigmoid()[:, None] * mask
     to_divergence = torch.autograd.grad(-(t * (s + g).log()).sum(1).mean(), logits)[0]
     g = logits.sigmoid()[:, None] * mask
-    to_taken = torch.autograd.grad((t * g / (s + g)).sum(1).mean(), logits)[0]
+    to_taken = torch.autograd.grad(((t * g / (s + g)).sum(1) / t.sum(1)).mean(), logits)[0]
     price = -to_divergence.sum() / to_taken.sum()
     torch.testing.assert_close(found, to_divergence + price * to_taken)
     assert found.sum().abs() < 1e-12 < found.abs().max()
@@ -111,7 +111,8 @@ def test_where_the_discount_is_held_no_budget_is_read_nor_shared_over_processes(
     assert bounded.loss > held.loss
 
 
-def test_ignored_positions_and_weights_count_as_in_a_batch_without_them():
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_ignored_positions_and_weights_count_as_in_a_batch_without_them(top_k):
     student, teacher, target, features = batch((3,), n=8)
     target[2, 1] = target[5] = -100
     weight = torch.rand(8, 3, dtype=torch.float64) + 0.5
@@ -120,7 +121,7 @@ def test_ignored_positions_and_weights_count_as_in_a_batch_without_them():
     def flat(value):
         return value.movedim(1, -1)[kept] if value.ndim == 3 else value[kept]
 
-    wide, narrow = make_loss(0.4), make_loss(0.4)
+    wide, narrow = make_loss(0.4, top_k=top_k), make_loss(0.4, top_k=top_k)
     student[5], teacher[5] = math.nan, math.inf
     dense = guide_gradient(wide, student, teacher, target, features, sample_weight=weight)
     plain = guide_gradient(narrow, *map(flat, (student, teacher, target, features)), sample_weight=flat(weight))
@@ -253,15 +254,99 @@ def test_one_that_is_told_or_need_not_be_does_not(make):
         disk(*batch(n=4))
 
 
+@pytest.mark.parametrize("kind", ["guide", "uniform"])
+@pytest.mark.parametrize("change", [{}, {"scaffold_label": True}, {"teacher_target": "scaffolded"}])
+def test_with_top_k_the_target_is_of_the_pull_on_the_classes_that_receive_g(kind, change):
+    """Else one above the mass of these classes drives g to 1, and the student off exactly these classes."""
+    student, teacher, target, features = batch()
+    settings = {"top_k": 2, "temperature": 6.0, "variant": VARIANTS["paper"]._replace(**change)}
+    uniform = DiSKLoss(UniformGuide(discount=0.6), **settings).double()
+    disk = make_loss(0.6, **settings) if kind == "guide" else uniform
+    for _ in range(60):
+        terms = disk.terms(student, teacher, target, features)
+    mask = functional.scaffold_mask(teacher, 2, target if "scaffold_label" in change else None)
+    reach = ((teacher / 6).softmax(1) * mask).sum(1).mean() if "teacher_target" not in change else 1.0
+    assert terms.discount / reach == pytest.approx(0.6, abs=1e-6)
+    assert "teacher_target" in change or reach < 0.6
+    assert terms.guide < 0.9
+
+
+def test_a_target_that_g_cannot_reach_is_told():
+    disk, student = DiSKLoss(GuideHead(C), discount=0.9).double(), 30 * torch.eye(C, dtype=torch.float64)
+    dual = DualScheduler(disk, epochs=3)
+    for _ in range(80):  # even g = 1 takes half of the pull at most where the student is certain
+        disk(student, student, torch.arange(C))
+    with pytest.warns(UserWarning, match=r"g is 1, its largest, and the discount 0\.4\d* .* target of 0\.9"):
+        dual.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dual.step()
+
+
+def test_a_rank_of_which_all_targets_are_ignored_leaves_the_level_to_the_others():
+    alone, ranks, (student, teacher, target, features) = make_loss(0.4), make_loss(0.4), batch()
+    seen = []
+    alone.reduce_mean = lambda value: seen.append(value) or value
+    alone(student, teacher, target, features)
+    theirs = iter(seen)  # what the other rank gives to the same all-reduces
+    ranks.reduce_mean = lambda value: (value + next(theirs)) / 2
+    ranks(student, teacher, torch.full_like(target, -100), features)
+    torch.testing.assert_close(ranks.level.state_dict(), alone.level.state_dict())
+    assert ranks.level.centre != 0
+
+
+def test_a_discount_of_0_stays_0_whatever_is_loaded():
+    state = make_loss(0.4).state_dict()
+    disk = make_loss(0)
+    disk.load_state_dict(state)
+    assert disk.eval().terms(*batch()).guide == 0
+
+
+def test_weights_can_be_assigned_to_a_loss_on_the_meta_device():
+    state = make_loss().float().state_dict()
+    with torch.device("meta"):
+        disk = DiSKLoss(GuideHead(C, D, hidden_dims=(8,)))
+    disk.load_state_dict(state, assign=True)
+    student, teacher, target, features = batch()
+    disk(student.float(), teacher.float(), target, features.float())
+    assert disk.epoch_batches.tolist() == [1, 0]
+
+
 # ---- which form a loss takes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{"multiplier": 50.0}, {"budget": 0.1}, {"discount": None}, presets.PAPER["loss"]])
-def test_a_budget_or_a_multiplier_asks_for_the_papers_form(settings):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"multiplier": 50.0},
+        {"budget": 0.1},
+        {"discount": None},
+        presets.PAPER["loss"],
+        {"variant": "official_cifar"},
+        {"variant": "official_imagenet", "top_k": 3},
+        {"variant": VARIANTS["paper"]._replace(guide_penalty=0.9)},
+    ],
+)
+def test_a_budget_a_multiplier_or_rules_for_them_ask_for_the_papers_form(settings):
     disk = DiSKLoss(GuideHead(C), **settings)
     assert disk.level is None
     assert not any("level" in name for name in disk.state_dict())
     assert disk.multiplier.item() == 50.0
+
+
+def test_a_variant_without_rules_for_a_budget_keeps_the_discount():
+    for change in ({"teacher_target": "scaffolded"}, {"scaffold_label": True}):
+        assert DiSKLoss(GuideHead(C), variant=VARIANTS["paper"]._replace(**change)).level.discount == "auto"
+    assert DiSKLoss(GuideHead(C), discount=0.3, variant="official_cifar").level.discount == 0.3
+
+
+def test_a_discount_that_is_asked_for_reads_no_rule_of_a_budget():
+    student, teacher, target, features = batch()
+    rules = VARIANTS["official_cifar"]
+    plain = VARIANTS["paper"]._replace(scaffold_label=True, teacher_target="scaffolded")
+    found, expected = (make_loss(0.4, top_k=3, variant=each) for each in (rules, plain))
+    each = [disk.terms(student, teacher, target, features).loss for disk in (found, expected)]
+    torch.testing.assert_close(*each, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead
 from disk_plugin.accumulation import AccumulatedBatch
@@ -343,6 +344,27 @@ def test_logits_that_might_be_taken_for_probabilities_are_not():
     for logits in (torch.eye(C), torch.randn(C, C).log_softmax(1), torch.full((2, C), 0.3), torch.zeros(0, C)):
         disk = DiSKLoss(GuideHead(C))
         disk(logits, logits, torch.arange(len(logits)) % C)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{"discount": "auto"}, {"discount": 0.3}, {"budget": 0.1, "student_temperature": "fit"}]
+)
+def test_a_loss_inside_a_checkpoint_is_refused_where_its_state_moves(settings, reentrant):
+    """What it would recompute has the level of the next batch: a gradient of another loss."""
+    disk, (student, teacher, target) = DiSKLoss(GuideHead(C), **settings), batch()
+    loss = checkpoint(disk, student.requires_grad_(), teacher, target, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match=r"evaluated within a backward.*call the loss outside the checkpoint"):
+        loss.backward()
+    checkpoint(disk.eval(), student, teacher, target, use_reentrant=False).backward()
+
+
+def test_a_loss_with_a_budget_may_be_inside_a_checkpoint():
+    disk, (student, teacher, target) = DiSKLoss(GuideHead(C), budget=0.1), batch()
+    student.requires_grad_()
+    expected = torch.autograd.grad(disk(student, teacher, target), [student, *disk.parameters()])
+    loss = checkpoint(disk, student, teacher, target, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(loss, [student, *disk.parameters()]), expected)
 
 
 def test_a_scheduler_that_is_never_stepped_is_told_of_once(monkeypatch):

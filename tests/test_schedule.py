@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead
+from disk_plugin.uniform import UniformGuide
 
 
 def make_loss(**settings):
@@ -191,6 +192,30 @@ def test_a_run_too_short_for_its_periods_is_said_at_once_with_the_cure(epochs):
         DualScheduler(make_loss(), epochs=epochs, period=epochs)
     DualScheduler(make_loss(), epochs=epochs, multiplier=(50.0, 50.0))
     DualScheduler(make_loss(), epochs=epochs, rule="ascent")
+
+
+@pytest.mark.parametrize("guide", [UniformGuide((1.0, 0.0)), UniformGuide(discount="auto"), GuideHead(5)])
+def test_a_schedule_of_one_step_leaves_what_follows_the_progress_at_its_start_and_says_so(guide):
+    with pytest.warns(UserWarning, match="in a schedule of epochs=1 training ends at progress 0, where") as told:
+        dual = DualScheduler(DiSKLoss(guide), epochs=1)
+    assert dual.note == str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DualScheduler(DiSKLoss(guide), epochs=2)
+        for constant in (UniformGuide(0.3), UniformGuide(discount=0.3)):
+            DualScheduler(DiSKLoss(constant), epochs=1)
+        DualScheduler(DiSKLoss(GuideHead(5), discount=0.3), epochs=1)
+
+
+def test_a_budget_that_never_falls_is_told():
+    with pytest.warns(UserWarning, match=r"budget stays at 0.6 and never falls to 0.1: .* as budget_period"):
+        dual = DualScheduler(make_loss(), epochs=4, budget=(0.6, 0.1), multiplier=(5.0, 5.0))
+    assert {dual(epoch)[1] for epoch in range(5)} == {0.6}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fallen = DualScheduler(make_loss(), epochs=4, budget=(0.6, 0.1), budget_period=4, multiplier=(5.0, 5.0))
+        DualScheduler(make_loss(), epochs=4, budget=0.6, multiplier=(5.0, 5.0))
+    assert fallen(3)[1] < 0.2
 
 
 def test_statistics_of_an_older_checkpoint_are_taken_up():

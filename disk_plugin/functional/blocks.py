@@ -1,7 +1,8 @@
 """Cross-entropy and eq. (4), one block of rows of logits at a time, with closed-form gradients.
 
 Autograd would save a dozen (N, C) tensors and make a separate pass over each in forward and backward. Here a block's
-temporaries stay in the cache, where the gradient is computed from them; one (N, C) tensor is saved for backward.
+temporaries stay in the cache, where the gradient is computed from them; one (N, C) tensor is saved for backward, and
+of half-precision logits their upcast copy too.
 """
 
 from collections.abc import Iterator

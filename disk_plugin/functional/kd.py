@@ -37,7 +37,7 @@ def kd_loss(
 
     Args:
         student_logits: before softmax.
-        teacher_logits: before softmax; no gradient reaches them.
+        teacher_logits: before softmax; no gradient reaches them. An infinite one gives NaN: mask a class by -1e4.
         target: class indices, or probabilities of the logits' shape.
         ce_weight: weight of the cross-entropy, >= 0 (paper: alpha).
         distill_weight: weight of the divergence, >= 0 (paper: 1 - alpha).

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .. import _checks
+from ..variants import Variant
 from ._positions import REDUCTIONS, Reduction, by_position, promote, to_dtype
 from .blocks import Rows, rows
 
@@ -60,7 +61,7 @@ def mask_and_size(
     threshold = teacher_logits.topk(top_k, dim=1).values[:, -1:]  # the K-th largest logit
     above, tied = teacher_logits > threshold, teacher_logits == threshold
     places_left = top_k - above.sum(1, keepdim=True)
-    mask = above | (tied & (tied.cumsum(1) <= places_left))
+    mask = above | (tied & (tied.cumsum(1, dtype=torch.int32) <= places_left))
     if label is None:
         return mask, top_k
     index = label.unsqueeze(1)
@@ -217,6 +218,18 @@ def get_discount_slope(parts: Rows) -> Tensor:
 
 def _divide_by_mass(part: Tensor, parts: Rows) -> Tensor:
     return part / parts.target_mass.clamp(min=torch.finfo(part.dtype).tiny)
+
+
+@torch.no_grad()
+def get_reach(
+    teacher_logits: Tensor, label: Tensor, variant: Variant, *, temperature: float, top_k: int | None
+) -> Tensor:
+    """Return the largest possible discount, the share of the target on the classes that receive g, per position."""
+    (t,) = promote(teacher_logits)
+    mask, _ = mask_and_size(t, top_k, label if variant.scaffold_label else None)
+    if mask is None or variant.teacher_target == "scaffolded":  # the target is 0 on the others
+        return torch.ones_like(label, dtype=t.dtype)
+    return ((t / temperature).softmax(1) * mask).sum(1)
 
 
 def get_divergence(parts: Rows, guide: Tensor, size: int | Tensor) -> Tensor:

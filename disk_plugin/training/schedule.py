@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .._watch import ignoring_low_multiplier
 from ..distributed import share_statistics
 from ..loss import DiSKLoss
 from ..schedule import DualScheduler
@@ -34,8 +33,7 @@ class Schedule:
         dual = dict(dual or {})
         if disk.level is None and dual.get("budget") is None:
             dual["budget"] = float(disk.budget)  # given here, a checkpoint's does not override it
-        with ignoring_low_multiplier():  # a host logs ``note`` itself
-            scheduler = DualScheduler(disk, epochs=math.ceil(epochs / epochs_per_iteration), **dual)
+        scheduler = DualScheduler(disk, epochs=math.ceil(epochs / epochs_per_iteration), **dual)
         return cls(scheduler, epochs_per_iteration)
 
     def begin(self, epoch: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead
-from disk_plugin._watch import ignoring_low_multiplier
+from disk_plugin._watch import ignoring_note
 from disk_plugin.features import METHODS
 from disk_plugin.features.guided import FEATURE_WEIGHTS
 from disk_plugin.variants import VARIANTS
@@ -155,7 +155,7 @@ def check(args: argparse.Namespace) -> None:
     guide = arguments["guide"]
     feature_dim = int(guide.pop("use_features"))
     loss = DiSKLoss(GuideHead(2, feature_dim, **guide), **_loss(args))
-    with ignoring_low_multiplier():  # of one epoch
+    with ignoring_note():  # of one epoch
         DualScheduler(loss, epochs=arguments["epochs"], **arguments["dual"])
     Recipe(**arguments.get("alternating", {}))
 
