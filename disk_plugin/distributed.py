@@ -91,12 +91,7 @@ class SharedGuide:
         first = 0 if process_group is None else dist.get_global_rank(process_group, 0)
         for tensor in (*disk.parameters(), *disk.buffers()):
             dist.broadcast(tensor, first, group=process_group)
-
-        def mean(value: Tensor) -> Tensor:
-            return mean_over_processes(value, process_group)
-
-        # a function: deepcopy of the loss (for a moving average) would fail on a process group
-        self._disk.reduce_mean = mean
+        self._disk.reduce_mean = _MeanOver(process_group)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
             for parameter in disk.parameters()
@@ -132,6 +127,19 @@ class SharedGuide:
             self._checked = True
         average_gradients(self._whole.parameters(), self._group)
         share_student_temperature(self._disk, self._group)
+
+
+class _MeanOver:
+    """``reduce_mean`` of an attached loss. A copy, or a pickle, of the loss has None: it has none of the hooks."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return mean_over_processes(value, self._group)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ class GuideHead(nn.Module):
         use_logits: whether the teacher's logits are an input; False needs ``feature_dim`` > 0.
         hidden_dims: widths of the hidden layers.
         norm: ``"layer"``, or ``"batch"`` as in the paper, whose statistics include ignored targets, as zeros.
-        initial: approximate initial g in (0, 1), set by the last bias; None for torch's initialization, near .5.
+        initial: approximate initial g in (0, 1), set by the last bias; None for torch's initialization, near .5. In a
+            loss that holds the discount, the default, that sets the level of g instead.
 
     Shape:
         teacher_logits (N, C) or (N, C, d1, ...); teacher_features (N, D), shared by all pixels of a sample, or

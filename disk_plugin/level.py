@@ -43,6 +43,7 @@ class DiscountLevel(nn.Module):
       of training samples on which the student's argmax is the teacher's. The target is ramped up from 0 over the first
       ``over`` of training. It is held back while an epoch still removes a sixth or more of the disagreement: it is
       multiplied by ``1 - 6 * (agreement - last) / (1 - last)``, at least 0, with ``last`` the agreement an epoch ago.
+      As ``agreement`` is that of about six batches, the target is noisy if these hold fewer than some 100 samples each.
 
     Args:
         discount: target in [0, 1), or ``"auto"``.
@@ -81,12 +82,18 @@ class DiscountLevel(nn.Module):
             self.register_buffer(name, torch.tensor(number, dtype=torch.float64))
 
     @torch.no_grad()
-    def set_progress(self, progress: float) -> None:
-        """Set the training progress, from 0 to 1 (more counts as 1), once per epoch; ``DualScheduler`` calls it."""
+    def set_progress(self, progress: float, *, ends_epoch: bool = True) -> None:
+        """Set the training progress, from 0 to 1 (more counts as 1), once per epoch; ``DualScheduler`` calls it.
+
+        ``ends_epoch`` is False where a run begins or is resumed: what was loaded, before or after, stays.
+        """
         _checks.number("progress", progress, at_least=0)
         self.has_scheduler, self.batches_without_progress = True, 0
         progress, last = min(progress, 1.0), self.last_agreement
-        new = (self.progress != progress) & (self.agreement != last)  # else the same call again, on a resume
+        if not ends_epoch:
+            self.progress.fill_(progress)
+            return
+        new = (self.progress != progress) & (self.agreement != last)  # else the same call again
         gain = (self.agreement - last) / (1 - last).clamp(min=_FLAT)
         self.gate.copy_(torch.where(new, (1 - self.patience * gain).clamp(0.0, 1.0), self.gate))
         self.last_agreement.copy_(torch.where(new, self.agreement, last))

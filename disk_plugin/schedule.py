@@ -141,7 +141,7 @@ class DualScheduler:
             switch_to_budget(loss)
         self._level = level_of(loss)  # depends on the training progress
         loss.reset_statistics()
-        self._write()
+        self._write(ends_epoch=False)
         self.note = self._note()
         self._warn("low", self.note)
 
@@ -173,7 +173,7 @@ class DualScheduler:
             self._ascent_multiplier = min(max(moved, self.multiplier_min), self.multiplier_max)
         elif self.rule == "adaptive" and violation > 0 and self._starts_period(self.epoch):
             self.multiplier_max = min(2 * self.multiplier_max, self.multiplier_cap)
-        self._write()
+        self._write(ends_epoch=True)
         self.loss.reset_statistics()
 
     def state_dict(self) -> dict[str, Any]:
@@ -201,15 +201,15 @@ class DualScheduler:
             self.budget_high, self.budget_low = state["budget"]
         self._ascent_multiplier = state["ascent_multiplier"]
         self._warned = {"dead"} if state["warned"] else set()
-        self._write()
+        self._write(ends_epoch=False)
 
     @torch.no_grad()
-    def _write(self) -> None:
+    def _write(self, *, ends_epoch: bool) -> None:
         ascent = self.rule == "ascent"
         self.loss.multiplier.fill_(self._ascent_multiplier if ascent else self._cosine_multiplier(self.epoch))
         self.loss.budget.fill_(self._budget(self.epoch))
         if self._level is not None:
-            self._level.set_progress(self.epoch / self.epochs)
+            self._level.set_progress(self.epoch / self.epochs, ends_epoch=ends_epoch)
 
     def _last_start(self) -> int:
         """Return the epoch of the last restart, after which at least a full period is left."""

@@ -135,7 +135,7 @@ def test_the_width_of_the_last_layer_is_another():
 VERDICTS = {
     "capacity": (gap(), "DiSK", "DiSK; the student is limited by its capacity"),
     "augmented": (gap(student_held_out=0.45), "DiSK", "DiSK; the student is limited by its capacity"),
-    "data": (gap(student_train=0.5, student_held_out=0.1), "KD", "KD; it is as good or better where data limit"),
+    "data": (gap(student_train=0.5, student_held_out=0.1), "KD", "KD; data limit the student"),
     "no gap": (gap(student_train=0.97, student_held_out=0.89), "KD", "KD; no clear difference is expected"),
     "untrained": (gap(student_train=0.012, student_held_out=0.01), "KD", "none yet: the student is near chance (1.0%"),
     "two classes": (gap(0.5, 0.5, classes=2), "KD", "none yet: the student is near chance (50.0% with 2 classes)"),

@@ -206,6 +206,26 @@ def test_progress_that_is_said_again_changes_nothing():
     torch.testing.assert_close(level.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("order", ["loss, schedule", "schedule, loss", "loss, then the schedule is made"])
+def test_a_resume_within_an_epoch_is_the_same_in_every_order(order):
+    disk = make_loss()
+    dual = DualScheduler(disk, epochs=4)
+    for seed in range(5):
+        disk(*batch(seed=seed))
+        dual.step() if seed == 2 else None
+    saved, state = copy.deepcopy(disk.state_dict()), dual.state_dict()
+    fresh = make_loss()
+    early = None if "made" in order else DualScheduler(fresh, epochs=4)
+    if order == "schedule, loss":
+        early.load_state_dict(state)
+    fresh.load_state_dict(saved)
+    if order != "schedule, loss":
+        (early or DualScheduler(fresh, epochs=4)).load_state_dict(state)
+    torch.testing.assert_close(fresh.level.state_dict(), disk.level.state_dict(), rtol=0, atol=0)
+    assert 0 < disk.level.gate < 1
+    torch.testing.assert_close(fresh(*batch(seed=9)), disk(*batch(seed=9)), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("batches", [0, 60])
 def test_before_the_first_epoch_ends_it_is_plain_distillation(batches):
     disk = make_loss(temperature=2.0)

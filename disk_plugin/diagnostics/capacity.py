@@ -96,8 +96,8 @@ class CapacityGap(NamedTuple):
             )
         if 100 * self.by_data > LARGEST_DATA_GAP:
             return "KD", (
-                f"KD; it is as good or better where data limit the student (gap by data above {LARGEST_DATA_GAP:g} "
-                f"points)"
+                f"KD; data limit the student (gap by data above {LARGEST_DATA_GAP:g} points), where DiSK was within "
+                f"about half a point of it"
             )
         return "DiSK", (
             f"DiSK; the student is limited by its capacity (gap by capacity of {SMALLEST_CAPACITY_GAP:g} points or "
