@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import gain as example
+import gaps
 import pytest
 import torch
 from evidence import shown
@@ -164,6 +165,15 @@ def test_the_page_repeats_the_committed_results():
     assert [*next(iter(found["rows"].values()))["differences"]] == forms
     assert shown("default.md", "gain") == report.gain_table(found, forms[:2])
     assert shown("default.md", "gain-controls") == report.gain_table(found, forms[2:])
+
+
+def test_what_capacity_gap_says_of_problems_outside_its_rule_is_committed_beside_what_was_measured():
+    found, measured = committed("gaps.json"), committed("gain.json")["rows"]
+    assert shown("regime_map.md", "gaps") == gaps.table(found)
+    assert [*found] == [*gaps.warm_cells()]
+    assert len(found) >= 3
+    for name, row in found.items():
+        assert row["measured"] == measured[name]["differences"][gaps.FORM]
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------

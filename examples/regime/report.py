@@ -50,6 +50,7 @@ def summary(results: dict[str, Any]) -> str:
         "the synthetic cells": rules.score(synthetic, map(rule, synthetic)),
         "the same, each problem left out in turn": rules.left_out(cells),
         "the real problems, which had no part in it": rules.score(real, map(rule, real)),
+        "for comparison, DiSK in all synthetic cells": rules.score(synthetic, [True] * len(synthetic)),
     }
     for name, found in scores.items():
         lines.append(
