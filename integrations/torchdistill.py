@@ -14,6 +14,7 @@ from disk_plugin.guide import GuideHead, reads_features
 from disk_plugin.loss import DiSKLoss
 from disk_plugin.training import GuidedTraining
 from disk_plugin.training.clipping import call_after_backward, shorten
+from disk_plugin.uniform import UniformGuide
 
 from .requirement import require
 from .torchdistill_pair import Paths, build_for_pair, find_method
@@ -36,6 +37,7 @@ class DiSKTerm(nn.Module):
         num_classes: C, >= 2.
         loss: arguments of ``DiSKLoss``, such as ``temperature``.
         guide: arguments of ``GuideHead``, such as ``feature_dim``, which needs ``teacher_features``.
+        uniform: arguments of ``UniformGuide``, such as ``discount``, in place of a guide: the control.
         dual: keywords of ``DualScheduler``.
         epochs: over which the schedule runs; None for the host's ``num_epochs``, of several stages the stage's.
         method: ``{key, kwargs}`` of a method that the guide weighs: a name in ``METHODS`` or ``package.module.Class``;
@@ -60,6 +62,7 @@ class DiSKTerm(nn.Module):
         *,
         loss: Mapping[str, Any] | None = None,
         guide: Mapping[str, Any] | None = None,
+        uniform: Mapping[str, Any] | None = None,
         dual: Mapping[str, Any] | None = None,
         epochs: int | None = None,
         method: Mapping[str, Any] | None = None,
@@ -71,7 +74,10 @@ class DiSKTerm(nn.Module):
         param_group: int = 0,
     ) -> None:
         super().__init__()
-        disk = DiSKLoss(GuideHead(num_classes, **(guide or {})), **(loss or {}))
+        if guide and uniform:
+            raise ValueError(f"uniform={dict(uniform)} takes the place of guide={dict(guide)}: give one of them")
+        head = GuideHead(num_classes, **(guide or {})) if uniform is None else UniformGuide(**uniform)
+        disk = DiSKLoss(head, **(loss or {}))
         self.guided, self._build = Guided(disk), None
         if method is not None:
             kind, kwargs, settings = find_method(method)

@@ -17,6 +17,8 @@ timm = pytest.importorskip("timm")
 from timm.models import create_model  # noqa: E402
 from timm.models._hub import save_for_hf  # noqa: E402
 
+from disk_plugin.uniform import UniformGuide  # noqa: E402
+
 STANDIN = Path(__file__).parent / "standins" / "timm" / "train.py"
 REAL = os.environ.get("DISK_TIMM_TRAIN")
 needs_real = pytest.mark.skipif(not REAL, reason="DISK_TIMM_TRAIN does not name timm's train.py")
@@ -136,6 +138,25 @@ def test_a_resumed_run_goes_on_and_says_what_was_changed(script, folder, words):
     assert state["dual"]["epoch"] == (2 if words else 4)
     assert ("guide_passes" in state) == bool(words)
     assert ("generator" in state.get("guide_passes", {})) == bool(words)  # the replay's
+
+
+def test_one_g_for_all_trains_in_place_of_a_guide_and_resumes(script, folder):
+    words = ["--disk-uniform", "--disk-discount", 0.3, "--disk-epochs", 4]
+    output = launch(script, folder, "--experiment", "uniform", *words)
+    assert "guide of 0 parameters" in output
+    saved = checkpoint(folder, "uniform")
+    create_model("test_vit", num_classes=CLASSES, **({} if script == REAL else {"img_size": 32})).load_state_dict(
+        saved["state_dict"]
+    )
+    state = saved["task_state"]["disk"]
+    assert {name for name in state if name.startswith("guide.")} == {
+        f"guide.{name}" for name in UniformGuide(0.5).state_dict()
+    }
+    assert -16 < state["guide.log_guide"] < 0
+    last = folder / "out" / "uniform" / "last.pth.tar"
+    output = launch(script, folder, "--experiment", "uniform4", *words, "--epochs", 4, "--resume", last)
+    assert re.findall(r"DiSK: (\d) multiplier", output) == ["2", "3"]
+    assert "untrained guide" not in output
 
 
 def test_a_resumed_stand_in_run_equals_an_uninterrupted_one_bit_for_bit(folder):
@@ -356,6 +377,12 @@ def test_a_local_teacher_and_a_yaml_file_work_and_a_checkpoint_without_a_guide_n
         (["--resume", "{folder}/teacher5.pth"], "error: "),
         (["-c", "{folder}/nowhere.yaml"], "nowhere.yaml; shipped are configs/imagenet/cifd_r34_r18.yaml"),
         (["-c", "{folder}/type.yaml"], "error: disk_guide_hidden_dims must be a list, got int 64"),
+        (["--disk-uniform", "--disk-budget", 0.3], "got discount auto, rule cosine and ['disk_budget']"),
+        (["--disk-uniform", "--disk-mode", "alternating"], "has no guide that --disk-mode alternating could train"),
+        (
+            ["--disk-uniform", "--disk-guide-norm", "batch"],
+            "disk_guide_norm batch changes nothing without --no-disk-un",
+        ),
         (["--disk-guide-lr", 0.7], "error: disk_guide_lr 0.7 changes nothing without --disk-mode alternating"),
         (
             ["--disk-mode", "alternating", "--disk-replay-capacity", 9],
@@ -415,6 +442,7 @@ def test_help_needs_no_script_and_names_every_argument(script, folder):
             "--disk-top-k",
             "--disk-multiplier",
             "--disk-guide-norm",
+            "--disk-uniform",
             "--disk-guide-lr",
             "--disk-simkd-factor",
         ):

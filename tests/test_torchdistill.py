@@ -17,6 +17,7 @@ from torch.utils.data import SequentialSampler, TensorDataset
 from disk_plugin import DiSKLoss, GuideHead
 from disk_plugin.features import DKD, Guided, Method, Outputs
 from disk_plugin.training import GuidedTraining
+from disk_plugin.uniform import UniformGuide
 
 pytest.importorskip("torchdistill")
 
@@ -143,6 +144,7 @@ OWN = {"method": {"key": "own_methods.Similarity", "logit_loss": True}, "student
 CASES = {  # the term's arguments, the train section's, the loss that they stand for
     "logits": ({"loss": {"temperature": 4}}, {}, lambda: DiSKLoss(GuideHead(5), temperature=4)),
     "features": (FEATURES, HOOKS, lambda: DiSKLoss(GuideHead(5, 7))),
+    "uniform": ({"uniform": {"discount": "auto"}}, {}, lambda: DiSKLoss(UniformGuide(discount="auto"))),
     "dkd": ({"method": {"key": "dkd", "kwargs": {}}}, {}, lambda: Guided(DiSKLoss(GuideHead(5)), DKD())),
     "own": (
         {**OWN, **FEATURES, "student_maps": {"hidden": "2"}},
@@ -197,13 +199,15 @@ def test_the_teacher_is_frozen_in_evaluation_mode_and_in_no_checkpoint(tmp_path,
 @pytest.mark.parametrize(
     "optimizer", [{}, {"key": "AdamW", "kwargs": {"lr": 0.01}}, {"grad_accum_step": 2}, {"max_grad_norm": 0.1}], ids=str
 )
-def test_a_run_resumed_after_two_epochs_of_four_equals_the_whole_one_bit_for_bit(optimizer, tmp_path):
-    whole = box_of(config(optimizer=copy.deepcopy(optimizer)))
+@pytest.mark.parametrize("kwargs", [{}, {"uniform": {"discount": "auto"}}], ids=["guide", "uniform"])
+def test_a_run_resumed_after_two_epochs_of_four_equals_the_whole_one_bit_for_bit(kwargs, optimizer, tmp_path):
+    kwargs = {"num_classes": 5, **kwargs}
+    whole = box_of(config(kwargs, optimizer=copy.deepcopy(optimizer)))
     train(whole, EPOCHS, path=tmp_path)
     teacher, student = models()
     path = str(tmp_path / "1.pt")
     load_ckpt(path, model=student, strict=True)
-    again = box_of(config(optimizer=copy.deepcopy(optimizer)), seed=3, pair=(teacher, student))  # another guide
+    again = box_of(config(kwargs, optimizer=copy.deepcopy(optimizer)), seed=3, pair=(teacher, student))  # another guide
     load_ckpt(path, optimizer=again.optimizer, lr_scheduler=again.lr_scheduler)
     train(again, EPOCHS, first=2)
     assert_equal(again.student_model, whole.student_model)

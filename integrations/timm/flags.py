@@ -9,12 +9,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from disk_plugin import DiSKLoss, DualScheduler, GuideHead
+from disk_plugin import DiSKLoss, DualScheduler
 from disk_plugin._watch import ignoring_note
 from disk_plugin.features import METHODS
 from disk_plugin.features.guided import FEATURE_WEIGHTS
 from disk_plugin.variants import VARIANTS
 
+from . import guide_flags
+from .guide_flags import SWITCHES, add_guide, check_uniform, example_of, guide_of
 from .method_flags import add_methods, chosen_method, method_settings
 from .recipe import Recipe
 
@@ -104,12 +106,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag("variant", variant, of(DiSKLoss, "variant"), choices=sorted(VARIANTS))
     scale = "keeps the guide alive; none for the plain gradient"
     flag("guide-gradient-scale", scale, of(DiSKLoss, "guide_gradient_scale"), type=_FLOAT, metavar="C")
-    flag("guide-use-features", "the guide reads the teacher's pre-logits", True, **_SWITCH)
-    flag("guide-use-logits", "the guide reads the teacher's logits", of(GuideHead, "use_logits"), **_SWITCH)
-    dims = "widths of the guide's hidden layers"
-    flag("guide-hidden-dims", dims, of(GuideHead, "hidden_dims"), type=int, nargs="+", metavar="WIDTH")
-    flag("guide-norm", "the guide's normalisation", of(GuideHead, "norm"), choices=["layer", "batch"])
-
+    add_guide(flag)
     for argument, (text, how) in _ALTERNATING.items():
         flag(argument.replace("_", "-"), f"alternating: {text}", of(Recipe, argument), **how)
 
@@ -150,18 +147,17 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"disk_{name} must be one of {list(choices)}, got {getattr(args, f'disk_{name}')!r}")
     _check_types(args)
     _check_unused(args)
+    check_uniform(args)
     # DiSK's own constructors validate the rest
     arguments = task_arguments(args, epochs=1)
-    guide = arguments["guide"]
-    feature_dim = int(guide.pop("use_features"))
-    loss = DiSKLoss(GuideHead(2, feature_dim, **guide), **_loss(args))
+    loss = DiSKLoss(example_of(arguments["guide"]), **_loss(args))
     with ignoring_note():  # of one epoch
         DualScheduler(loss, epochs=arguments["epochs"], **arguments["dual"])
     Recipe(**arguments.get("alternating", {}))
 
 
 def _check_types(args: argparse.Namespace) -> None:
-    for name in ("guide_use_features", "guide_use_logits", "replay", "allow_fresh_guide"):
+    for name in (*SWITCHES, "replay", "allow_fresh_guide"):
         value = getattr(args, f"disk_{name}")
         if not isinstance(value, bool):
             raise TypeError(f"disk_{name} must be true or false, got {type(value).__name__} {value!r}")
@@ -179,6 +175,7 @@ def _check_unused(args: argparse.Namespace) -> None:
         "--disk-method": [] if chosen_method(args) != "none" else ["feature_weight"],
         "--disk-rule ascent": [] if args.disk_rule == "ascent" else ["ascent_rate"],
         "--disk-rule adaptive": [] if args.disk_rule == "adaptive" else ["multiplier_cap"],
+        **guide_flags.unused(args),
     }
     for name in METHODS:
         if name != chosen_method(args):
@@ -214,12 +211,7 @@ def task_arguments(args: argparse.Namespace, *, epochs: int) -> dict[str, Any]:
     arguments = {
         "epochs": epochs if args.disk_epochs is None else args.disk_epochs,
         "mode": args.disk_mode,
-        "guide": {
-            "use_features": args.disk_guide_use_features,
-            "use_logits": args.disk_guide_use_logits,
-            "hidden_dims": tuple(args.disk_guide_hidden_dims),
-            "norm": args.disk_guide_norm,
-        },
+        "guide": guide_of(args),
         "dual": dual,
         "allow_fresh_guide": args.disk_allow_fresh_guide,
         **_loss(args),
@@ -234,7 +226,9 @@ def task_arguments(args: argparse.Namespace, *, epochs: int) -> dict[str, Any]:
 
 
 def _loss(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("discount", "top_k", "student_temperature", "variant", "guide_gradient_scale")
+    names = ["discount", "top_k", "student_temperature", "variant", "guide_gradient_scale"]
+    if args.disk_uniform:  # which has the discount
+        names.remove("discount")
     return {**{name: getattr(args, f"disk_{name}") for name in names}, "budget": _budget(args.disk_budget)[0]}
 
 
