@@ -125,6 +125,7 @@ class DiSKCallback(Callback):
         if not isinstance(trainer.strategy, _strategies.SingleDeviceStrategy | _strategies.DDPStrategy):
             raise RuntimeError(f"DiSK trains on one device or with DDP, got {type(trainer.strategy).__name__}")
         self.training = GuidedTraining(self.guided.train(), epochs=self._epochs_of(trainer), dual=self.dual)
+        self.training.schedule.warn()
         self._loaded = self._judged = False
         self._student = with_features(pl_module) if reads_student_features(self.guided) else pl_module
         self._replace_step(trainer, pl_module)

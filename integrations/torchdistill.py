@@ -137,6 +137,9 @@ class _Run:
         self.training = GuidedTraining(
             self.guided, epochs=epochs if term.epochs is None else term.epochs, dual=term.dual
         )
+        note = self.training.schedule.dual.note
+        if note is not None:
+            _logger.warning(f"DiSK: {note}")
         self.index = term.param_group
         self.parameters = self.guided.trainable_parameters()
         self.clips = box.max_grad_norm is not None

@@ -67,6 +67,7 @@ def test_the_stack_of_kd_students_is_each_of_them_alone(problem):
         assert scores == training._scores(problem, student)
 
 
+@pytest.mark.filterwarnings("ignore:g is 1, its largest")
 def test_disk_without_a_discount_is_kd(problem):
     start = training.new_student(problem, 1)
     kd = training.train_kd(problem, start, [{"ce_weight": 0.1, "temperature": 2.0}], 1, 4)[0]

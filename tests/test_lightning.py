@@ -28,6 +28,7 @@ pytestmark = [  # Lightning's own, and of toys that are no better than chance
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
     pytest.mark.filterwarnings("ignore:the teacher is right on:UserWarning"),
+    pytest.mark.filterwarnings("ignore:in a schedule of epochs=1:UserWarning"),
 ]
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from evidence import shown
 from small_images import data, report, screening, trials
+from small_images.conditions import conditions_table
 from small_images.methods import CE, KD, METHODS, Batch, make_method
 from small_images.resnet import ResNet, joined, parted
 from small_images.training import Recipe, Run
@@ -385,6 +386,7 @@ def test_what_is_repeated_came_within_a_point_of_the_best():
 
 
 @pytest.mark.filterwarnings("ignore:the guide is dead")
+@pytest.mark.filterwarnings("ignore:in a schedule of epochs=1")
 def test_screen_repeat_and_regimes_run_as_typed(monkeypatch, tmp_path, capsys):
     """On random images: the search's and the screen's files of one call are what the next one reads."""
     monkeypatch.setattr(cifar100, "RESULTS", tmp_path)
@@ -465,6 +467,7 @@ def test_kd_and_disk_are_searched_with_the_same_number_of_trials():
         ("cifar100_swin_10-xxs_search", report.search_table, "scalekd.md", "scalekd-kd-search"),
         ("cifar100_swin_10-xxs_scalekd_search", report.search_table, "scalekd.md", "scalekd-search"),
         ("cifar100_swin_10-xxs_4", report.table, "scalekd.md", "scalekd"),
+        ("cifar100_10-l_10-xxs_conditions", conditions_table, "few_features.md", "conditions"),
     ],
 )
 def test_pages_repeat_the_committed_values(name, table, page, marker):

@@ -1,9 +1,11 @@
 """Steps a ``DualScheduler`` in epochs of a host."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from .._watch import ignoring_note
 from ..distributed import share_statistics
 from ..loss import DiSKLoss
 from ..schedule import DualScheduler
@@ -33,8 +35,14 @@ class Schedule:
         dual = dict(dual or {})
         if disk.level is None and dual.get("budget") is None:
             dual["budget"] = float(disk.budget)  # given here, a checkpoint's does not override it
-        scheduler = DualScheduler(disk, epochs=math.ceil(epochs / epochs_per_iteration), **dual)
+        with ignoring_note():  # a host tells ``note`` itself
+            scheduler = DualScheduler(disk, epochs=math.ceil(epochs / epochs_per_iteration), **dual)
         return cls(scheduler, epochs_per_iteration)
+
+    def warn(self) -> None:
+        """Give the scheduler's ``note`` as a warning, in a host that has no log of its own."""
+        if self.dual is not None and self.dual.note is not None:
+            warnings.warn(self.dual.note, stacklevel=2)
 
     def begin(self, epoch: int) -> None:
         """Set the scheduler to an epoch of the host, counted from 0."""

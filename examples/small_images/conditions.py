@@ -14,6 +14,7 @@ from .experiment import SEARCH_SEED, Experiment
 from .method import CE
 from .methods import make_method
 from .networks import width_of
+from .paired import shown_difference
 from .report import better_kd, differences, machine
 from .shown import Shown
 from .training import Recipe, Run
@@ -217,15 +218,15 @@ def conditions_table(results: dict[str, Any]) -> str:
 
 
 def _table(methods: tuple[str, ...], group: dict[str, Any]) -> str:
-    """Return conditions that compare the same methods: accuracies as held-out (training), differences per seed."""
+    """Return conditions that compare the same methods; accuracies are held-out (training)."""
     columns = ["condition", "teacher", "warm start", "better KD", *(f"{method} minus KD" for method in methods)]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, condition in group.items():
         cells, kd = condition["cells"], condition["kd"]
         row = [_accuracies([cell[key] for cell in cells]) for key in ("teacher", "warm_start")]
         row.append(f"{_accuracies([cell['methods'][kd] for cell in cells])}, {kd}")
-        gaps = [condition["differences"][f"{method} - {kd}"]["values"] for method in methods]
-        lines.append(f"| {' | '.join([name, *row, *map(_signed, gaps)])} |")
+        gaps = [condition["differences"][f"{method} - {kd}"] for method in methods]
+        lines.append(f"| {' | '.join([name, *row, *map(_difference, gaps)])} |")
     means = [
         statistics.fmean(
             gap for each in group.values() for gap in each["differences"][f"{method} - {each['kd']}"]["values"]
@@ -241,5 +242,8 @@ def _accuracies(each: list[dict[str, float]]) -> str:
     return f"{held_out:.1f} ({train:.1f})"
 
 
-def _signed(values: list[float]) -> str:
-    return " / ".join(f"{value:+.2f}" for value in values)
+def _difference(gap: dict[str, Any]) -> str:
+    """Return a mean with its interval, or, of one or two seeds, each value."""
+    if len(gap["values"]) > 2:
+        return shown_difference(gap)
+    return " / ".join(f"{value:+.2f}" for value in gap["values"])

@@ -11,8 +11,6 @@ import torch
 from timm.data import resolve_data_config
 from timm.utils import is_primary, unwrap_model
 
-from disk_plugin._watch import ignoring_note
-
 from . import flags
 from .guided_task import GuidedTask
 from .method_stage import prepare_method
@@ -70,8 +68,7 @@ def _make_task(
     arguments = flags.task_arguments(args, epochs=_epochs(train, args))
     images: dict[str, Any] = {"input_size": tuple(data["input_size"])}
     images |= {f"input_{name}": per_channel(data[name], images["input_size"][0]) for name in ("mean", "std")}
-    with ignoring_note():  # it is logged below, by one process
-        task = DiSKTask(student_model, teacher_model, **images, **host, **arguments)
+    task = DiSKTask(student_model, teacher_model, **images, **host, **arguments)
     task.clips_by_norm = getattr(args, "clip_mode", "norm") == "norm"
     if is_primary(args):
         _describe(task, args)
