@@ -137,9 +137,8 @@ class _Run:
         self.training = GuidedTraining(
             self.guided, epochs=epochs if term.epochs is None else term.epochs, dual=term.dual
         )
-        note = self.training.schedule.dual.note
-        if note is not None:
-            _logger.warning(f"DiSK: {note}")
+        if self.training.schedule.note is not None:
+            _logger.warning(f"DiSK: {self.training.schedule.note}")
         self.index = term.param_group
         self.parameters = self.guided.trainable_parameters()
         self.clips = box.max_grad_norm is not None

@@ -39,10 +39,15 @@ class Schedule:
             scheduler = DualScheduler(disk, epochs=math.ceil(epochs / epochs_per_iteration), **dual)
         return cls(scheduler, epochs_per_iteration)
 
+    @property
+    def note(self) -> str | None:
+        """The scheduler's warning at construction, for the host's log."""
+        return None if self.dual is None else self.dual.note
+
     def warn(self) -> None:
-        """Give the scheduler's ``note`` as a warning, in a host that has no log of its own."""
-        if self.dual is not None and self.dual.note is not None:
-            warnings.warn(self.dual.note, stacklevel=2)
+        """Give ``note`` as a warning, in a host that has no log of its own."""
+        if self.note is not None:
+            warnings.warn(self.note, stacklevel=2)
 
     def begin(self, epoch: int) -> None:
         """Set the scheduler to an epoch of the host, counted from 0."""
