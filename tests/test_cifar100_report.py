@@ -266,6 +266,7 @@ def test_the_conditions_write_every_cell_and_train_it_once(tmp_path, experiment,
 
 def test_an_unfinished_condition_is_not_reported_unless_it_is_asked_for(tmp_path, experiment, monkeypatch):
     made, fit_epoch = experiment(tmp_path, "--conditions"), Run.fit_epoch
+    four = list(conditions.CONDITIONS).index("4 features")
 
     def stopped(run):
         if run.folder.name.startswith("condition-4-features") and run.epoch == 1:
@@ -274,10 +275,10 @@ def test_an_unfinished_condition_is_not_reported_unless_it_is_asked_for(tmp_path
 
     monkeypatch.setattr(Run, "fit_epoch", stopped)
     with pytest.raises(KeyboardInterrupt):
-        conditions.conditions(made, [0, 2], lambda so_far: None)
+        conditions.conditions(made, [0, four], lambda so_far: None)
     assert list(conditions.conditions(made, [], lambda so_far: None)["conditions"]) == ["8 features"]
     monkeypatch.setattr(Run, "fit_epoch", fit_epoch)
-    found = conditions.conditions(made, [2], lambda so_far: None)["conditions"]
+    found = conditions.conditions(made, [four], lambda so_far: None)["conditions"]
     assert {name: each["seeds"] for name, each in found.items()} == {"8 features": [100], "4 features": [100, 101]}
 
 

@@ -93,7 +93,7 @@ def test_training_with_a_schedule_ends_where_the_cpus_does(device):
     expected, found = twins(lambda: nn.ModuleList([nn.Linear(D, C), DiSKLoss(GuideHead(C, D))]), device)
     for modules, where, dtype in ((expected, "cpu", torch.double), (found, device, torch.float32)):
         student, disk = modules
-        dual = DualScheduler(disk, epochs=4, multiplier=(20.0, 50.0), budget=(0.2, 0.1))
+        dual = DualScheduler(disk, epochs=4, multiplier=(20.0, 50.0), budget=(0.2, 0.1), budget_period=4)
         optimizer = torch.optim.SGD(modules.parameters(), lr=0.05, momentum=0.9)
         for epoch in range(4):
             for step in range(3):
