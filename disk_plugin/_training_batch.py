@@ -12,7 +12,6 @@ from ._watch import warn_if_probabilities, warn_if_swapped, warn_without_schedul
 from .epoch_statistics import count_batch, is_finite
 from .functional import DiSKTerms, student_temperature_step
 from .functional.objective import evaluate
-from .functional.scaffold import get_reach
 from .level import DiscountLevel
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def evaluate_batch(
     if counted:
         warn_if_swapped(disk, student_logits, teacher_logits)
         warn_if_probabilities(disk, student_logits=student_logits, teacher_logits=teacher_logits)
-        observe(disk, terms, guide_logits, own_logits, teacher_logits, target)
+        observe(disk, terms, guide_logits, own_logits, target)
     return terms
 
 
@@ -56,9 +55,9 @@ def _check_first_time(disk: "DiSKLoss") -> None:
     level = level_of(disk)
     if disk.fit_student_temperature or (level is not None and level.discount is not None):
         raise RuntimeError(
-            "the loss was evaluated within a backward, as by torch.utils.checkpoint: after its first evaluation the "
-            "level of g has moved, and the gradient would be that of another g; call the loss outside the checkpoint, "
-            "which costs no memory, as it saves one tensor of the logits' size for backward"
+            "the loss was evaluated within a backward, as by torch.utils.checkpoint: since its first evaluation the "
+            "level of g, or the fitted temperature, has moved, and the gradient would be that of another loss; call "
+            "the loss outside the checkpoint"
         )
 
 
@@ -83,14 +82,7 @@ def step_student_temperature(disk: "DiSKLoss", student_logits: Tensor, teacher_l
         )
 
 
-def observe(
-    disk: "DiSKLoss",
-    terms: DiSKTerms,
-    guide_logits: Tensor,
-    own_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-) -> None:
+def observe(disk: "DiSKLoss", terms: DiSKTerms, guide_logits: Tensor, own_logits: Tensor, target: Tensor) -> None:
     """Update the statistics and the level of g, the loss's or a ``UniformGuide``'s, with a batch.
 
     ``guide_logits`` are those used in the loss, ``own_logits`` the guide's output.
@@ -105,33 +97,19 @@ def observe(
         return
     warn_without_scheduler(level)
     if level.discount is not None:
-        _step_level(disk, level, terms.mean(), own_logits, teacher_logits, target)
+        _step_level(disk, level, terms.mean(), own_logits, target)
 
 
 @torch.no_grad()
-def _step_level(
-    disk: "DiSKLoss",
-    level: DiscountLevel,
-    terms: DiSKTerms,
-    own_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-) -> None:
+def _step_level(disk: "DiSKLoss", level: DiscountLevel, terms: DiSKTerms, own_logits: Tensor, target: Tensor) -> None:
     """Step the level with the batch's means; ``reduce_mean`` averages them over the ranks."""
-    shown, one = own_logits.detach().to(terms.discount.dtype), torch.ones_like(terms.discount)
-    valid = None if target.is_floating_point() else target != disk.ignore_index
-    shown = shown if valid is None else torch.where(valid, shown, 0.0)
-    reach = terms.counted if disk.top_k is None else _reach(disk, teacher_logits, target, valid).to(one.dtype)
-    means = torch.stack([terms.discount, terms.discount_slope, terms.agreement, one]) * terms.counted
-    seen = torch.cat([means, torch.stack([shown.sum(), reach])])
+    one = torch.ones_like(terms.discount)
+    shown = own_logits.detach().to(one.dtype)
+    if not target.is_floating_point():
+        shown = torch.where(target != disk.ignore_index, shown, 0.0)
+    means = torch.stack([terms.discount, terms.discount_slope, terms.reach, terms.agreement, one])
+    seen = torch.cat([means * terms.counted, shown.sum().unsqueeze(0)])
     seen = seen if disk.reduce_mean is None else disk.reduce_mean(seen)
-    discount, slope, agreement, counted, centre, reach = seen.unbind()
+    discount, slope, reach, agreement, counted, centre = seen.unbind()
     # NaN, which changes nothing, if all targets are ignored
     level.step(discount / reach, slope / reach, agreement / counted, centre / counted)
-
-
-def _reach(disk: "DiSKLoss", teacher_logits: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
-    """Return the sum over valid positions of the largest possible discount, a scalar."""
-    label = target.argmax(1) if valid is None else torch.where(valid, target, 0)
-    reach = get_reach(teacher_logits, label, disk.variant, temperature=disk.temperature, top_k=disk.top_k)
-    return reach.sum() if valid is None else torch.where(valid, reach, 0.0).sum()

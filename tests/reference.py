@@ -27,7 +27,7 @@ VARIANTS = {
     "official_imagenet": {"official": True, "clamp": 2.0, "extra": 0.0},
 }
 VALUES = ("ce", "distill", "divergence", "usage")
-VALUES += ("guide", "discount", "correct", "agreement", "teacher_correct", "discount_slope", "counted")
+VALUES += ("guide", "discount", "correct", "agreement", "teacher_correct", "discount_slope", "reach", "counted")
 WEIGHTED = ("ce", "distill", "divergence", "usage", "extra")
 
 
@@ -189,6 +189,7 @@ def position(student, teacher, entry, guide_logit, rules, *, temperature, studen
         "agreement": float(predicted == argmax(teacher)),
         "teacher_correct": float(argmax(teacher) == label),
         "discount_slope": slope,
+        "reach": math.exp(log_sum_exp([log_t[k] for k in classes]) - log_sum_exp(log_t)),
         "counted": 1.0,
     }
 
@@ -444,6 +445,7 @@ def _hand_expected():
         "agreement": 1 / 2,
         "teacher_correct": 1.0,
         "discount_slope": 17 / 144,
+        "reach": 1 / 2,
         "counted": 2.0,
         "per_sample": {
             "ce": [log2, 2 * log2],
@@ -456,6 +458,7 @@ def _hand_expected():
             "agreement": [1.0, 0.0],
             "teacher_correct": [1.0, 1.0],
             "discount_slope": [1 / 8, 1 / 9],
+            "reach": [1 / 2, 1 / 2],
             "counted": [1.0, 1.0],
         },
     }

@@ -30,6 +30,7 @@ class Rows(NamedTuple):
     removed: Tensor  # sum_k t_k g / (s_k + g) over K: the share of t taken off, and -d kl / d log g, (N,)
     slope: Tensor  # d removed / d log g = sum_k t_k s_k g / (s_k + g)^2 over K, (N,)
     target_mass: Tensor  # sum_y t_y, (N,)
+    reach: Tensor  # sum_k t_k over K, the largest that ``removed`` can be, (N,)
     prediction: Tensor  # the student's argmax, (N,)
 
 
@@ -175,14 +176,15 @@ def _block(
     probability = F.softmax(student, 1)
     # the largest probability is 1 / sum exp(s - max)
     ce = largest - student.gather(1, label) - probability.amax(1, keepdim=True).log()
-    objective = ce_weight * ce[:, 0] + kl_weight * kl
+    objective, mass = ce_weight * ce[:, 0] + kl_weight * kl, target.sum(1)
+    reach = mass.clone() if mask is None or zero_outside else (target * mask).sum(1)
     gradient = student.new_empty(len(student), 0)
     if with_gradient:
         left = kept * target
         gradient = _exp(log_s) * left.sum(1, keepdim=True)
         gradient = gradient.sub_(left).mul_(kl_weight / student_temperature).add_(probability, alpha=ce_weight)
         gradient = gradient.scatter_add(1, label[:, :1], torch.full_like(ce[:, :1], -ce_weight))
-    return objective, ce, kl, removed, slope, target.sum(1), prediction.squeeze(1), gradient
+    return objective, ce, kl, removed, slope, mass, reach, prediction.squeeze(1), gradient
 
 
 def _exp(value: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class _Classes(NamedTuple):
     slope: Tensor  # t s g / (s + g)^2
 
 
-_VALUES = 7  # of blocks.Rows, among the outputs of forward
+_VALUES = 8  # of blocks.Rows, among the outputs of forward
 
 
 def fused_rows(
@@ -104,7 +104,9 @@ class _FusedRows(torch.autograd.Function):
         ce = plain_norm.log() - (student.gather(1, label) - student_peak)
         removed, left = each.taken.sum(1), each.left.sum(1, keepdim=True)
         objective = scalars.ce_weight * ce[:, 0] + scalars.kl_weight * kl
-        values = objective, ce, kl, removed, each.slope.sum(1), each.target.sum(1), student.argmax(1)
+        mass = each.target.sum(1)
+        reach = mass.clone() if mask is None or zero_outside else (each.target * mask).sum(1)
+        values = objective, ce, kl, removed, each.slope.sum(1), mass, reach, student.argmax(1)
         soft_weight = scalars.kl_weight * scalars.student_rate / BITS * left / student_norm
         return *values, soft_weight, scalars.ce_weight / plain_norm, *norms
 

@@ -24,7 +24,7 @@ from ._settings import Settings
 from .budget import clamped, over_denominator
 from .cross_entropy import cross_entropy, label_cross_entropy
 from .guide_half import StudentSide, guide_half
-from .scaffold import get_discount, get_discount_slope, get_divergence, mask_and_size, scaffold
+from .scaffold import get_discount, get_discount_slope, get_divergence, get_reach, mask_and_size, scaffold
 from .terms import DiSKTerms
 
 
@@ -186,8 +186,8 @@ def evaluate(
     divergence = temperature * tau_s * get_divergence(parts, half.guide, size)
     weighted = [*(value * where.weight for value in (ce, distill, divergence)), half.spent.detach()]
     matches = (parts.prediction == where.label, parts.prediction == teacher_label, teacher_label == where.label)
-    plain = [half.guide, get_discount(parts), *(match.to(s.dtype) for match in matches), slope]
-    ce, distill, divergence, usage, guide, discount, correct, agreement, teacher_correct, discount_slope = (
+    plain = [half.guide, get_discount(parts), *(match.to(s.dtype) for match in matches), slope, get_reach(parts)]
+    ce, distill, divergence, usage, guide, discount, correct, agreement, teacher_correct, discount_slope, reach = (
         where.reduce_each([*weighted, *plain], reduction)
     )
     counted = where.valid if reduction == "none" else where.valid.sum()
@@ -206,6 +206,7 @@ def evaluate(
         agreement=agreement,
         teacher_correct=teacher_correct,
         discount_slope=discount_slope,
+        reach=reach,
         counted=counted.to(s.dtype),
     )
 

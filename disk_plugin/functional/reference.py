@@ -95,7 +95,7 @@ def reference_terms(
     student_loss = to_student + over_budget(g.detach(), felt_ce) if rules.student_feels_budget else to_student
     guide_loss = to_guide + over_budget(g, budget_ce.detach()) + penalty
     with torch.no_grad():
-        kl_to_phi, discount, slope = _watched(log_t, target_t, log_s, log_g, mask)
+        kl_to_phi, discount, slope, reach = _watched(log_t, target_t, log_s, log_g, mask)
         ce, divergence = ce.detach(), where.weighted(tau * tau_s * kl_to_phi)
         matches = (prediction == where.label, prediction == teacher_label, teacher_label == where.label)
         correct, agreement, teacher_correct = (where.plain(match.to(s.dtype)) for match in matches)
@@ -114,6 +114,7 @@ def reference_terms(
             agreement=agreement,
             teacher_correct=teacher_correct,
             discount_slope=where.plain(slope),
+            reach=where.plain(reach),
             counted=where.valid.to(s.dtype),
         )
     reduced = {"mean": terms.mean, "sum": terms.sum}
@@ -130,11 +131,11 @@ def _softened(scaled: Tensor, teacher_logits: Tensor, mask: Tensor, rules: Varia
 
 
 def _watched(log_t: Tensor, target_t: Tensor, log_s: Tensor, log_g: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """Return KL(t || (s + 1[y in K] g) / (1 + K g)), the discount and its derivative w.r.t. log g, per position."""
+    """Return KL(t || (s + 1[y in K] g) / (1 + K g)), the discount, its derivative w.r.t. log g, and its largest."""
     mass = target_t.sum(1).clamp(min=torch.finfo(target_t.dtype).tiny)
     normaliser = torch.log1p(mask.sum(1) * log_g.exp().squeeze(1))
     scaffolded = torch.where(mask, torch.logaddexp(log_s, log_g), log_s)
     divergence = (target_t * (log_t - scaffolded)).sum(1) + mass * (normaliser - mass.log())
     share = (log_g - log_s).sigmoid() * mask  # g / (s + g)
     removed, slope = (target_t * share).sum(1), (target_t * share * (1 - share)).sum(1)
-    return divergence.clamp(min=0), removed / mass, slope / mass
+    return divergence.clamp(min=0), removed / mass, slope / mass, (target_t * mask).sum(1) / mass

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .. import _checks
-from ..variants import Variant
 from ._positions import REDUCTIONS, Reduction, by_position, promote, to_dtype
 from .blocks import Rows, rows
 
@@ -216,20 +215,13 @@ def get_discount_slope(parts: Rows) -> Tensor:
     return _divide_by_mass(parts.slope, parts)
 
 
+def get_reach(parts: Rows) -> Tensor:
+    """Return the largest possible discount, the share of the target on the classes that receive g."""
+    return _divide_by_mass(parts.reach, parts)
+
+
 def _divide_by_mass(part: Tensor, parts: Rows) -> Tensor:
     return part / parts.target_mass.clamp(min=torch.finfo(part.dtype).tiny)
-
-
-@torch.no_grad()
-def get_reach(
-    teacher_logits: Tensor, label: Tensor, variant: Variant, *, temperature: float, top_k: int | None
-) -> Tensor:
-    """Return the largest possible discount, the share of the target on the classes that receive g, per position."""
-    (t,) = promote(teacher_logits)
-    mask, _ = mask_and_size(t, top_k, label if variant.scaffold_label else None)
-    if mask is None or variant.teacher_target == "scaffolded":  # the target is 0 on the others
-        return torch.ones_like(label, dtype=t.dtype)
-    return ((t / temperature).softmax(1) * mask).sum(1)
 
 
 def get_divergence(parts: Rows, guide: Tensor, size: int | Tensor) -> Tensor:

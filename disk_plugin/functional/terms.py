@@ -30,6 +30,7 @@ class DiSKTerms(NamedTuple):
         agreement: 1 if the student's argmax is the teacher's.
         teacher_correct: 1 if the teacher's argmax is the label.
         discount_slope: derivative of the discount w.r.t. log g.
+        reach: the largest possible discount: the share of the teacher's pull on the classes that receive g.
         counted: 1 for non-ignored targets, 0 for ignored ones; reduced: the number of non-ignored targets.
     """
 
@@ -47,6 +48,7 @@ class DiSKTerms(NamedTuple):
     agreement: Tensor
     teacher_correct: Tensor
     discount_slope: Tensor
+    reach: Tensor
     counted: Tensor
 
     def mean(self) -> "DiSKTerms":
