@@ -160,12 +160,9 @@ def repeated(loader: Iterable[Any]) -> Passes:
     """
 
     def passes(count: int) -> Iterator[Iterable[Any]]:
-        own = [(generator, generator.get_state()) for generator in _generators_of(loader)]
-        with preserved_random_state():
+        with preserved_random_state(*_generators_of(loader)):
             for _ in range(count):
                 yield loader
-        for generator, state in own:
-            generator.set_state(state)
 
     return passes
 
@@ -179,8 +176,9 @@ def _generators_of(loader: Any) -> list[torch.Generator]:
 
 
 @contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Restore the generators of Python, NumPy and torch on exit."""
+def preserved_random_state(*generators: torch.Generator) -> Iterator[None]:
+    """Restore the generators of Python, NumPy and torch, and those given, on exit."""
+    own = [generator.get_state() for generator in generators]
     python, numpy = random.getstate(), sys.modules.get("numpy")  # used by a loader only if it is imported
     array = None if numpy is None else numpy.random.get_state()
     # a loader may draw on the GPU too, for random erasing
@@ -189,6 +187,8 @@ def preserved_random_state() -> Iterator[None]:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        for generator, state in zip(generators, own, strict=True):
+            generator.set_state(state)
         random.setstate(python)
         if numpy is not None:
             numpy.random.set_state(array)
