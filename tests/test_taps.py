@@ -541,6 +541,8 @@ def test_budget_reads_the_first_two_entries_of_a_batch_and_refuses_nan():
     assert estimate_budget(nn.Identity(), loader) == 1 / 2
     with pytest.raises(ValueError, match="logits without NaN"):
         estimate_budget(nn.Identity(), [(rows(0, 1) * math.nan, torch.tensor([0, 0]))])
+    ignored = torch.cat([rows(0, 1), torch.full((1, 3), math.nan)]), torch.tensor([0, 0, -100])
+    assert estimate_budget(nn.Identity(), [ignored]) == 1 / 2
     with pytest.raises(TypeError, match=r"loader must yield \(x, target, ...\), got dict"):
         estimate_budget(nn.Identity(), [{"x": rows(0), "target": torch.tensor([0])}])
 
