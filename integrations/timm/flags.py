@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from disk_plugin import DiSKLoss, DualScheduler
 from disk_plugin._watch import ignoring_note
 from disk_plugin.features import METHODS
@@ -16,7 +18,8 @@ from disk_plugin.features.guided import FEATURE_WEIGHTS
 from disk_plugin.variants import VARIANTS
 
 from . import guide_flags
-from .guide_flags import SWITCHES, add_guide, check_uniform, example_of, guide_of
+from .guide_flags import SWITCHES, add_guide, check_uniform, guide_of
+from .guide_module import build_guide, reads_features
 from .method_flags import add_methods, chosen_method, method_settings
 from .recipe import Recipe
 
@@ -150,7 +153,9 @@ def check(args: argparse.Namespace) -> None:
     check_uniform(args)
     # DiSK's own constructors validate the rest
     arguments = task_arguments(args, epochs=1)
-    loss = DiSKLoss(example_of(arguments["guide"]), **_loss(args))
+    guide = arguments["guide"]
+    pre_logits = torch.zeros(1, 1) if reads_features(guide) else None
+    loss = DiSKLoss(build_guide(guide, torch.zeros(1, 2), pre_logits), **_loss(args))
     with ignoring_note():  # of one epoch
         DualScheduler(loss, epochs=arguments["epochs"], **arguments["dual"])
     Recipe(**arguments.get("alternating", {}))

@@ -5,8 +5,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from disk_plugin import GuideHead
 from disk_plugin.uniform import UniformGuide
 
@@ -61,11 +59,3 @@ def guide_of(args: argparse.Namespace) -> dict[str, Any] | UniformGuide:
         "hidden_dims": tuple(args.disk_guide_hidden_dims),
         "norm": args.disk_guide_norm,
     }
-
-
-def example_of(guide: dict[str, Any] | UniformGuide) -> nn.Module:
-    """Return a guide of two classes, for validating a loss."""
-    if isinstance(guide, UniformGuide):
-        return guide
-    keywords = {name: value for name, value in guide.items() if name != "use_features"}
-    return GuideHead(2, int(guide["use_features"]), **keywords)
