@@ -93,8 +93,8 @@ def unreachable(level: DiscountLevel | None, seen: EpochStatistics) -> str | Non
     if level is None or level.discount is None or not seen.positions or level.log_guide.item() < -1e-3:
         return None
     return (
-        f"g is 1, its largest, and the discount {seen.discount:.3g} of the teacher's pull on the student still misses "
-        f"its target of {level.target.item():.3g}: give a smaller discount"
+        f"g is 1, its largest, and the mean discount is {seen.discount:.3g} of the teacher's pull, still below its "
+        f"target of {level.target.item():.3g} of what g can take off: give a smaller discount"
     )
 
 

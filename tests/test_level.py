@@ -296,7 +296,7 @@ def test_a_target_that_g_cannot_reach_is_told():
     dual = DualScheduler(disk, epochs=3)
     for _ in range(80):  # even g = 1 takes half of the pull at most where the student is certain
         disk(student, student, torch.arange(C))
-    with pytest.warns(UserWarning, match=r"g is 1, its largest, and the discount 0\.4\d* .* target of 0\.9"):
+    with pytest.warns(UserWarning, match=r"g is 1, its largest, and the mean discount is 0\.4\d* .* target of 0\.9"):
         dual.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
