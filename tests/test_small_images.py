@@ -474,6 +474,25 @@ def test_pages_repeat_the_committed_values(name, table, page, marker):
     assert shown(page, marker) == table(json.loads((RESULTS / f"{name}.json").read_text()))
 
 
+def test_what_the_page_says_of_few_features_is_committed():
+    found = json.loads((RESULTS / "cifar100_10-l_10-xxs_conditions.json").read_text())["conditions"]
+    forms = ("uniform-1", "uniform-2", "disk-1", "disk-2")
+    gaps, values = [], {}
+    for name in ("8 features, KD searched", "as it is, KD searched"):
+        kd = found[name]["kd"]
+        values[name] = [found[name]["differences"][f"{form} - {kd}"] for form in forms]
+        for cell in found[name]["cells"]:
+            own = cell["methods"][kd]
+            gaps.append((cell["teacher"]["train"] - own["train"], abs(own["train"] - own["held_out"])))
+    ahead = [value for row in values["8 features, KD searched"] for value in row["values"]]
+    assert (len(ahead), round(min(ahead), 2), round(max(ahead), 2)) == (12, 0.18, 1.34)
+    assert all(low < 0 < high for low, high in (row["interval_95"] for row in values["as it is, KD searched"]))
+    assert round(values["as it is, KD searched"][0]["values"][0], 2) == 1.36
+    capacity_gaps, data_gaps = zip(*gaps, strict=True)
+    assert min(capacity_gaps) > 39
+    assert max(data_gaps) < 1.31
+
+
 def test_the_report_used_the_frozen_settings_and_equal_passes():
     results = json.loads((RESULTS / "cifar100_10-l_10-xxs_30.json").read_text())
     search = json.loads((RESULTS / "cifar100_10-l_10-xxs_search.json").read_text())

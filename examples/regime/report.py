@@ -57,6 +57,8 @@ def summary(results: dict[str, Any]) -> str:
             f"- {name}: right in {found.right} of {found.clear}; {found.gains_missed} gains missed, "
             f"{found.losses_taken} losses taken; mean {found.mean_gain:+.2f} over the {found.recommended} recommended"
         )
+    others = [cell.gain for cell in synthetic if not rule(cell)]
+    lines.append(f"- where the rule says KD, {len(others)} synthetic cells, DiSK's mean is {rules.mean(others):+.2f}")
     seconds = sum(problem["cpu_seconds"] for problem in results["problems"].values())
     return "\n".join([*lines, "", f"{len(cells)} cells, {seconds / 60:.0f} minutes of one core."])
 
