@@ -225,6 +225,11 @@ def test_the_documents_repeat_another_map(committed):
     assert shown("regime_map.md", "regime") == f"{report.table(committed)}\n\n{report.summary(committed)}"
 
 
+def test_a_map_that_recommends_disk_everywhere_has_no_summary(committed, monkeypatch):
+    monkeypatch.setattr(rule, "derive", lambda cells: Rule(-100.0, 100.0))
+    assert "where the rule says KD" not in report.summary(committed)
+
+
 def test_the_committed_map_comes_from_another_protocol(committed):
     args = argparse.Namespace(seeds=committed["protocol"]["seeds"], dry_run=False)
     assert committed["protocol"] == regime_map.protocol(args)

@@ -58,7 +58,9 @@ def summary(results: dict[str, Any]) -> str:
             f"{found.losses_taken} losses taken; mean {found.mean_gain:+.2f} over the {found.recommended} recommended"
         )
     others = [cell.gain for cell in synthetic if not rule(cell)]
-    lines.append(f"- where the rule says KD, {len(others)} synthetic cells, DiSK's mean is {rules.mean(others):+.2f}")
+    if others:  # a map may recommend DiSK everywhere
+        said = f"where the rule says KD, {len(others)} synthetic cells, DiSK's mean is {rules.mean(others):+.2f}"
+        lines.append(f"- {said}")
     seconds = sum(problem["cpu_seconds"] for problem in results["problems"].values())
     return "\n".join([*lines, "", f"{len(cells)} cells, {seconds / 60:.0f} minutes of one core."])
 
