@@ -186,8 +186,10 @@ def main() -> None:
     elif args.conditions:
         name, shown = "conditions", conditions_table
         path = args.out / f"{pair}_conditions.json"
-        only = [] if args.collect else args.only
-        found = conditions(experiment, only, lambda so_far: path.write_text(json.dumps(so_far, indent=1) + "\n"))
+        only, earlier = [] if args.collect else args.only, json.loads(path.read_text()) if path.exists() else None
+        found = conditions(
+            experiment, only, lambda so_far: path.write_text(json.dumps(so_far, indent=1) + "\n"), earlier
+        )
     else:
         final = Final(experiment, search)
         if not args.collect:

@@ -252,16 +252,55 @@ def test_the_conditions_write_every_cell_and_train_it_once(tmp_path, experiment,
     values = found["conditions"]["8 features"]["differences"][f"auto-1 - {kd}"]["values"]
     assert values[1] == pytest.approx(cell["auto-1"]["held_out"] - cell[kd]["held_out"])
     table = conditions.conditions_table(found)
-    forms, passes = table.split("\n\n")
-    assert [row.split(" | ")[0] for row in forms.splitlines()[2:]] == [*(f"| {name}" for name in chosen[:3]), "| mean"]
+    forms, default, passes = table.split("\n\n")
+    assert [row.split(" | ")[0] for row in default.splitlines()[2:]] == [
+        *(f"| {name}" for name in chosen[1:3]),
+        "| mean",
+    ]
     assert f"| {values[0]:+.2f} / {values[1]:+.2f} |" in forms
-    gaps = [each["differences"][f"ce - {each['kd']}"]["values"] for each in list(found["conditions"].values())[:3]]
-    assert [cell.strip() for cell in forms.splitlines()[-1].split("|")][5] == f"{sum(map(sum, gaps)) / 6:+.2f}"
+    gaps = [found["conditions"][name] for name in chosen[1:3]]
+    gaps = [each["differences"][f"uniform-1 - {each['kd']}"]["values"] for each in gaps]
+    assert [cell.strip() for cell in default.splitlines()[-1].split("|")][5] == f"{sum(map(sum, gaps)) / 4:+.2f}"
     assert passes.splitlines()[2].startswith(f"| {chosen[3]} | ")
     monkeypatch.setattr(Run, "fit_epoch", lambda run: pytest.fail("trained again"))
     assert conditions.conditions(made, only, lambda so_far: None) == found
     for part in (only[1:2], []):  # what has finished is reported regardless
         assert conditions.conditions(made, part, lambda so_far: None) == found
+
+
+def test_earlier_results_of_the_conditions_are_reported_and_not_trained_again(tmp_path, experiment, monkeypatch):
+    only = [list(conditions.CONDITIONS).index("4 features")]
+    earlier = conditions.conditions(experiment(tmp_path / "one", "--conditions"), only, lambda so_far: None)
+    earlier = json.loads(json.dumps(earlier))
+    del earlier["conditions"]["4 features"]["seeds"][0], earlier["conditions"]["4 features"]["cells"][0]
+    earlier["protocol"]["machine"], machine = "another", earlier["protocol"]["machine"]
+    made, kept = experiment(tmp_path / "two", "--conditions"), []
+    found = conditions.conditions(made, only, kept.append, earlier)
+    assert len(kept) == 1  # the cell that lacked
+    assert found["conditions"]["4 features"]["seeds"] == [100, 101]
+    assert found["conditions"]["4 features"]["cells"][1] == earlier["conditions"]["4 features"]["cells"][0]
+    assert found["protocol"]["machine"] == f"another; {machine}"
+    monkeypatch.setattr(Run, "fit_epoch", lambda run: pytest.fail("trained again"))
+    assert conditions.conditions(experiment(tmp_path / "two", "--conditions"), only, kept.append, found) == found
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"protocol": {"epochs": 7}}, "expected earlier results of the protocol.* got.*'epochs': 7.*another --out"),
+        (
+            {"conditions": {"9 features": {"seeds": [100], "cells": [{"methods": {"ce": {}}}]}}},
+            "'9 features' with None",
+        ),
+        ({"conditions": {"4 features": {"seeds": [100], "cells": [{"methods": {"ce": {}}}]}}}, r"got \['ce'\]"),
+    ],
+)
+def test_earlier_results_of_something_else_are_refused(tmp_path, experiment, changed, message):
+    made = experiment(tmp_path, "--conditions")
+    earlier = conditions.conditions(made, [], lambda so_far: None)
+    earlier = {key: value | changed.get(key, {}) for key, value in earlier.items()}
+    with pytest.raises(ValueError, match=message):
+        conditions.conditions(made, [], lambda so_far: None, earlier)
 
 
 def test_an_unfinished_condition_is_not_reported_unless_it_is_asked_for(tmp_path, experiment, monkeypatch):

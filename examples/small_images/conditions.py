@@ -33,13 +33,13 @@ class Condition(NamedTuple):
     corrected: bool = False  # correct the teacher's errors on training images
     share: float = 1.0  # of the training images
     times: int = 1  # factor of the number of epochs, the warm start's too
-    compared: str = "forms"
+    compared: str = "default"  # a key of compared()'s
 
 
 # most informative first: problems with a gain share a narrow readout and a much better teacher
 CONDITIONS = {
-    "8 features": Condition(features=8),
-    "as it is (16 features)": Condition(),
+    "8 features": Condition(features=8, compared="forms"),
+    "as it is (16 features)": Condition(compared="forms"),
     "8 features, KD searched": Condition(features=8, compared="kd"),
     "as it is, KD searched": Condition(compared="kd"),
     "4 features": Condition(features=4),
@@ -65,8 +65,17 @@ def compared(condition: Condition) -> dict[str, tuple[str, dict[str, Any]]]:
         guided = {f"{row}-{tau:g}": at[tau][row] for row in ("uniform", "disk") for tau in at}
         return {"ce": ("ce", {}), **kd, **guided}
     kd = {"kd-1": at[1.0]["kd-1"], "kd-2": ("kd", {"ce_weight": 0.1, "temperature": 2.0})}
+    if condition.compared == "default":  # three settings each of KD and of DiSK
+        more = {"kd-1, ce_weight 0.1": ("kd", {"ce_weight": 0.1, "temperature": 1.0})}
+        return {
+            **kd,
+            **more,
+            "uniform-1": at[1.0]["uniform"],
+            "uniform-2": at[2.0]["uniform"],
+            "disk-1": at[1.0]["disk"],
+        }
     # the authors' zeroed target outside a fifth of the classes, with what the search of DiSK chose
-    zeroed = {**trials.BEST, **trials.SMALL_K, "top_k": 4 if condition.superclasses else 20}
+    zeroed = {**trials.BEST, **trials.SMALL_K, "top_k": 20}
     if condition.compared == "algorithm 1":
         method, paper = at[1.0]["paper-replay"]
         cooler = {**paper, "loss": {**paper["loss"], "temperature": 2.0}}
@@ -176,25 +185,55 @@ class Cell:
 
 
 def conditions(
-    experiment: Experiment, only: list[int] | None, keep: Callable[[dict[str, Any]], None]
+    experiment: Experiment,
+    only: list[int] | None,
+    keep: Callable[[dict[str, Any]], None],
+    earlier: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train all conditions from the first start, then from the next; report the results after every cell.
 
-    With ``only`` it trains those alone, and reports what has finished of the others too.
+    With ``only`` it trains those alone, and reports what has finished of the others too. ``earlier`` results are part
+    of the report, and are not trained again.
+
+    Raises:
+        ValueError: the earlier results are of another protocol, or compare other methods.
     """
     args = experiment.args
     shared = ("student", "teacher", "epochs", "warm_epochs", "views", "lr")
     protocol = {key: getattr(args, key) for key in shared} | {"pixels": PIXELS, "machine": machine(args.device)}
-    cells: dict[str, dict[int, Any]] = {}
-    found: dict[str, Any] = {"protocol": protocol, "conditions": {}}
+    cells = cells_of(earlier, protocol) if earlier else {name: {} for name in CONDITIONS}
+    found = {"protocol": protocol, "conditions": grouped(cells)}
     for seed in range(SEARCH_SEED, SEARCH_SEED + args.seeds):
         for number, name in enumerate(CONDITIONS):
             cell = Cell(experiment, name, seed)
-            if only is None or number in only or cell.is_finished():
-                cells.setdefault(name, {})[seed] = cell.run()
-                found["conditions"] = {key: summed(each) for key, each in cells.items()}
+            if seed not in cells[name] and (only is None or number in only or cell.is_finished()):
+                cells[name][seed] = cell.run()
+                found["conditions"] = grouped(cells)
                 keep(found)
     return found
+
+
+def cells_of(earlier: dict[str, Any], protocol: dict[str, Any]) -> dict[str, dict[int, Any]]:
+    """Return the cells of earlier results, by condition and seed; add its machine to ``protocol``."""
+    same = {key: value for key, value in earlier["protocol"].items() if key != "machine"}
+    if same != {key: value for key, value in protocol.items() if key != "machine"}:
+        raise ValueError(
+            f"expected earlier results of the protocol {protocol}, got {earlier['protocol']}; use another --out"
+        )
+    protocol["machine"] = "; ".join(dict.fromkeys([*earlier["protocol"]["machine"].split("; "), protocol["machine"]]))
+    cells: dict[str, dict[int, Any]] = {name: {} for name in CONDITIONS}
+    for name, condition in earlier["conditions"].items():
+        methods = list(compared(CONDITIONS[name])) if name in CONDITIONS else None
+        for seed, cell in zip(condition["seeds"], condition["cells"], strict=True):
+            if list(cell["methods"]) != methods:
+                raise ValueError(f"expected earlier results of {name!r} with {methods}, got {list(cell['methods'])}")
+            cells[name][seed] = cell
+    return cells
+
+
+def grouped(cells: dict[str, dict[int, Any]]) -> dict[str, Any]:
+    """Return each condition that has cells, in order of seeds."""
+    return {name: summed(dict(sorted(each.items()))) for name, each in cells.items() if each}
 
 
 def summed(cells: dict[int, Any]) -> dict[str, Any]:
