@@ -38,7 +38,8 @@ def resolve_form(
     A variant with rules of its own for the budget, as the authors' scripts have them, asks for a budget too.
 
     Raises:
-        ValueError: a numeric discount beside a budget, a multiplier or a guide with its own; values out of range.
+        ValueError: a numeric discount beside a budget, a multiplier or a guide with its own; a budget beside a guide
+            that has no use for it; values out of range.
         TypeError: ``guide`` is not a module; values of another type.
     """
     if not isinstance(guide, nn.Module):
@@ -66,8 +67,19 @@ def resolve_form(
     }
     for name, value in values.items():
         _checks.number(name, value, at_least=0)
+    if _sets_g(guide, rules):
+        for name, value in {"budget": budget, "multiplier": multiplier or None}.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} must be left out beside a {type(guide).__name__}, which sets g; got {value:g}"
+                )
     keeps = multiplier is not None or default == 0.0
     return Form(level, float(values["multiplier"]), float(values["budget"]), keeps)
+
+
+def _sets_g(guide: nn.Module, rules: Variant) -> bool:
+    """Return whether the guide sets g by itself, so that a budget's hinge has nothing to train."""
+    return isinstance(guide, DiscountLevel) and not rules.student_feels_budget
 
 
 def level_of(loss: "DiSKLoss") -> DiscountLevel | None:
@@ -102,9 +114,14 @@ def asks_for_budget(loss: "DiSKLoss", rule: str, **given: Any) -> bool:
     """Return whether a scheduler's arguments are those of a budget.
 
     Raises:
-        ValueError: they are, but the loss was given a number as its discount.
+        ValueError: they are, but the loss was given a number as its discount, or its guide has no use for a budget.
     """
     asked = [name for name, value in given.items() if value is not None] + ["rule"] * (rule != "cosine")
+    if asked and _sets_g(loss.guide, loss.variant):
+        raise ValueError(
+            f"{' and '.join(asked)} must be left out beside a {type(loss.guide).__name__}, which sets g by its "
+            f"{'value' if loss.guide.discount is None else 'discount'}"
+        )
     if asked and loss.level is not None and loss.level.discount != "auto":
         raise ValueError(
             f"the loss was given discount={loss.level.discount}, which has no {' and '.join(asked)}: build it with "

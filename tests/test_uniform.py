@@ -317,6 +317,25 @@ def test_bad_settings_are_refused(how, error, message):
         UniformGuide(**how)
 
 
+@pytest.mark.parametrize(("name", "value"), [("budget", 0.1), ("budget", 0.0), ("multiplier", 50)])
+@pytest.mark.parametrize("guide", [{"value": 0.3}, {"discount": "auto"}])
+def test_a_budget_that_could_bound_nothing_is_refused(guide, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be left out beside a UniformGuide, which sets g; got {value:g}"):
+        DiSKLoss(UniformGuide(**guide), **{name: value})
+    assert DiSKLoss(UniformGuide(**guide), multiplier=0).multiplier == 0
+    felt = DiSKLoss(UniformGuide(**guide), variant="official_imagenet", **{name: value})  # its hinge trains the student
+    assert getattr(felt, name) == value
+
+
+@pytest.mark.parametrize("asked", [{"multiplier": (1, 50)}, {"budget": 0.1, "period": 2}, {"rule": "adaptive"}])
+def test_a_schedule_that_could_bound_nothing_is_refused(asked):
+    with pytest.raises(ValueError, match=f"{list(asked)[-1]}.* must be left out beside a UniformGuide.* by its value"):
+        DualScheduler(DiSKLoss(UniformGuide((1.0, 0.0))), epochs=3, **asked)
+    with pytest.raises(ValueError, match="by its discount"):
+        DualScheduler(DiSKLoss(UniformGuide(discount="auto")), epochs=3, **asked)
+    DualScheduler(DiSKLoss(UniformGuide(0.3), variant="official_imagenet"), epochs=3, **asked)
+
+
 def test_progress_outside_training_is_refused_or_ends_it():
     guide = UniformGuide((1.0, 0.0))
     with pytest.raises(ValueError, match="progress must be >= 0"):
