@@ -108,7 +108,7 @@ def add_models(names, page):
     """Add the models, and what an earlier page has made of them."""
     if page.name == "write_a_method.md":
         models = {"student": Shown(4), "teacher": Shown(6), "student_channels": 4, "teacher_channels": 6}
-    elif page.name == "scalekd.md":
+    elif page.name in ("scalekd.md", "simkd.md"):
         models = {"student": Staged(4), "teacher": Staged(8)}
     else:
         models = {
