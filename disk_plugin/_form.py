@@ -77,6 +77,11 @@ def resolve_form(
     return Form(level, float(values["multiplier"]), float(values["budget"]), keeps)
 
 
+def has_budget(loss: "DiSKLoss") -> bool:
+    """Return whether a budget bounds the loss's g."""
+    return loss.level is None and not _sets_g(loss.guide, loss.variant)
+
+
 def _sets_g(guide: nn.Module, rules: Variant) -> bool:
     """Return whether the guide sets g by itself, so that a budget's hinge has nothing to train."""
     return isinstance(guide, DiscountLevel) and not rules.student_feels_budget
@@ -103,7 +108,7 @@ def format_settings(loss: "DiSKLoss", **more: Any) -> str:
     """Return a loss's settings as ``repr`` shows them, with the current multiplier and budget if they bound g."""
     names = ["ce_weight", "distill_weight", "temperature", "top_k", "guide_gradient_scale", "ignore_index"]
     shown = {**{name: getattr(loss, name) for name in names}, **more}
-    if loss.level is None and not isinstance(loss.guide, DiscountLevel):  # a UniformGuide shows what sets its g
+    if has_budget(loss):  # else level or guide show what sets g
         shown |= {"multiplier": to_shown(loss.multiplier), "budget": to_shown(loss.budget)}
     if loss.label_smoothing:
         shown["label_smoothing"] = loss.label_smoothing

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from .._form import has_budget
 from .._watch import ignoring_note
 from ..distributed import share_statistics
 from ..loss import DiSKLoss
@@ -33,7 +34,7 @@ class Schedule:
         if epochs is None:
             return cls(None, epochs_per_iteration)
         dual = dict(dual or {})
-        if disk.level is None and dual.get("budget") is None:
+        if has_budget(disk) and dual.get("budget") is None:
             dual["budget"] = float(disk.budget)  # given here, a checkpoint's does not override it
         with ignoring_note():  # a host tells ``note`` itself
             scheduler = DualScheduler(disk, epochs=math.ceil(epochs / epochs_per_iteration), **dual)
