@@ -50,6 +50,7 @@ CONDITIONS = {
     "a teacher that is always right": Condition(corrected=True),
     "a weaker teacher": Condition(teacher="resnet10-s"),
     "as it is, Algorithm 1": Condition(compared="algorithm 1"),
+    "4 features, cooler KD": Condition(features=4, compared="cooler"),
 }
 
 
@@ -64,6 +65,9 @@ def compared(condition: Condition) -> dict[str, tuple[str, dict[str, Any]]]:
         }
         guided = {f"{row}-{tau:g}": at[tau][row] for row in ("uniform", "disk") for tau in at}
         return {"ce": ("ce", {}), **kd, **guided}
+    if condition.compared == "cooler":  # where KD is best at temperature 1, the lowest tried
+        cooler = {f"kd-{tau:g}": ("kd", {"ce_weight": 0.0, "temperature": tau}) for tau in (0.5, 0.7)}
+        return {"kd-1": at[1.0]["kd-1"], **cooler, "disk-1": at[1.0]["disk"]}
     kd = {"kd-1": at[1.0]["kd-1"], "kd-2": ("kd", {"ce_weight": 0.1, "temperature": 2.0})}
     if condition.compared == "default":  # three settings each of KD and of DiSK
         more = {"kd-1, ce_weight 0.1": ("kd", {"ce_weight": 0.1, "temperature": 1.0})}
