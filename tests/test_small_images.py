@@ -13,7 +13,7 @@ import label_noise
 import numpy as np
 import pytest
 import torch
-from evidence import shown
+from evidence import PAGES, shown
 from small_images import data, report, screening, trials
 from small_images.conditions import conditions_table
 from small_images.methods import CE, KD, METHODS, Batch, make_method
@@ -476,6 +476,7 @@ def test_pages_repeat_the_committed_values(name, table, page, marker):
 
 def test_what_the_page_says_of_few_features_is_committed():
     found = json.loads((RESULTS / "cifar100_10-l_10-xxs_conditions.json").read_text())["conditions"]
+    page = (PAGES / "few_features.md").read_text()
     forms = ("uniform-1", "uniform-2", "disk-1", "disk-2")
     gaps, values = [], {}
     for name in ("8 features, KD searched", "as it is, KD searched"):
@@ -490,9 +491,34 @@ def test_what_the_page_says_of_few_features_is_committed():
     assert (len(added), round(min(added), 2), round(max(added), 2)) == (8, 0.06, 1.34)
     assert all(low < 0 < high for low, high in (row["interval_95"] for row in values["as it is, KD searched"]))
     assert round(values["as it is, KD searched"][0]["values"][0], 2) == 1.36
+    kd = found["4 features"]["kd"]
+    forms = [found["4 features"]["differences"][f"{form} - {kd}"] for form in forms[:3]]
+    ahead = [value for row in forms for value in row["values"]]
+    assert f"by {min(ahead):.2f} to {max(ahead):.2f} points" in line_of(page, "- **4 features**")
+    one_g, _, guided = (row["values"] for row in forms)
+    apart = [a - b for a, b in zip(guided, one_g, strict=True)]
+    count, mean = sum(value > 0 for value in apart), sum(apart) / len(apart)
+    assert f"ahead of it on {count} of {len(apart)} seeds, by {mean:.2f} points" in line_of(page, "- **The scaffold")
+    for name in ("4 features", "4 features, cooler KD"):
+        for cell in found[name]["cells"]:
+            own = cell["methods"][found[name]["kd"]]
+            gaps.append((cell["teacher"]["train"] - own["train"], abs(own["train"] - own["held_out"])))
+    cooler = [cell["methods"] for cell in found["4 features, cooler KD"]["cells"]]
+    best = [max(each["held_out"] for name, each in cell.items() if name.startswith("kd")) for cell in cooler]
+    margins = [cell["disk-1"]["held_out"] - kd for cell, kd in zip(cooler, best, strict=True)]
+    assert "{:.2f} and {:.2f} points ahead".format(*margins) in line_of(page, "- **Cooler KD")
+    pairs = [*zip(cooler, (cell["methods"] for cell in found["4 features"]["cells"]), strict=False)]
+    apart = max(abs(a[name]["held_out"] - b[name]["held_out"]) for a, b in pairs for name in ("kd-1", "disk-1"))
+    assert f"ends up to {apart:.2f} points elsewhere" in line_of(page, "- **Cooler KD")
     capacity_gaps, data_gaps = zip(*gaps, strict=True)
     assert min(capacity_gaps) > 39
     assert max(data_gaps) < 1.31
+
+
+def line_of(page, start):
+    """Return the page's line that begins so."""
+    [line] = [line for line in page.splitlines() if line.startswith(start)]
+    return line
 
 
 def test_the_report_used_the_frozen_settings_and_equal_passes():

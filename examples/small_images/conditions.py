@@ -270,6 +270,8 @@ def _table(methods: tuple[str, ...], group: dict[str, Any]) -> str:
         row.append(f"{_accuracies([cell['methods'][kd] for cell in cells])}, {kd}")
         gaps = [condition["differences"][f"{method} - {kd}"] for method in methods]
         lines.append(f"| {' | '.join([name, *row, *map(_difference, gaps)])} |")
+    if len(group) == 1:
+        return "\n".join(lines)
     means = [
         statistics.fmean(
             gap for each in group.values() for gap in each["differences"][f"{method} - {each['kd']}"]["values"]
