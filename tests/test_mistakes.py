@@ -32,8 +32,8 @@ def batch():
     return torch.randn(N, C), torch.randn(N, C), torch.randint(C, (N,))
 
 
-def make(epochs=4, guide=None, **settings):
-    disk = DiSKLoss(GuideHead(C, hidden_dims=(4,)) if guide is None else guide, **{"budget": 0.05, **settings})
+def make(epochs=4, **settings):
+    disk = DiSKLoss(GuideHead(C, hidden_dims=(4,)), **{"budget": 0.05, **settings})
     return disk, DualScheduler(disk, epochs=epochs, multiplier=(5.0, 5.0)), nn.Linear(C, C)
 
 
@@ -116,7 +116,8 @@ def test_an_optimizer_that_writes_past_the_version_counters_is_not_told_of(quiet
 
 def test_a_frozen_guide_one_without_parameters_and_one_that_is_all_buffers_are_not_told_of(quiet):
     for guide in (GuideHead(C).requires_grad_(False), UniformGuide(0.03), UniformGuide(discount=0.4)):
-        disk, dual, student = make(guide=guide)
+        disk, student = DiSKLoss(guide), nn.Linear(C, C)
+        dual = DualScheduler(disk, epochs=4)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
         for _ in range(2):
             epoch(disk, student, optimizer)
