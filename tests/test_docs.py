@@ -224,7 +224,7 @@ def test_readme_is_short():
     assert lengths[len(lengths) // 2] <= 20, lengths
 
 
-STUDENT_T = {2: 4.303, 7: 2.365}  # 97.5 % point by degrees of freedom
+STUDENT_T = {2: 4.303, 4: 2.776, 7: 2.365}  # 97.5 % point by degrees of freedom
 MEASURED = {  # README's rows among those of examples/gain.py
     "100 synthetic classes, 12 features": "scaffold_target 12, warm, 24 passes",
     "clusters": "clusters (new), warm, 10 passes",
@@ -232,6 +232,10 @@ MEASURED = {  # README's rows among those of examples/gain.py
     "CIFAR-100 pixels, 8 units": "pixels 8, warm, 6 passes",
     "digits": "digits, warm, 120 passes",
     "few samples": "few samples (new), warm, 40 passes",
+}
+CONDITIONS = {  # on held-out training images
+    "CIFAR-100, CNN with 4 features (5 seeds)": "4 features",
+    "CIFAR-100, CNN with 8 features (5 seeds)": "8 features, KD searched",
 }
 
 
@@ -251,6 +255,12 @@ def measured(problem):
         row = json.loads((ROOT / "examples/results/gain.json").read_text())["rows"][MEASURED[problem]]
         differences = [row["differences"][name]["values"] for name in ("DiSK, default", "UniformGuide, discount auto")]
         return statistics.mean(row["kd"]["test"]), *map(paired, differences)
+    if problem in CONDITIONS:
+        found = json.loads((ROOT / "examples/results/cifar100_10-l_10-xxs_conditions.json").read_text())
+        row = found["conditions"][CONDITIONS[problem]]
+        differences = [row["differences"][f"{name} - {row['kd']}"]["values"] for name in ("disk-1", "uniform-1")]
+        held_out = [cell["methods"][row["kd"]]["held_out"] for cell in row["cells"]]
+        return statistics.mean(held_out), *map(paired, differences)
     lines = (ROOT / "examples/results/gpu/results.jsonl").read_text().splitlines()
     runs = [run for run in map(json.loads, lines) if run["student"] == "resnet10-xxs"]
     kd, disk, uniform = (
@@ -264,7 +274,7 @@ def measured(problem):
 def test_readme_shows_what_was_measured():
     text = (ROOT / "README.md").read_text()
     rows = re.search(r"<!-- summary -->\n(.*?)<!-- /summary -->", text, re.DOTALL)[1].splitlines()[2:]
-    assert len(rows) == len(MEASURED) + 1
+    assert len(rows) == len(MEASURED) + len(CONDITIONS) + 1
     for row in rows:
         problem, _, *shown = (cell.strip() for cell in row.strip("|").split("|"))
         kd, disk, uniform = measured(problem)
