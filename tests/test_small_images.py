@@ -474,6 +474,9 @@ def test_pages_repeat_the_committed_values(name, table, page, marker):
     assert shown(page, marker) == table(json.loads((RESULTS / f"{name}.json").read_text()))
 
 
+RIVALS = ("uniform-1", "uniform-2", "disk-1")  # of KD, where three settings each are compared
+
+
 def test_what_the_page_says_of_few_features_is_committed():
     found = json.loads((RESULTS / "cifar100_10-l_10-xxs_conditions.json").read_text())["conditions"]
     page = (PAGES / "few_features.md").read_text()
@@ -492,13 +495,21 @@ def test_what_the_page_says_of_few_features_is_committed():
     assert all(low < 0 < high for low, high in (row["interval_95"] for row in values["as it is, KD searched"]))
     assert round(values["as it is, KD searched"][0]["values"][0], 2) == 1.36
     kd = found["4 features"]["kd"]
-    forms = [found["4 features"]["differences"][f"{form} - {kd}"] for form in forms[:3]]
+    forms = [found["4 features"]["differences"][f"{form} - {kd}"] for form in RIVALS]
     ahead = [value for row in forms for value in row["values"]]
     assert f"by {min(ahead):.2f} to {max(ahead):.2f} points" in line_of(page, "- **4 features**")
     one_g, _, guided = (row["values"] for row in forms)
     apart = [a - b for a, b in zip(guided, one_g, strict=True)]
     count, mean = sum(value > 0 for value in apart), sum(apart) / len(apart)
     assert f"ahead of it on {count} of {len(apart)} seeds, by {mean:.2f} points" in line_of(page, "- **The scaffold")
+    few_classes = found["20 superclasses"]
+    behind = [few_classes["differences"][f"{form} - {few_classes['kd']}"]["values"] for form in RIVALS]
+    behind = sorted(-value for values in behind for value in values)
+    [cell] = few_classes["cells"]
+    below = cell["teacher"]["train"] - cell["methods"][few_classes["kd"]]["train"]
+    of_few_classes = line_of(page, "- **20 superclasses")
+    assert f"{behind[0]:.2f} to {behind[-1]:.2f} points behind KD, on one seed" in of_few_classes
+    assert f"training accuracy is {below:.1f} points below" in of_few_classes
     for name in ("4 features", "4 features, cooler KD"):
         for cell in found[name]["cells"]:
             own = cell["methods"][found[name]["kd"]]
