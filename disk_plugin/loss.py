@@ -73,7 +73,7 @@ class DiSKLoss(nn.Module):
         logits' shape; teacher_features (N, D) or (N, D, d1, ...); sample_weight (N,) or (N, d1, ...). Returns a scalar.
 
     Raises:
-        ValueError: values out of range, an unknown variant; in ``forward`` shapes that do not fit.
+        ValueError: values out of range or in conflict, an unknown variant; in ``forward`` shapes that do not fit.
         TypeError: ``guide`` is not a module; values or tensors of another type.
 
     Examples:

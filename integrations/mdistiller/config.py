@@ -14,6 +14,7 @@ from mdistiller.engine.cfg import CFG
 from yacs.config import CfgNode
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead, _checks
+from disk_plugin._form import has_budget
 from disk_plugin._watch import ignoring_note
 from disk_plugin.features import METHODS, Guided, Method
 from disk_plugin.features.launching import settings_of
@@ -174,7 +175,7 @@ def build_dual(cfg: CfgNode, loss: DiSKLoss, epochs_per_iteration: int) -> DualS
     dual = _arguments(cfg.DISK.DUAL)
     if dual["epochs"] is None:
         dual["epochs"] = math.ceil(cfg.SOLVER.EPOCHS / epochs_per_iteration)
-    if dual["budget"] is None and loss.level is None and not cfg.DISK.UNIFORM:
+    if dual["budget"] is None and has_budget(loss):
         dual["budget"] = loss.budget.item()  # given, so that a checkpoint's does not override a changed one
     with ignoring_note():  # the launcher prints the note
         return DualScheduler(loss, **dual)
