@@ -32,8 +32,8 @@ def batch():
     return torch.randn(N, C), torch.randn(N, C), torch.randint(C, (N,))
 
 
-def make(epochs=4, **settings):
-    disk = DiSKLoss(GuideHead(C, hidden_dims=(4,)), **{"budget": 0.05, **settings})
+def make(epochs=4, guide=None, **settings):
+    disk = DiSKLoss(GuideHead(C, hidden_dims=(4,)) if guide is None else guide, **{"budget": 0.05, **settings})
     return disk, DualScheduler(disk, epochs=epochs, multiplier=(5.0, 5.0)), nn.Linear(C, C)
 
 
@@ -115,9 +115,10 @@ def test_an_optimizer_that_writes_past_the_version_counters_is_not_told_of(quiet
 
 
 def test_a_frozen_guide_one_without_parameters_and_one_that_is_all_buffers_are_not_told_of(quiet):
-    for guide in (GuideHead(C).requires_grad_(False), UniformGuide(0.03), UniformGuide(discount=0.4)):
-        disk, student = DiSKLoss(guide), nn.Linear(C, C)
-        dual = DualScheduler(disk, epochs=4)
+    runs = [make(guide=GuideHead(C).requires_grad_(False))]
+    for disk in (DiSKLoss(UniformGuide(0.03)), DiSKLoss(UniformGuide(discount=0.4))):
+        runs.append((disk, DualScheduler(disk, epochs=4), nn.Linear(C, C)))
+    for disk, dual, student in runs:
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
         for _ in range(2):
             epoch(disk, student, optimizer)
