@@ -79,7 +79,7 @@ class DualScheduler:
         note: the warning given at construction, or None.
 
     Raises:
-        ValueError: values out of range; a budget's settings for a loss whose discount is a number or whose guide sets g.
+        ValueError: values out of range; settings of a budget for a loss with a number as discount or ``UniformGuide``.
         TypeError: ``loss`` is not a ``DiSKLoss``, or values of another type.
         RuntimeError: ``dual(epoch)`` under ``"ascent"``, where the multiplier depends on the run; ``step()`` under
             ``"adaptive"`` or ``"ascent"`` without a training batch since the last one.
