@@ -18,7 +18,7 @@ from disk_plugin.features import METHODS, Guided, GuidedTerms
 from disk_plugin.features.method import Method, Outputs
 from disk_plugin.replay import GuideReplay
 
-from . import config
+from . import alternating, config
 from .feature_maps import build_method, outputs_of, pooled, probe, shown
 from .method_distiller import MethodDistiller, base_arguments, ce_loss, check_trainer, count_added
 
@@ -47,7 +47,7 @@ class GuidedDistiller(Distiller):
         teacher.requires_grad_(False)
         check_trainer(cfg)
         self.joint = cfg.SOLVER.TRAINER != "disk"
-        config.check_passes(cfg)
+        alternating.check_passes(cfg)
         self.epochs_per_iteration = 1 if self.joint else cfg.DISK.ALTERNATING.STUDENT_PASSES
         logits, features = probe(teacher, cfg)
         self._use_features = bool(cfg.DISK.GUIDE.USE_FEATURES) and not cfg.DISK.UNIFORM

@@ -17,8 +17,8 @@ from yacs.config import CfgNode
 from disk_plugin.training import GuidePasses
 
 from . import loaders
+from .alternating import build_guide_optimizer, build_recipe
 from .checkpoints import fingerprint, load_weights, read_checkpoint, save_atomically, warm_start_weights
-from .config import build_guide_optimizer, build_recipe
 from .distillers import GuidedDistiller
 from .method_distiller import MethodDistiller, notes_of
 from .trainers import check_rates

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from disk_plugin.training import GuidedTraining, GuidePasses
 
-from . import config
+from . import alternating
 from .checkpoints import load_tensors, save_atomically
 from .complete_trainer import CompleteTrainer, keep_settings
 from .distillers import GuidedDistiller
@@ -36,13 +36,13 @@ class DISKTrainer(CompleteTrainer):
         module = distiller.module
         if not isinstance(module, GuidedDistiller):
             raise ValueError(f"SOLVER.TRAINER disk needs a DISTILLER.TYPE with a guide, got {cfg.DISTILLER.TYPE}")
-        self.guide_optimizer = config.build_guide_optimizer(cfg, module.disk)
+        self.guide_optimizer = alternating.build_guide_optimizer(cfg, module.disk)
         keep_settings(self.guide_optimizer)
         super().__init__(experiment_name, distiller, train_loader, val_loader, cfg)
 
     def guided_training(self, module: GuidedDistiller, **core: Any) -> GuidedTraining:
         """Build guided training with Algorithm 1's passes, whose state is saved with the module's."""
-        recipe, seed = config.build_recipe(self.cfg), self.cfg.SOLVER.SEED or 0
+        recipe, seed = alternating.build_recipe(self.cfg), self.cfg.SOLVER.SEED or 0
         own = {"recipe": recipe, "guide_optimizer": self.guide_optimizer, "guide_rate": self._guide_rate, "seed": seed}
         training = super().guided_training(module, **own, **core)
         self.passes = cast(GuidePasses, training.guide_passes)
