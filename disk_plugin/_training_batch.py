@@ -63,7 +63,7 @@ def _check_first_time(disk: "DiSKLoss") -> None:
 
 @torch.no_grad()
 def step_student_temperature(disk: "DiSKLoss", student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> None:
-    """Make one Newton step of the fitted student temperature, in place."""
+    """Make one Newton step of the fitted student temperature, in place; ``reduce_mean`` averages it over the ranks."""
     _checks.target(target, student_logits)
     temperature, moments = student_temperature_step(
         student_logits,
@@ -73,6 +73,9 @@ def step_student_temperature(disk: "DiSKLoss", student_logits: Tensor, teacher_l
         temperature=disk.temperature,
         valid=None if target.is_floating_point() else target != disk.ignore_index,
     )
+    if disk.reduce_mean is not None:
+        stepped = disk.reduce_mean(torch.cat([temperature.unsqueeze(0), moments]))
+        temperature, moments = stepped[0], stepped[1:]
     pairs = ((disk.fitted_student_temperature, temperature), (disk.student_temperature_moments, moments))
     if not all(write(*pair) for pair in pairs):
         raise RuntimeError(

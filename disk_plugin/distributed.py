@@ -30,9 +30,9 @@ def attach(disk: DiSKLoss | Guided, process_group: Group = None) -> "SharedGuide
 
     For loops that wrap only the student in DistributedDataParallel. The guide's parameters and the loss's buffers are
     broadcast from the group's rank 0. From then on each evaluation in training mode averages a few scalars (up to three
-    small all-reduces): with a budget the usage, with a discount what the level of g and the guide's gradient depend on.
-    Each backward that reaches the guide ends with an average of its gradients (one all-reduce). Every rank must
-    therefore run the same number of forwards and backwards.
+    small all-reduces): with a budget the usage, with a discount what the level of g and the guide's gradient depend on,
+    and a fitted student temperature. Each backward that reaches the guide ends with an average of its gradients (one
+    all-reduce). Every rank must therefore run the same number of forwards and backwards.
 
     Gradients are averaged at the end of backward, as in DistributedDataParallel: clipping, ``GradScaler.unscale_`` and
     any optimizer see the gradient of the full batch, and an overflow on one rank makes all ranks skip the step.
@@ -126,7 +126,6 @@ class SharedGuide:
             _check_not_wrapped(self._whole)  # two concurrent all-reduces of one gradient may collide
             self._checked = True
         average_gradients(self._whole.parameters(), self._group)
-        share_student_temperature(self._disk, self._group)
 
 
 class _MeanOver:
@@ -177,6 +176,8 @@ def split_statistics(disk: DiSKLoss, process_group: Group = None) -> None:
 @torch.no_grad()
 def share_student_temperature(disk: DiSKLoss, process_group: Group = None) -> None:
     """Average the fitted student temperature over ranks; does nothing unless it is fitted.
+
+    For a loss without ``reduce_mean``, which averages it in each evaluation.
 
     Args:
         disk: each rank's own loss, unwrapped.

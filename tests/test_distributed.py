@@ -24,6 +24,7 @@ from disk_plugin.distributed import attach, mean_over_processes, share_statistic
 from disk_plugin.features import Guided
 from disk_plugin.replay import GuideReplay
 from disk_plugin.training import GuidedTraining, Recipe
+from disk_plugin.uniform import UniformGuide
 
 CLASSES, PROCESSES = 4, 2
 HALVES = (torch.float16, torch.bfloat16)
@@ -191,6 +192,19 @@ def replayed(rank):
     return disk.fitted_student_temperature
 
 
+def fitted_without_parameters(rank):
+    """Temperatures fitted beside guides that no gradient reaches: one without parameters, a frozen one."""
+    seen = []
+    for guide in (UniformGuide(0.1), GuideHead(CLASSES).requires_grad_(False)):
+        disk = DiSKLoss(guide, student_temperature="fit").double()
+        attach(disk)
+        student, _ = make()
+        for x, teacher_logits, target in micro_batches(rank, PROCESSES, 2):
+            disk(student(x), teacher_logits, target).backward()
+        seen.append(disk.fitted_student_temperature)
+    return seen
+
+
 def in_half_precision(rank):
     """Means of values whose sum float16 cannot hold, and of a half guide's gradients."""
     means = [mean_over_processes(torch.tensor([6e4, rank], dtype=dtype)) for dtype in HALVES]
@@ -233,7 +247,10 @@ def process(rank, folder):
     seen = {name: train(rank, PROCESSES, **words) for name, (words, _) in RUNS.items()}
     seen |= {
         check.__name__: check(rank)
-        for check in (overflow, collectives, alone, fitted, replayed, in_half_precision, algorithm_1)
+        for check in (
+            *(overflow, collectives, alone, fitted, fitted_without_parameters, replayed, in_half_precision),
+            algorithm_1,
+        )
     }
     torch.save(seen, f"{folder}/{rank}")
     leave_group()
@@ -340,6 +357,13 @@ def test_budget_fitted_temperature_and_statistics_become_the_same(both):
     torch.testing.assert_close(both[0]["fitted"]["fitted_student_temperature"], sum(steps) / 2)
     for seen in both:
         torch.testing.assert_close(seen["replayed"], sum(steps) / 2)
+
+
+def test_a_temperature_is_shared_where_no_gradient_reaches_the_guide(both):
+    ours, theirs = (seen["fitted_without_parameters"] for seen in both)
+    assert len(ours) == 2
+    assert ours == theirs
+    assert all(temperature != 2.0 for temperature in ours)
 
 
 def test_the_difference_of_micro_batches_is_the_documented_one_and_the_exact_mode_has_none():

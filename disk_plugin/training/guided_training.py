@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._modes import in_mode
-from ..distributed import mean_over_processes, share_student_temperature
+from ..distributed import mean_over_processes
 from ..epoch_report import EpochReport
 from ..features.guided import Guided, GuidedTerms
 from ..features.method import Outputs, to_outputs
@@ -122,7 +122,6 @@ class GuidedTraining:
         )
         if self.disk.training:
             self.report.add(terms)
-            share_student_temperature(self.disk)
             if self.guide_passes is not None:
                 inputs = logits, teacher.logits, target, self.guided.features_of(teacher)
                 self.guide_passes.record(self.schedule.epoch, *inputs, sample_weight=sample_weight)
