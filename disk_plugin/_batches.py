@@ -1,6 +1,6 @@
 """What a loader yields: batches (x, target, ...)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -12,5 +12,6 @@ def first_two(loader: Iterable[Any], name: str) -> Iterator[tuple[Any, Any]]:
     """
     for batch in loader:
         if not isinstance(batch, tuple | list) or len(batch) < 2:
-            raise TypeError(f"{name} must yield (x, target, ...), got {type(batch).__name__}")
+            cure = f': give ((batch["x"], batch["y"]) for batch in {name})' if isinstance(batch, Mapping) else ""
+            raise TypeError(f"{name} must yield (x, target, ...), got {type(batch).__name__}{cure}")
         yield batch[0], batch[1]

@@ -42,8 +42,17 @@ def measured(student=None, teacher=None, train=TRAIN, held_out=HELD_OUT, **optio
     return capacity_gap(student or Table(STUDENT), teacher or Table(TEACHER), train, held_out, **options)
 
 
-def gap(student_train=0.4, student_held_out=0.38, teacher_train=1.0, teacher_held_out=0.9, classes=100):
-    return CapacityGap(student_train, student_held_out, teacher_train, teacher_held_out, 0.4, 9000, 1000, classes, 12)
+def gap(
+    student_train=0.4,
+    student_held_out=0.38,
+    teacher_train=1.0,
+    teacher_held_out=0.9,
+    classes=100,
+    features=48,
+    convolutional=False,
+):
+    accuracies = student_train, student_held_out, teacher_train, teacher_held_out
+    return CapacityGap(*accuracies, 0.4, 9000, 1000, classes, features, convolutional)
 
 
 def refuses(error, *parts):
@@ -119,15 +128,30 @@ def test_models_are_left_in_another_mode_or_with_gradients():
 
 def test_the_width_of_the_last_layer_is_another():
     data = [(torch.randn(8, 6), torch.arange(8) % 4)]
+    backwards = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    backwards._modules = dict(reversed(backwards._modules.items()))  # registered last, run first
+    backwards.forward = lambda x: backwards[0](backwards[1](x))
     for student, width in (
+        (backwards, 5),
         (nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), 5),
         (with_features(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))), 5),
         (nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 8), nn.AvgPool1d(2)), None),  # not the last Linear's outputs
         (nn.Sequential(nn.Unflatten(1, (6, 1)), nn.Conv1d(6, 4, 1), nn.Flatten()), None),
     ):
+        hooks = sum(len(module._forward_hooks) for module in student.modules())
         found = capacity_gap(student, nn.Linear(6, 4), data, list(data))
         assert found.feature_dim == width
         assert f"last layer: {width or 'not found'}" in str(found)
+        assert sum(len(module._forward_hooks) for module in student.modules()) == hooks
+
+
+def test_convolutions_are_not_told_from_patches():
+    data = [(torch.randn(8, 3, 4, 4), torch.arange(8) % 4)]
+    for convolution, found in ((nn.Conv2d(3, 16, 3), True), (nn.Conv2d(3, 16, 2, stride=2), False)):
+        student = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+        teacher = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+        measured = capacity_gap(student, teacher, data, list(data))
+        assert (measured.convolutional, measured.feature_dim) == (found, 16)
 
 
 # ---- the recommendation ----------------------------------------------------------------------------------------------
@@ -138,7 +162,12 @@ VERDICTS = {
     "data": (gap(student_train=0.5, student_held_out=0.1), "KD", "KD; data limit the student"),
     "no gap": (gap(student_train=0.97, student_held_out=0.89), "KD", "KD; no clear difference is expected"),
     "untrained": (gap(student_train=0.012, student_held_out=0.01), "KD", "none yet: the student is near chance (1.0%"),
-    "two classes": (gap(0.5, 0.5, classes=2), "KD", "none yet: the student is near chance (50.0% with 2 classes)"),
+    "two classes": (gap(0.54, 0.5, classes=2), "KD", "none yet: the student is near chance (50.0% with 2 classes)"),
+    "two classes, trained": (gap(0.6, 0.6, classes=2), "DiSK", "DiSK; the student is limited by its capacity"),
+    "three classes, trained": (gap(0.49, 0.49, classes=3), "DiSK", "DiSK; the student is limited by its capacity"),
+    "convolutions": (gap(features=16, convolutional=True), "KD", "KD; no convolutional student with 16 features"),
+    "few features": (gap(features=8, convolutional=True), "DiSK", "DiSK; the student is limited by its capacity"),
+    "features unknown": (gap(features=None, convolutional=True), "DiSK", "DiSK; the student is limited by its"),
     "worse teacher": (gap(teacher_held_out=0.35), "KD", "KD, or another teacher: this one is not ahead"),
 }
 

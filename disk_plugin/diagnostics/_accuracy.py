@@ -95,7 +95,8 @@ def _check(student_logits: Tensor, teacher_logits: Tensor, target: Any, name: st
             f"label smoothing (one-hot ones: target.argmax(1))"
         )
     if tuple(target.shape) != _checks.positions(student_logits):
-        raise ValueError(f"target of {name} must be {expected}, got {came}")
+        one_hot = " (one-hot ones: target.argmax(1))" if target.shape == student_logits.shape else ""
+        raise ValueError(f"target of {name} must be {expected}, got {came}{one_hot}")
 
 
 def _to(x: Any, device: Any) -> Any:

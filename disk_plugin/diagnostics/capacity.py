@@ -1,6 +1,7 @@
 """Should I use DiSK here? What limits the student, capacity or data, and the recommendation that follows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,12 +14,15 @@ Verdict = Literal["DiSK", "KD"]
 
 # percent points, of the rule in examples/results/regime_map.json, derived by examples/regime/rule.py
 SMALLEST_CAPACITY_GAP, LARGEST_DATA_GAP = 35.0, 30.0
-NEAR_CHANCE = 1.5  # times 1 / C: a student below it was hardly trained
+# a student below either was hardly trained: 1.5 times chance, 1 / C, or a tenth of the way from there to 1
+NEAR_CHANCE, NEAR_CHANCE_OF_FEW = 1.5, 0.1
+# of a convolutional student, for which no gain is shown from here on: docs/evidence/few_features.md
+ENOUGH_FEATURES = 16
 _GROUNDS = (
-    "This rests on a map of small MLPs (examples/results/regime_map.png): the gain is largest with few features for "
-    "many classes. With 4 features for 100 classes a convolutional network gained over 2 points, with 8 some .8, with "
-    "16 nothing clear (docs/evidence/few_features.md). One look cannot tell a student without capacity from one that "
-    "has not converged, as both fit little: look at one that has stopped improving."
+    "This rests on a map of small MLPs, where the gain is largest with few features for many classes, and on a "
+    "convolutional network, which gained over 2 points with 4 features for 100 classes, some .8 with 8, and nothing "
+    "clear with 16 (https://disk-plugin.github.io/disk-plugin/evidence/). One look cannot tell a student without "
+    "capacity from one that has not converged, as both fit little: look at one that has stopped improving."
 )
 
 # arguments of DiSKLoss for each verdict
@@ -40,7 +44,8 @@ class CapacityGap(NamedTuple):
         train_samples: number of training samples read.
         held_out_samples: number of held-out samples read.
         num_classes: C.
-        feature_dim: input width of the student's last Linear; None if that has not C outputs.
+        feature_dim: input width of the last Linear that ran in the student; None if it has not C outputs.
+        convolutional: whether the student has a convolution whose windows overlap.
     """
 
     student_train: float
@@ -52,6 +57,7 @@ class CapacityGap(NamedTuple):
     held_out_samples: int
     num_classes: int
     feature_dim: int | None
+    convolutional: bool = False
 
     @property
     def by_capacity(self) -> float:
@@ -70,9 +76,10 @@ class CapacityGap(NamedTuple):
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        """The recommendation as arguments: ``DiSKLoss(guide, **gap.kwargs, temperature=...)``.
+        """The recommendation as arguments: ``DiSKLoss(GuideHead(...), **gap.kwargs, temperature=...)``.
 
-        For ``"KD"`` they give plain distillation. Use the temperature that is best for KD.
+        For ``"KD"`` they give plain distillation. Use the temperature that is best for KD. A ``UniformGuide`` takes
+        ``discount`` itself.
         """
         return dict(SETTINGS[self.verdict])
 
@@ -83,7 +90,7 @@ class CapacityGap(NamedTuple):
 
     def _judge(self) -> tuple[Verdict, str]:
         chance = 1 / self.num_classes
-        if self.student_train < NEAR_CHANCE * chance:
+        if self.student_train < min(NEAR_CHANCE * chance, chance + NEAR_CHANCE_OF_FEW * (1 - chance)):
             return "KD", (
                 f"none yet: the student is near chance ({chance:.1%} with {self.num_classes} classes) on its training "
                 f"data; train it first, with cross-entropy or KD, then look again"
@@ -99,6 +106,11 @@ class CapacityGap(NamedTuple):
             return "KD", (
                 f"KD; data limit the student (gap by data above {LARGEST_DATA_GAP:g} points), where DiSK gained half a "
                 f"point at most"
+            )
+        if self.convolutional and self.feature_dim is not None and self.feature_dim >= ENOUGH_FEATURES:
+            return "KD", (
+                f"KD; no convolutional student with {ENOUGH_FEATURES} features or more has gained in our experiments, "
+                f"whatever its gaps: compare both, or stay with KD"
             )
         return "DiSK", (
             f"DiSK; the student is limited by its capacity (gap by capacity of {SMALLEST_CAPACITY_GAP:g} points or "
@@ -140,7 +152,8 @@ def capacity_gap(
 
     DiSK drops what the student cannot fit, so that it fits the rest better. That helps if capacity limits the student:
     its training accuracy is then far below the teacher's and close to its own held-out accuracy. If data limit the
-    student, it hurts. The thresholds are those of docs/evidence/regime_map.md.
+    student, it hurts. The thresholds are those of docs/evidence/regime_map.md, the number of features from which on a
+    convolutional student is not expected to gain is that of docs/evidence/few_features.md.
 
     Train the student with cross-entropy or KD **to convergence** first. A student that is still learning has a low
     training accuracy too, and one measurement cannot tell the two apart. Measure again some epochs later: as long as
@@ -188,10 +201,11 @@ def capacity_gap(
     if max_batches is not None:
         _checks.integer("max_batches", max_batches, at_least=1)
     _checks.integer("ignore_index", ignore_index)
-    train, held_out = (
-        compare(student, teacher, loader, name, device=device, max_batches=max_batches, ignore_index=ignore_index)
-        for name, loader in {"train_loader": train_loader, "held_out_loader": held_out_loader}.items()
-    )
+    with _last_linear(student) as last:
+        train, held_out = (
+            compare(student, teacher, loader, name, device=device, max_batches=max_batches, ignore_index=ignore_index)
+            for name, loader in {"train_loader": train_loader, "held_out_loader": held_out_loader}.items()
+        )
     return CapacityGap(
         student_train=train.student_right / train.samples,
         student_held_out=held_out.student_right / held_out.samples,
@@ -201,11 +215,29 @@ def capacity_gap(
         train_samples=train.samples,
         held_out_samples=held_out.samples,
         num_classes=train.num_classes,
-        feature_dim=_feature_dim(student, train.num_classes),
+        feature_dim=last[0].in_features if last and last[0].out_features == train.num_classes else None,
+        convolutional=any(_overlaps(module) for module in student.modules()),
     )
 
 
-def _feature_dim(student: nn.Module, num_classes: int) -> int | None:
-    """Return the input width of the last Linear, if it has one output per class, else None."""
-    layers = [module for module in student.modules() if isinstance(module, nn.Linear)]
-    return layers[-1].in_features if layers and layers[-1].out_features == num_classes else None
+@contextmanager
+def _last_linear(model: nn.Module) -> Iterator[list[nn.Linear]]:
+    """Keep the last Linear that ran, which need not be the last one that was registered."""
+    last: list[nn.Linear] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        last[:] = [module]
+
+    hooks = [module.register_forward_hook(keep) for module in model.modules() if isinstance(module, nn.Linear)]
+    try:
+        yield last
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _overlaps(module: nn.Module) -> bool:
+    """Whether a module is a convolution with overlapping windows; the patches of a transformer do not overlap."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return False
+    return any(side > stride for side, stride in zip(module.kernel_size, module.stride, strict=True))
