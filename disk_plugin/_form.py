@@ -148,7 +148,8 @@ def multiplier_bounds(loss: "DiSKLoss", multiplier: Any, *, scheduled: bool) -> 
     if multiplier is None and keeps and not scheduled:
         return own, own
     bounds = PAPER_BOUNDS if multiplier is None else pair("multiplier", multiplier)
-    if keeps and own and bounds != (own, own):  # at 0 there is no hinge
+    given = own > 0 or level_of(loss) is None  # beside a discount it is 0, unasked
+    if keeps and given and bounds != (own, own):
         warnings.warn(
             f"the loss was given multiplier={own:g}, which the schedule's bounds {bounds} overwrite: give one of them",
             stacklevel=3,  # the line that constructs the scheduler

@@ -31,8 +31,10 @@ def evaluate_batch(
 ) -> DiSKTerms:
     """Evaluate the terms for the guide's own logits; with ``counted`` the batch also updates the loss's buffers.
 
-    Micro-batches pass False: their full batch is counted later, once, and only then averaged over ranks.
+    Micro-batches pass False: their full batch is counted later, once, and only then averaged over ranks. Nor is a batch
+    counted under ``torch.no_grad``, as nothing is trained on it.
     """
+    counted = counted and torch.is_grad_enabled()
     guide_logits = disk.level.place(own_logits) if disk.level else own_logits
     if counted:
         _check_first_time(disk)

@@ -1,10 +1,14 @@
-"""Detects a guide that is not trained: gradients reach it, but its parameters are in no optimizer."""
+"""Detects a guide that is in no optimizer, although gradients reach it, and a student that no gradient reaches."""
 
 import gc
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
+
+if TYPE_CHECKING:
+    from .loss import DiSKLoss
 
 
 class GuideMoves:
@@ -14,27 +18,42 @@ class GuideMoves:
     Copies of both are held until the next epoch ends.
     """
 
-    def __init__(self, guide: nn.Module) -> None:
-        self._guide = guide
+    def __init__(self, loss: "DiSKLoss") -> None:
+        self._loss, self._guide = loss, loss.guide
         self._before = self._copies()
 
     def judge(self, epoch: int) -> str | None:
         """End an epoch; return the text of a warning, or None.
 
-        None if a parameter changed (``GuideReplay`` or the guide's own optimizer may have done it), if there is no new
-        finite gradient (a frozen guide, or a student pass of Algorithm 1), or if an optimizer holds a parameter of the
-        guide: its learning rate may be 0, or a ``GradScaler`` skips its steps.
+        None if there is no new finite gradient (a frozen guide, or a student pass of Algorithm 1). If the guide moved
+        (``GuideReplay`` may have done it), it is about the student, in an epoch of forwards whose student logits do not
+        require grad. Else it is about the guide, unless an optimizer holds a parameter of it: its learning rate may be
+        0, or a ``GradScaler`` skips its steps.
         """
         before, now = self._before, self._copies()
+        frozen, self._loss.frozen_batches = self._loss.frozen_batches, 0
         self._before = now
-        if any(name not in before or _differ(before[name][0], value) for name, (value, _) in now.items()):
+        if any(name not in before for name in now):
             return None
-        if not any(_is_new(before[name][1], gradient) for name, (_, gradient) in now.items()) or self._is_held():
+        moved = any(_differ(before[name][0], value) for name, (value, _) in now.items())
+        if not any(_is_new(before[name][1], gradient) for name, (_, gradient) in now.items()):
+            return None
+        if moved:
+            return self._judge_student(epoch, frozen)
+        if self._is_held():
             return None
         return (
             f"the guide is not trained: gradients reached it in epoch {epoch}, but none of its parameters moved and no "
             f"optimizer holds them; give the optimizer [*student.parameters(), *disk.parameters()], or "
             f"distiller.parameters(), or freeze the guide by disk.guide.requires_grad_(False)"
+        )
+
+    def _judge_student(self, epoch: int, frozen: int) -> str | None:
+        if frozen < max(self._loss.epoch_batches[0].item(), 1):
+            return None
+        return (
+            f"the student is not trained: in no batch of epoch {epoch} do its logits require grad, and only the guide "
+            f"moved; compute them outside torch.no_grad(), without detach() and with the student's parameters unfrozen"
         )
 
     def _copies(self) -> dict[str, tuple[Tensor, Tensor | None]]:

@@ -109,6 +109,19 @@ def past_the_end(epoch: int, epochs: int) -> str | None:
     )
 
 
+def restarted(level: DiscountLevel | None, progress: float) -> str | None:
+    """Return a warning if a loss was loaded without the state of its scheduler, which begins again."""
+    if level is None or not level.follows_progress:
+        return None
+    loaded = max(level.rewound_from, level.progress.item())
+    if loaded <= progress:
+        return None
+    return (
+        f"the loss comes from training progress {loaded:.3g}, and its DualScheduler goes on from {progress:.3g}: to "
+        f"resume, give dual.load_state_dict what dual.state_dict() returned; for a new run, build a new DiSKLoss"
+    )
+
+
 _UNHEARD = 100  # batches without a scheduler; fewer may be a first try of the loss
 _UNSTEPPED = 10_000  # batches since its last step; fewer may be a long epoch
 
@@ -146,6 +159,25 @@ def warn_if_swapped(
         f"trains the teacher; if they are in order, run the teacher under torch.no_grad()",
         stacklevel=_first_outside(),
     )
+
+
+def count_frozen(module: Any, student: Any) -> None:
+    """Count a training batch whose student gets no gradient, where that can be told: not compiled or transformed."""
+    if torch.compiler.is_compiling() or transformed() or not module.training or not torch.is_grad_enabled():
+        return
+    if isinstance(student, Tensor) and not student.requires_grad:
+        module.frozen_batches += 1
+
+
+def warn_without_ce(ce_weight: Any, weight: Tensor | None, label_smoothing: Any) -> None:
+    """Warn if settings of the cross-entropy are given to a loss that has none."""
+    given = ["weight"] * (weight is not None) + ["label_smoothing"] * bool(label_smoothing)
+    if given and not ce_weight:
+        warnings.warn(
+            f"{' and '.join(given)} act on the cross-entropy alone, whose weight is 0: give ce_weight > 0, or "
+            f"sample_weight in each call",
+            stacklevel=_first_outside(),
+        )
 
 
 def warn_if_probabilities(module: Any, **given: Tensor) -> None:

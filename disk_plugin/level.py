@@ -46,7 +46,7 @@ class DiscountLevel(nn.Module):
       As ``agreement`` is that of about six batches, the target is noisy if these hold fewer than some 100 samples each.
 
     Args:
-        discount: target in [0, 1), or ``"auto"``.
+        discount: target in [0, .99], or ``"auto"``.
         share: factor of the ``"auto"`` target, in (0, 1].
         over: share of training over which the ``"auto"`` target is ramped, in (0, 1].
 
@@ -74,6 +74,7 @@ class DiscountLevel(nn.Module):
         self.patience = PATIENCE
         self.has_scheduler, self.batches_without_progress = False, 0  # training batches since ``set_progress``
         self.warned_unstepped = False
+        self.rewound_from = 0.0  # progress that a scheduler set back
         self._initial = dict(_INITIAL)
         self._lowest = -math.inf if discount == 0 else _SMALLEST
         if discount in ("auto", 0):
@@ -91,6 +92,8 @@ class DiscountLevel(nn.Module):
         self.has_scheduler, self.batches_without_progress = True, 0
         progress, last = min(progress, 1.0), self.last_agreement
         if not ends_epoch:
+            if not self.progress.is_meta:
+                self.rewound_from = self.progress.item() if self.progress.item() > progress else 0.0
             self.progress.fill_(progress)
             return
         new = (self.progress != progress) & (self.agreement != last)  # else the same call again

@@ -11,6 +11,7 @@ from ._form import format_settings, remaining_weight, resolve_form
 from ._modes import without_autocast
 from ._state import moving
 from ._training_batch import evaluate_batch
+from ._watch import count_frozen, warn_without_ce
 from .epoch_statistics import NOTHING_SEEN, EpochStatistics, no_statistics, upgrade
 from .functional import DiSKTerms
 from .functional._positions import REDUCTIONS, Reduction, guide_input
@@ -52,16 +53,14 @@ class DiSKLoss(nn.Module):
         student_temperature: divides the student's logits, > 0; None for ``temperature``; ``"fit"`` for the paper's
             argmin of the KL divergence, tracked by one Newton step per training batch and kept in a buffer.
         top_k: number of the teacher's largest classes that receive g, >= 1; None for all (paper: K).
-        discount: target of the mean discount, in [0, 1), or ``"auto"``, which follows the student; None for a budget.
+        discount: target of the mean discount, in [0, .99], or ``"auto"``, which follows the student; None for a budget.
         multiplier: weight of the budget's hinge, >= 0; None for 50 (paper: lambda).
-        budget: bound of the mean usage g * CE, nats per sample, >= 0; None for .3 (paper: delta; its heuristic is
-            ``disk_plugin.schedule.estimate_budget``).
+        budget: bound of the mean usage g * CE, nats per sample, >= 0; None for .3 (paper: delta; ``estimate_budget``).
         variant: ``"paper"``, ``"official_cifar"``, ``"official_imagenet"`` or a ``Variant``.
         guide_gradient_scale: with a budget, a factor > 0 that keeps the guide alive under the student's SGD, see
             ``disk_plugin.functional.disk_terms``. None: the gradient w.r.t. the guide's logit, as in the paper.
         ignore_index: target value that is ignored and does not contribute to any gradient, whatever inputs hold there.
-        weight: weight of each class in the cross-entropy, (C,); None for 1. Means divide by the number of non-ignored
-            targets, not by the sum of their weights.
+        weight: weight of each class in the cross-entropy, (C,). Means divide by the number of targets, not by weights.
         label_smoothing: smoothing of the cross-entropy alone, in [0, 1), as in ``nn.CrossEntropyLoss``.
 
     Attributes:
@@ -113,6 +112,7 @@ class DiSKLoss(nn.Module):
         if fitted := isinstance(student_temperature, str):
             _checks.choice("student_temperature", student_temperature, ("fit",))
         form = resolve_form(guide, discount, multiplier, budget, variant)
+        warn_without_ce(ce_weight, weight, label_smoothing)
         settings = Settings(
             ce_weight=ce_weight,
             distill_weight=remaining_weight(ce_weight) if distill_weight is None else distill_weight,
@@ -132,7 +132,7 @@ class DiSKLoss(nn.Module):
         self.guide_gradient_scale, self.label_smoothing = settings.guide_gradient_scale, settings.label_smoothing
         self.ce_weight, self.distill_weight, self.temperature = settings[:3]
         self.variant, self.top_k, self.ignore_index = settings.variant, settings.top_k, settings.ignore_index
-        self.fit_student_temperature, self.warned = fitted, set[str]()  # kinds of warnings given
+        self.fit_student_temperature, self.warned, self.frozen_batches = fitted, set[str](), 0
         # float64, so that a schedule's 0.3 stays 0.3 in a float64 objective
         self._initial: dict[str, Any] = {"multiplier": form.multiplier, "budget": form.budget}
         if fitted:
@@ -155,6 +155,7 @@ class DiSKLoss(nn.Module):
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """Return the objective (5), a scalar: ``terms(...).loss``."""
+        count_frozen(self, student_logits)
         return self.terms(student_logits, teacher_logits, target, teacher_features, sample_weight=sample_weight).loss
 
     def terms(
@@ -170,15 +171,14 @@ class DiSKLoss(nn.Module):
     ) -> DiSKTerms:
         """Evaluate everything once: the loss, its two halves and what to log, see ``functional.DiSKTerms``.
 
-        In training mode it updates ``statistics()``, the level of g and a fitted student temperature.
+        In training mode with gradients enabled it updates ``statistics()``, the level of g and a fitted temperature.
 
         Args:
             student_logits: before softmax.
             teacher_logits: before softmax; no gradient reaches them.
             target: class indices, or probabilities.
             teacher_features: for a guide that reads them.
-            guide_logits: of the method ``guide_logits``, (N,) or (N, d1, ...), if the guide runs elsewhere, such as
-                inside a module wrapped in DistributedDataParallel; ``teacher_features`` is then not read.
+            guide_logits: of a guide that ran elsewhere, (N,) or (N, d1, ...); ``teacher_features`` are then not read.
             sample_weight: weight per sample or target; means still divide by the number of non-ignored targets.
             reduction: ``"none"`` for values per target, ``"mean"`` for their ``mean()``, ``"sum"`` for their ``sum()``.
         """

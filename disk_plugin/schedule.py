@@ -45,7 +45,8 @@ class DualScheduler:
     ``step()`` warns, once each:
 
     - if at least half of the epoch's batches had a NaN or inf loss;
-    - if gradients reached the guide but its parameters are in no optimizer;
+    - if gradients reached the guide but its parameters are in no optimizer, or none reached the student;
+    - if the loss was loaded from a checkpoint, and the scheduler was not;
     - if it is called more than ``epochs`` times (once per batch?);
     - with a budget, if the guide is dead: g > .99 on every sample; g < .01 on every sample with a mean discount of at
       most .01; or, with the multiplier in the upper half of its range, a standard deviation of g below .002 while all g
@@ -53,9 +54,7 @@ class DualScheduler:
     - with a discount, if g is 1 and its target still missed.
 
     Construction warns if ``epochs`` are too few: the multiplier hardly rises, the budget or the discount never moves.
-
-    Under ``"adaptive"`` and ``"ascent"`` every rank must have the same statistics
-    (``disk_plugin.distributed.share_statistics``).
+    Under ``"adaptive"`` and ``"ascent"`` every rank needs the same statistics (``distributed.share_statistics``).
 
     Args:
         loss: the loss to schedule.
@@ -136,7 +135,7 @@ class DualScheduler:
         self.epoch = 0
         self._ascent_multiplier = self.multiplier_min
         self._warned: set[str] = set()
-        self._moves = GuideMoves(loss.guide)
+        self._moves = GuideMoves(loss)
         if budget_asked and loss.level is not None:
             switch_to_budget(loss)
         self._level = level_of(loss)  # depends on the training progress
@@ -156,6 +155,7 @@ class DualScheduler:
         """End an epoch: check the guide, then write the next epoch's multiplier, budget and progress into the loss."""
         self._warn("late", _watch.past_the_end(self.epoch, self.epochs))
         self._warn("untrained", self._moves.judge(self.epoch))
+        self._warn("restarted", _watch.restarted(self._level, self.epoch / self.epochs))
         seen, (batches, bad) = self.loss.statistics(), self.loss.epoch_batches.tolist()
         self._warn("not finite", _watch.not_finite(batches, bad, self.epoch))
         middle = (self.multiplier_min + self.multiplier_max) / 2
@@ -200,7 +200,7 @@ class DualScheduler:
         if self._budget_from_loss:  # the fresh loss may not know the budget that the saved one was built with
             self.budget_high, self.budget_low = state["budget"]
         self._ascent_multiplier = state["ascent_multiplier"]
-        self._warned = {"dead"} if state["warned"] else set()
+        self._warned = {"restarted", "dead"} if state["warned"] else {"restarted"}
         self._write(ends_epoch=False)
 
     @torch.no_grad()

@@ -510,7 +510,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(dual_first):
         for epoch in epochs:
             for step in range(3):
                 optimizer.zero_grad()
-                disk(*batch(seed=10 * epoch + step)).backward()
+                student, *others = batch(seed=10 * epoch + step)
+                disk(student.requires_grad_(), *others).backward()
                 optimizer.step()
             dual.step()
 

@@ -243,6 +243,162 @@ def test_a_resumed_run_is_told_of_where_its_schedule_is_too_short_and_not_where_
         assert ["called 4 times" in str(each.message) for each in caught] == ([True] if epochs == 3 else [])
 
 
+# ---- a student that no gradient reaches ------------------------------------------------------------------------------
+
+
+FROZEN = "the student is not trained: in no batch of epoch 0 do its logits require grad"
+
+
+def trained_guide(disk, student, loss_of):
+    """Two batches of README's loop, which trains the guide at least."""
+    optimizer = torch.optim.SGD([*student.parameters(), *disk.parameters()], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(*batch()).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("settings", [{}, {"budget": 0.05}], ids=["discount", "budget"])
+@pytest.mark.parametrize("how", ["no_grad", "detached", "parameters"])
+def test_a_student_without_gradients_is_told_of_once(settings, how):
+    disk, student = DiSKLoss(GuideHead(C), **settings), nn.Linear(C, C).requires_grad_(how != "parameters")
+    dual = DualScheduler(disk, epochs=4)
+
+    def loss_of(x, teacher, target):
+        with torch.set_grad_enabled(how != "no_grad"):
+            logits = student(x)
+        return disk(logits.detach() if how == "detached" else logits, teacher, target)
+
+    trained_guide(disk, student, loss_of)
+    with pytest.warns(UserWarning, match=FROZEN) as caught:
+        dual.step()
+    assert [each.filename for each in caught] == [__file__]
+    trained_guide(disk, student, loss_of)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dual.step()
+
+
+def whole_of(disk, student, x, teacher, target):
+    whole = AccumulatedBatch(disk)
+    return whole.add(student(x), teacher, target) + whole.terms().guide_loss
+
+
+TURNS = {
+    "one backward": lambda disk, student, x, *others: disk(student(x), *others),
+    "the guide's turn": lambda disk, student, x, *others: disk.terms(student(x).detach(), *others).guide_loss,
+    "micro-batches": whole_of,
+    "one of two": lambda disk, student, x, *others: disk(student(x), *others) + disk(student(x).detach(), *others),
+}
+
+
+@pytest.mark.parametrize("loss_of", TURNS.values(), ids=TURNS)
+def test_a_student_with_gradients_and_the_guides_turn_are_not_told_of(loss_of, quiet):
+    disk, dual, student = make()
+    trained_guide(disk, student, lambda *inputs: loss_of(disk, student, *inputs))
+    dual.step()
+
+
+# ---- batches on which nothing is trained -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guide", [GuideHead(C), UniformGuide(discount="auto")], ids=["guide", "uniform"])
+def test_a_validation_loss_without_gradients_changes_nothing(guide):
+    disk = DiSKLoss(guide, student_temperature="fit")
+    student, (x, teacher, target) = nn.Linear(C, C), batch()
+    disk(student(x), teacher, target)
+    before = {name: value.clone() for name, value in disk.named_buffers()}
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            validated = disk(student(x), teacher, target)
+    torch.testing.assert_close(dict(disk.named_buffers()), before, rtol=0, atol=0)
+    torch.testing.assert_close(validated, disk.eval()(student(x), teacher, target).detach())
+
+
+# ---- settings that do nothing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"weight": torch.ones(C)}, "weight act"),
+        ({"label_smoothing": 0.1}, "label_smoothing act"),
+        ({"weight": torch.ones(C), "label_smoothing": 0.1}, "weight and label_smoothing act"),
+    ],
+)
+def test_settings_of_a_cross_entropy_that_has_no_weight_are_told_of(given, named):
+    with pytest.warns(UserWarning, match=f"^{named} on the cross-entropy alone, whose weight is 0") as caught:
+        DiSKLoss(GuideHead(C), **given)
+    assert [each.filename for each in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DiSKLoss(GuideHead(C), ce_weight=0.1, **given)
+        DiSKLoss(GuideHead(C), label_smoothing=0.0)
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 20.0])
+def test_a_multiplier_that_the_schedule_overwrites_is_told_of(multiplier):
+    with pytest.warns(UserWarning, match=f"given multiplier={multiplier:g}, which the schedule's bounds"):
+        DualScheduler(DiSKLoss(GuideHead(C), multiplier=multiplier, budget=0.1), epochs=8, period=4)
+
+
+def test_a_multiplier_that_stays_or_was_not_given_is_not_told_of(quiet):
+    DualScheduler(DiSKLoss(GuideHead(C), multiplier=0.0, budget=0.1), epochs=8)
+    DualScheduler(DiSKLoss(GuideHead(C)), epochs=8, period=4)
+    DualScheduler(DiSKLoss(GuideHead(C), budget=0.1), epochs=8, period=4)
+
+
+# ---- a loss that was loaded without its scheduler --------------------------------------------------------------------
+
+
+def halfway(guide):
+    disk = DiSKLoss(copy.deepcopy(guide))
+    dual = DualScheduler(disk, epochs=4)
+    for _ in range(2):
+        dual.step()
+    return disk.state_dict(), dual.state_dict()
+
+
+every_guide = pytest.mark.parametrize(
+    "guide", [GuideHead(C), UniformGuide(discount="auto"), UniformGuide((1.0, 0.0))], ids=["guide", "uniform", "ramp"]
+)
+
+
+@every_guide
+@pytest.mark.parametrize("loss_first", [True, False])
+def test_a_loss_loaded_without_its_scheduler_is_told_of_once(guide, loss_first):
+    state, _ = halfway(guide)
+    disk = DiSKLoss(copy.deepcopy(guide))
+    dual = None if loss_first else DualScheduler(disk, epochs=4)
+    disk.load_state_dict(state)
+    dual = dual or DualScheduler(disk, epochs=4)
+    with pytest.warns(UserWarning, match="comes from training progress 0.5, and its DualScheduler goes on from 0"):
+        dual.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dual.step()
+
+
+@every_guide
+@pytest.mark.parametrize("epochs", [4, 8, 2])
+@pytest.mark.parametrize("order", ["loss, schedule", "schedule, loss", "loss, then the schedule is made"])
+def test_a_whole_checkpoint_is_not_told_of(guide, epochs, order):
+    state, dual_state = halfway(guide)
+    disk = DiSKLoss(copy.deepcopy(guide))
+    if order.endswith("made"):
+        disk.load_state_dict(state)
+    dual = DualScheduler(disk, epochs=epochs)
+    if order == "loss, schedule":
+        disk.load_state_dict(state)
+    dual.load_state_dict(dual_state)
+    if order == "schedule, loss":
+        disk.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", r"step\(\) was called")
+        dual.step()
+
+
 # ---- student and teacher swapped -------------------------------------------------------------------------------------
 
 

@@ -14,8 +14,8 @@ Verdict = Literal["DiSK", "KD"]
 
 # percent points, of the rule in examples/results/regime_map.json, derived by examples/regime/rule.py
 SMALLEST_CAPACITY_GAP, LARGEST_DATA_GAP = 35.0, 30.0
-# a student below either was hardly trained: 1.5 times chance, 1 / C, or a tenth of the way from there to 1
-NEAR_CHANCE, NEAR_CHANCE_OF_FEW = 1.5, 0.1
+NEAR_CHANCE = 1.5  # times 1 / C: a student below it was hardly trained
+FEWEST_CLASSES = 10  # of the map's problems
 # of a convolutional student, for which no gain is shown from here on: docs/evidence/few_features.md
 ENOUGH_FEATURES = 16
 _GROUNDS = (
@@ -90,7 +90,12 @@ class CapacityGap(NamedTuple):
 
     def _judge(self) -> tuple[Verdict, str]:
         chance = 1 / self.num_classes
-        if self.student_train < min(NEAR_CHANCE * chance, chance + NEAR_CHANCE_OF_FEW * (1 - chance)):
+        if self.num_classes < FEWEST_CLASSES:
+            return "KD", (
+                f"KD; with {self.num_classes} classes nothing is known, as our experiments have {FEWEST_CLASSES} or "
+                f"more: compare both, or stay with KD"
+            )
+        if self.student_train < NEAR_CHANCE * chance:
             return "KD", (
                 f"none yet: the student is near chance ({chance:.1%} with {self.num_classes} classes) on its training "
                 f"data; train it first, with cross-entropy or KD, then look again"
