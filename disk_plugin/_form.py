@@ -93,6 +93,12 @@ def level_of(loss: "DiSKLoss") -> DiscountLevel | None:
     return level if isinstance(level, DiscountLevel) else None
 
 
+def target_of(loss: "DiSKLoss") -> dict[str, float]:
+    """Return what to log of the discount: its current target by name, or nothing if no target sets g."""
+    level = level_of(loss)
+    return {} if level is None or level.discount is None else {"discount_target": level.target.item()}
+
+
 def remaining_weight(ce_weight: Any) -> float:
     """Return the default weight of the divergence, 1 - ``ce_weight``, at least 0.
 

@@ -18,7 +18,8 @@ class UniformGuide(DiscountLevel):
     g is set in one of three ways:
 
     - ``value``, a number: constant. 0 is plain distillation.
-    - ``value``, two numbers: linear from the first to the second over the first ``over`` of training.
+    - ``value``, two numbers: linear from the first to the second over the first ``over`` of training, moved by each
+      step of the scheduler: in five epochs, with ``over`` .2, it is the first in one epoch and the second in the others.
     - ``discount``: a target for the mean share of the teacher's pull that is taken off, or ``"auto"``; see
       ``disk_plugin.level.DiscountLevel``. It is comparable across numbers of classes, temperatures and epochs.
       ``DiSKLoss(GuideHead(...))`` does the same with a guide that ranks the samples.
@@ -28,7 +29,7 @@ class UniformGuide(DiscountLevel):
 
     Args:
         value: g in [0, 1], or (first, last); None where ``discount`` is given.
-        discount: target in [0, 1), or ``"auto"``; None where ``value`` is given.
+        discount: target in [0, .99], or ``"auto"``; None where ``value`` is given.
         share: factor of the ``"auto"`` target, in (0, 1].
         over: share of training over which two values, or the ``"auto"`` target, are ramped, in (0, 1].
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._form import target_of
 from .._modes import in_mode
 from ..distributed import mean_over_processes
 from ..epoch_report import EpochReport
@@ -176,8 +177,7 @@ class GuidedTraining:
         ``end_epoch`` calls it; a host that stops within an epoch calls it alone.
         """
         means = {"multiplier": float(self.disk.multiplier), "budget": float(self.disk.budget)}
-        if self.disk.level is not None:
-            means["discount_target"] = float(self.disk.level.target)
+        means |= target_of(self.disk)
         self.report.sum_over_processes()
         means |= self.report.means()
         self.report = self._new_report()

@@ -11,6 +11,7 @@ import torch
 from mdistiller.engine import trainer as host
 from torch import Tensor
 
+from disk_plugin._form import target_of
 from disk_plugin._watch import ignoring_past_the_end
 from disk_plugin.epoch_report import EpochReport
 from disk_plugin.features import GuidedTerms, Method, Outputs
@@ -162,8 +163,7 @@ class CompleteTrainer(host.BaseTrainer):
             disk = self.distiller.module.disk
             values = {"logged_loss": means.pop("logged_loss"), "ce": means.pop("ce"), **accuracy, **means}
             values |= {"multiplier": disk.multiplier.item(), "budget": disk.budget.item()}
-            if disk.level is not None:
-                values["discount_target"] = disk.level.target.item()
+            values |= target_of(disk)
         else:
             values = accuracy
         # a mean over no sample is not logged; a NaN loss is
