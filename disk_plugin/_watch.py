@@ -114,7 +114,7 @@ def restarted(level: DiscountLevel | None, progress: float) -> str | None:
     if level is None or not level.follows_progress:
         return None
     loaded = max(level.rewound_from, level.progress.item())
-    if loaded <= progress:
+    if not progress < loaded < 1:  # from the end of a run a new one may begin
         return None
     return (
         f"the loss comes from training progress {loaded:.3g}, and its DualScheduler goes on from {progress:.3g}: to "
@@ -174,7 +174,7 @@ def warn_without_ce(ce_weight: Any, weight: Tensor | None, label_smoothing: Any)
     given = ["weight"] * (weight is not None) + ["label_smoothing"] * bool(label_smoothing)
     if given and not ce_weight:
         warnings.warn(
-            f"{' and '.join(given)} act on the cross-entropy alone, whose weight is 0: give ce_weight > 0, or "
+            f"{' and '.join(given)} would change the cross-entropy alone, whose weight is 0: give ce_weight > 0, or "
             f"sample_weight in each call",
             stacklevel=_first_outside(),
         )

@@ -321,13 +321,13 @@ def test_a_validation_loss_without_gradients_changes_nothing(guide):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"weight": torch.ones(C)}, "weight act"),
-        ({"label_smoothing": 0.1}, "label_smoothing act"),
-        ({"weight": torch.ones(C), "label_smoothing": 0.1}, "weight and label_smoothing act"),
+        ({"weight": torch.ones(C)}, "weight"),
+        ({"label_smoothing": 0.1}, "label_smoothing"),
+        ({"weight": torch.ones(C), "label_smoothing": 0.1}, "weight and label_smoothing"),
     ],
 )
 def test_settings_of_a_cross_entropy_that_has_no_weight_are_told_of(given, named):
-    with pytest.warns(UserWarning, match=f"^{named} on the cross-entropy alone, whose weight is 0") as caught:
+    with pytest.warns(UserWarning, match=f"^{named} would change the cross-entropy alone, whose weight is 0") as caught:
         DiSKLoss(GuideHead(C), **given)
     assert [each.filename for each in caught] == [__file__]
     with warnings.catch_warnings():
@@ -377,6 +377,15 @@ def test_a_loss_loaded_without_its_scheduler_is_told_of_once(guide, loss_first):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dual.step()
+
+
+@every_guide
+def test_a_new_run_after_the_end_of_another_is_not_told_of(guide, quiet):
+    disk = DiSKLoss(copy.deepcopy(guide))
+    for _ in range(2):
+        dual = DualScheduler(disk, epochs=3)
+        for _ in range(3):
+            dual.step()
 
 
 @every_guide

@@ -487,7 +487,7 @@ def test_label_smoothing_is_that_of_the_loss(tmp_path):
     assert trainer.guided.disk.label_smoothing == 0.1
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1, and in the loss, got 0.0"):
         DiSKTrainer(model=convnext(), teacher=convnext(16), **words, loss=loss_of())
-    DiSKTrainer(model=convnext(), teacher=convnext(16), **words, loss=loss_of(label_smoothing=0.1))
+    DiSKTrainer(model=convnext(), teacher=convnext(16), **words, loss=loss_of(label_smoothing=0.1, ce_weight=0.1))
 
 
 def test_labels_under_another_name(tmp_path):
