@@ -74,7 +74,7 @@ def run_cell(job: tuple[str, Cell, dict[str, Any], range, Path]) -> str:
     problem = cell.make()
     starts = [warm_student(problem, seed, cell.warm) if cell.warm else new_student(problem, seed) for seed in seeds]
     pairs = [*zip(starts, seeds, strict=True)]
-    found = kept or _best_kd(name, cell, problem, pairs)
+    found = kept or best_kd(name, cell, problem, pairs)
     temperature = found["kd_settings"]["temperature"]
     for form, settings in missing.items():
         found["rows"][form] = _columns(
@@ -88,7 +88,7 @@ def run_cell(job: tuple[str, Cell, dict[str, Any], range, Path]) -> str:
     return name
 
 
-def _best_kd(name: str, cell: Cell, problem: Problem, pairs: list[tuple[nn.Sequential, int]]) -> dict[str, Any]:
+def best_kd(name: str, cell: Cell, problem: Problem, pairs: list[tuple[nn.Sequential, int]]) -> dict[str, Any]:
     """Train every trial of KD from every start; return the best by validation accuracy."""
     kd = [train_kd(problem, start, candidates.KD_TRIALS, seed, cell.passes) for start, seed in pairs]
     means = [sum(each[row].validation for each in kd) / len(pairs) for row in range(len(candidates.KD_TRIALS))]

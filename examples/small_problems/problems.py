@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from digits import Split, shifted
 from digits import splits as digit_splits
@@ -61,6 +62,24 @@ def clusters(width: int = 5) -> Problem:
         40_000, 20, n_informative=12, n_redundant=4, n_classes=20, n_clusters_per_class=4, class_sep=2.0, random_state=5
     )
     return _with_teacher("clusters (new)", _cut(x, y, (20_000, 8_000)), (256, 128), (width,), passes=10)
+
+
+def uneven_clusters(width: int = 5) -> Problem:
+    """As ``clusters``, but each class is rarer than the one before, the last 20 times rarer than the first."""
+    weights = np.geomspace(1, 1 / 20, 20)
+    x, y = make_classification(
+        40_000,
+        20,
+        n_informative=12,
+        n_redundant=4,
+        n_classes=20,
+        n_clusters_per_class=4,
+        weights=weights / weights.sum(),
+        flip_y=0,  # flipped labels would make up 6 % of the rarest class
+        class_sep=2.0,
+        random_state=7,
+    )
+    return _with_teacher("uneven clusters (new)", _cut(x, y, (20_000, 8_000)), (256, 128), (width,), passes=10)
 
 
 def few_samples(width: int = 24) -> Problem:

@@ -63,6 +63,13 @@ def make_disk(problem: Problem, settings: dict[str, Any]) -> DiSKLoss:
 
 
 def train_disk(problem: Problem, start: nn.Sequential, settings: dict[str, Any], seed: int, passes: int) -> Scores:
+    """Return the scores of :func:`disk_student`."""
+    return _scores(problem, disk_student(problem, start, settings, seed, passes))
+
+
+def disk_student(
+    problem: Problem, start: nn.Sequential, settings: dict[str, Any], seed: int, passes: int
+) -> nn.Sequential:
     """Train a student by README's loop; ``settings`` as in :func:`make_disk`, and ``dual`` for ``DualScheduler``."""
     student, settings = copy.deepcopy(start), dict(settings)
     dual_settings = settings.pop("dual", {})
@@ -75,13 +82,23 @@ def train_disk(problem: Problem, start: nn.Sequential, settings: dict[str, Any],
         return disk(student(x[index]), problem.teacher_logits[index], y[index], problem.teacher_features[index])
 
     _fit(problem, student, [*disk.parameters()], loss_of, seed, passes, dual.step)
-    return _scores(problem, student)
+    return student
 
 
 def train_kd(
     problem: Problem, start: nn.Sequential, trials: list[dict[str, float]], seed: int, passes: int
 ) -> list[Scores]:
-    """Train a student per trial (``ce_weight``, ``temperature``), all stacked."""
+    """Return the scores of :func:`kd_students`, one per trial."""
+    students = kd_students(problem, start, trials, seed, passes)
+    with torch.no_grad():
+        shown = [(students(x), y) for x, y in (problem.train, problem.validation, problem.test)]
+    return [Scores(*(accuracy(logits[row], y) for logits, y in shown)) for row in range(len(trials))]
+
+
+def kd_students(
+    problem: Problem, start: nn.Sequential, trials: list[dict[str, float]], seed: int, passes: int
+) -> nn.Module:
+    """Train a student per trial (``ce_weight``, ``temperature``), all stacked: (N, D) -> (trials, N, C)."""
     students = _Stack(start, len(trials))
     weight, tau = (torch.tensor([trial[name] for trial in trials]) for name in ("ce_weight", "temperature"))
     tau = tau.view(-1, 1, 1)
@@ -96,9 +113,7 @@ def train_kd(
         return (weight * ce + (1 - weight) * (tau.flatten() ** 2) * kl.sum(2).mean(1)).sum()
 
     _fit(problem, students, [], loss_of, seed, passes)
-    with torch.no_grad():
-        shown = [(students(x), y) for x, y in (problem.train, problem.validation, problem.test)]
-    return [Scores(*(accuracy(logits[row], y) for logits, y in shown)) for row in range(len(trials))]
+    return students
 
 
 class _Stack(nn.Module):
