@@ -1,0 +1,202 @@
+"""What are DiSK's probabilities worth? Its students beside KD's on four problems of gain.py and one of uneven classes.
+
+Repeats gain.py's students, with its seeds, starts, passes and settings of KD, and measures more than their accuracy:
+balanced accuracy, negative log-likelihood, overconfidence, and the likelihood after one temperature fitted on
+validation data. The problem of uneven classes is not one of gain.py's: KD's setting is chosen for it in the same way.
+
+Usage: python examples/probabilities.py [--seeds N] [--out DIR] [--dry-run]
+"""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from gain import best_kd
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import balanced_accuracy_score, recall_score
+from small_problems import candidates, problems
+from small_problems.candidates import Cell
+from small_problems.problems import Problem, Split, accuracy
+from small_problems.report import difference
+from small_problems.training import disk_student, kd_students, warm_student
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+RESULTS = Path(__file__).parent / "results"
+LIMITED = (  # by capacity
+    "scaffold_target 12, warm, 24 passes",
+    "digits shifted, warm, 12 passes",
+    "clusters (new), warm, 10 passes",
+)
+UNEVEN = "uneven clusters (new), warm, 10 passes"
+CELLS = (*LIMITED, UNEVEN, "digits, warm, 30 passes")
+METHODS = {name: candidates.REPORTED[name] for name in ("DiSK, default", "UniformGuide, discount auto")}
+MEASURES = {
+    "accuracy": "accuracy, %",
+    "balanced": "balanced accuracy, %",
+    "nll": "NLL, nats",
+    "overconfidence": "overconfidence, points",
+    "nll_fitted": "NLL after a fitted temperature",
+}
+QUARTERS = ("most frequent quarter", "second quarter", "third quarter", "rarest quarter")  # of the classes
+TEMPERATURES = 0.05, 20.0  # within which one is fitted
+DECIMALS = 5  # of what is stored
+
+
+def chosen_cells() -> dict[str, Cell]:
+    """Return the cells by name."""
+    found = candidates.cells(Path()) | candidates.new_cells() | {UNEVEN: Cell(problems.uneven_clusters, 10, 10)}
+    return {name: found[name] for name in CELLS}
+
+
+def nll(logits: Tensor, y: Tensor, temperature: float = 1.0) -> float:
+    """Return the negative log-likelihood of the labels, nats per sample."""
+    return F.cross_entropy(logits.double() / temperature, y).item()
+
+
+def fitted_temperature(logits: Tensor, y: Tensor) -> float:
+    """Return the temperature by which the logits are to be divided for the least negative log-likelihood."""
+    bounds = [math.log(bound) for bound in TEMPERATURES]
+    found = minimize_scalar(lambda log: nll(logits, y, math.exp(log)), bounds=bounds, method="bounded")
+    return math.exp(found.x)
+
+
+def measures(logits: Tensor, y: Tensor, temperature: float) -> dict[str, float]:
+    """Return all of ``MEASURES`` on test data; ``temperature`` is that fitted on validation data."""
+    predicted, right = logits.argmax(1), accuracy(logits, y)
+    return {
+        "accuracy": right,
+        "balanced": 100 * float(balanced_accuracy_score(y, predicted)),
+        "nll": nll(logits, y),
+        "overconfidence": 100 * logits.double().softmax(1).amax(1).mean().item() - right,
+        "nll_fitted": nll(logits, y, temperature),
+    }
+
+
+@torch.no_grad()
+def look(student: nn.Module, problem: Problem) -> dict[str, float]:
+    """Return a student's measures, its fitted temperature and its recall by quarters of the classes."""
+
+    def shown(split: Split) -> tuple[Tensor, Tensor]:
+        logits = student(split.x)
+        return (logits[0] if logits.dim() == 3 else logits), split.y  # a stack holds one student here
+
+    temperature = fitted_temperature(*shown(problem.validation))
+    logits, y = shown(problem.test)
+    quarters = recall_by_quarters(logits.argmax(1), y, torch.bincount(problem.train.y))
+    return {**measures(logits, y, temperature), "temperature": temperature, **quarters}
+
+
+def recall_by_quarters(predicted: Tensor, y: Tensor, counts: Tensor) -> dict[str, float]:
+    """Return the mean recall, percent, of each quarter of the classes; ``counts`` are those of their training data."""
+    recall = 100 * torch.from_numpy(recall_score(y, predicted, average=None, zero_division=0))
+    quarters = counts.argsort(descending=True, stable=True).tensor_split(len(QUARTERS))
+    return {name: recall[classes].mean().item() for name, classes in zip(QUARTERS, quarters, strict=True)}
+
+
+def run_cell(name: str, cell: Cell, seeds: range, kd_settings: dict[str, float] | None) -> dict[str, Any]:
+    """Train and look at all students of a cell; without ``kd_settings`` KD's best of 36 are found first."""
+    problem = cell.make()
+    starts = [(warm_student(problem, seed, cell.warm), seed) for seed in seeds]
+    kd = kd_settings or best_kd(name, cell, problem, starts)["kd_settings"]
+    students = {"KD": [kd_students(problem, start, [kd], seed, cell.passes) for start, seed in starts]}
+    for method, settings in METHODS.items():
+        settings = {"temperature": kd["temperature"], **settings}
+        students[method] = [disk_student(problem, start, settings, seed, cell.passes) for start, seed in starts]
+    methods = {}
+    for method, trained in students.items():
+        each = [look(student, problem) for student in trained]
+        methods[method] = {measure: [one[measure] for one in each] for measure in each[0]}
+    found = {
+        "kd_settings": kd,
+        "teacher_test": problem.teacher_test,
+        "class_counts": torch.bincount(problem.train.y).tolist(),
+        "methods": methods,
+        "differences": {method: differences(methods[method], methods["KD"]) for method in METHODS},
+    }
+    return _rounded(found)
+
+
+def differences(row: dict[str, list[float]], kd: dict[str, list[float]]) -> dict[str, Any]:
+    """Return a method's paired differences to KD in every measure, with 95 % t-intervals."""
+    return {measure: difference(row, kd, measure) for measure in (*MEASURES, *QUARTERS)}
+
+
+def kd_table(found: dict[str, Any]) -> str:
+    """Return KD's means as Markdown, a row per problem."""
+    lines = [f"| problem, start, passes | KD | {' | '.join(MEASURES.values())} |", "|---" * (2 + len(MEASURES)) + "|"]
+    for name, row in found["rows"].items():
+        kd, settings = row["methods"]["KD"], row["kd_settings"]
+        cells = [f"temperature {settings['temperature']:g}, ce_weight {settings['ce_weight']:g}"]
+        for measure in MEASURES:
+            cells.append(f"{statistics.fmean(kd[measure]):.{_decimals(measure)}f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table(found: dict[str, Any], method: str) -> str:
+    """Return a method's paired differences to KD as Markdown, a row per problem."""
+    lines = [f"| {method}, minus KD | {' | '.join(MEASURES.values())} |", "|---" * (1 + len(MEASURES)) + "|"]
+    for name, row in found["rows"].items():
+        paired = row["differences"][method]
+        lines.append(f"| {name} | {' | '.join(_interval(paired[one], _decimals(one)) for one in MEASURES)} |")
+    return "\n".join(lines)
+
+
+def quarter_table(found: dict[str, Any]) -> str:
+    """Return the recall on the problem of uneven classes as Markdown, a row per quarter of the classes."""
+    lines = [f"| classes | KD's recall, % | {' | '.join(f'{name}, minus KD' for name in METHODS)} |", "|---" * 4 + "|"]
+    row = found["rows"][UNEVEN]
+    for name in QUARTERS:
+        paired = " | ".join(_interval(row["differences"][method][name], 2) for method in METHODS)
+        lines.append(f"| {name} | {statistics.fmean(row['methods']['KD'][name]):.2f} | {paired} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the cells, print and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("runs/probabilities"))
+    parser.add_argument("--dry-run", action="store_true", help="two seeds, two passes, two cells")
+    args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error(f"--seeds must be at least 2 for an interval, got {args.seeds}")
+    torch.set_num_threads(1)
+    seeds, cells = range(2 if args.dry_run else args.seeds), chosen_cells()
+    if args.dry_run:
+        cells = {name: cell._replace(warm=1, passes=2) for name, cell in [*cells.items()][-2:]}
+    stored = json.loads((RESULTS / "gain.json").read_text())["rows"]
+    rows = {}
+    for name, cell in cells.items():
+        rows[name] = run_cell(name, cell, seeds, stored[name]["kd_settings"] if name in stored else None)
+    found = {"rows": rows, "seeds": [*seeds]}
+    print("\n\n".join([kd_table(found), *(table(found, method) for method in METHODS), quarter_table(found)]))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "probabilities.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _interval(one: dict[str, Any], places: int) -> str:
+    low, high = one["interval_95"]
+    return f"{one['mean']:+.{places}f} ({low:+.{places}f} to {high:+.{places}f})"
+
+
+def _decimals(measure: str) -> int:
+    return 3 if measure.startswith("nll") else 2
+
+
+def _rounded(found: Any) -> Any:
+    """Round all floats in lists and dicts to what is stored."""
+    if isinstance(found, dict):
+        return {name: _rounded(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [_rounded(value) for value in found]
+    return round(found, DECIMALS) if isinstance(found, float) else found
+
+
+if __name__ == "__main__":
+    main()
