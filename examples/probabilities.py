@@ -1,8 +1,8 @@
-"""What are DiSK's probabilities worth? Its students beside KD's on four problems of gain.py and one of uneven classes.
+"""What are DiSK's probabilities worth? Its students beside KD's on problems of gain.py and of uneven classes.
 
 Repeats gain.py's students, with its seeds, starts, passes and settings of KD, and measures more than their accuracy:
 balanced accuracy, negative log-likelihood, overconfidence, and the likelihood after one temperature fitted on
-validation data. The problem of uneven classes is not one of gain.py's: KD's setting is chosen for it in the same way.
+validation data. The problems of uneven classes are not gain.py's: KD's setting is chosen for them in the same way.
 
 Usage: python examples/probabilities.py [--seeds N] [--out DIR] [--dry-run]
 """
@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from small_problems.report import difference
 from small_problems.training import disk_student, kd_students, warm_student
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 LIMITED = (  # by capacity
@@ -32,8 +34,9 @@ LIMITED = (  # by capacity
     "digits shifted, warm, 12 passes",
     "clusters (new), warm, 10 passes",
 )
-UNEVEN = "uneven clusters (new), warm, 10 passes"
-CELLS = (*LIMITED, UNEVEN, "digits, warm, 30 passes")
+WIDTHS = (5, 16)  # with 5 units even KD finds hardly any sample of the rarer half of the classes
+UNEVEN = {f"uneven clusters {width} (new), warm, 10 passes": width for width in WIDTHS}
+CELLS = (*LIMITED, *UNEVEN, "digits, warm, 30 passes")
 METHODS = {name: candidates.REPORTED[name] for name in ("DiSK, default", "UniformGuide, discount auto")}
 MEASURES = {
     "accuracy": "accuracy, %",
@@ -49,7 +52,8 @@ DECIMALS = 5  # of what is stored
 
 def chosen_cells() -> dict[str, Cell]:
     """Return the cells by name."""
-    found = candidates.cells(Path()) | candidates.new_cells() | {UNEVEN: Cell(problems.uneven_clusters, 10, 10)}
+    found = candidates.cells(Path()) | candidates.new_cells()
+    found |= {name: Cell(partial(problems.uneven_clusters, width), 10, 10) for name, width in UNEVEN.items()}
     return {name: found[name] for name in CELLS}
 
 
@@ -148,12 +152,14 @@ def table(found: dict[str, Any], method: str) -> str:
 
 
 def quarter_table(found: dict[str, Any]) -> str:
-    """Return the recall on the problem of uneven classes as Markdown, a row per quarter of the classes."""
-    lines = [f"| classes | KD's recall, % | {' | '.join(f'{name}, minus KD' for name in METHODS)} |", "|---" * 4 + "|"]
-    row = found["rows"][UNEVEN]
-    for name in QUARTERS:
-        paired = " | ".join(_interval(row["differences"][method][name], 2) for method in METHODS)
-        lines.append(f"| {name} | {statistics.fmean(row['methods']['KD'][name]):.2f} | {paired} |")
+    """Return the recall on the problems of uneven classes as Markdown, a row per quarter of the classes."""
+    methods = " | ".join(f"{name}, minus KD" for name in METHODS)
+    lines = [f"| problem, start, passes | classes | KD's recall, % | {methods} |", "|---" * 5 + "|"]
+    for problem, row in ((name, row) for name, row in found["rows"].items() if name in UNEVEN):
+        for name in QUARTERS:
+            paired = " | ".join(_interval(row["differences"][method][name], 2) for method in METHODS)
+            recall = statistics.fmean(row["methods"]["KD"][name])
+            lines.append(f"| {problem} | {name} | {recall:.2f} | {paired} |")
     return "\n".join(lines)
 
 
@@ -172,7 +178,7 @@ def main() -> None:
         cells = {name: cell._replace(warm=1, passes=2) for name, cell in [*cells.items()][-2:]}
     stored = json.loads((RESULTS / "gain.json").read_text())["rows"]
     rows = {}
-    for name, cell in cells.items():
+    for name, cell in tqdm(cells.items(), desc="cells"):
         rows[name] = run_cell(name, cell, seeds, stored[name]["kd_settings"] if name in stored else None)
     found = {"rows": rows, "seeds": [*seeds]}
     print("\n\n".join([kd_table(found), *(table(found, method) for method in METHODS), quarter_table(found)]))

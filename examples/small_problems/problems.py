@@ -79,7 +79,7 @@ def uneven_clusters(width: int = 5) -> Problem:
         class_sep=2.0,
         random_state=7,
     )
-    return _with_teacher("uneven clusters (new)", _cut(x, y, (20_000, 8_000)), (256, 128), (width,), passes=10)
+    return _with_teacher(f"uneven clusters {width} (new)", _cut(x, y, (20_000, 8_000)), (256, 128), (width,), passes=10)
 
 
 def few_samples(width: int = 24) -> Problem:
