@@ -19,7 +19,7 @@ class UniformGuide(DiscountLevel):
 
     - ``value``, a number: constant. 0 is plain distillation.
     - ``value``, two numbers: linear from the first to the second over the first ``over`` of training, moved by each
-      step of the scheduler: in five epochs, with ``over`` .2, it is the first in one epoch and the second in the others.
+      step of the scheduler. In five epochs, with ``over`` .2, it is the first in one epoch, then the second.
     - ``discount``: a target for the mean share of the teacher's pull that is taken off, or ``"auto"``; see
       ``disk_plugin.level.DiscountLevel``. It is comparable across numbers of classes, temperatures and epochs.
       ``DiSKLoss(GuideHead(...))`` does the same with a guide that ranks the samples.

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from small_images.views import Views
 from torch.nn import functional as F  # noqa: N812
 
 from disk_plugin import functional, presets
+from disk_plugin.diagnostics.capacity import LARGEST_DATA_GAP, SMALLEST_CAPACITY_GAP
 
 RESULTS = Path(cifar100.__file__).parent / "results"
 
@@ -502,14 +504,28 @@ def test_what_the_page_says_of_few_features_is_committed():
     apart = [a - b for a, b in zip(guided, one_g, strict=True)]
     count, mean = sum(value > 0 for value in apart), sum(apart) / len(apart)
     assert f"ahead of it on {count} of {len(apart)} seeds, by {mean:.2f} points" in line_of(page, "- **The scaffold")
-    few_classes = found["20 superclasses"]
-    behind = [few_classes["differences"][f"{form} - {few_classes['kd']}"]["values"] for form in RIVALS]
-    behind = sorted(-value for values in behind for value in values)
-    [cell] = few_classes["cells"]
-    below = cell["teacher"]["train"] - cell["methods"][few_classes["kd"]]["train"]
-    of_few_classes = line_of(page, "- **20 superclasses")
-    assert f"{behind[0]:.2f} to {behind[-1]:.2f} points behind KD, on one seed" in of_few_classes
-    assert f"training accuracy is {below:.1f} points below" in of_few_classes
+    said = {
+        "with 20 superclasses": "20 superclasses",
+        "with a fifth": "a fifth of the images",
+        "with a teacher whose errors": "a teacher that is always right",
+        "with a weaker teacher": "a weaker teacher",
+    }
+    for words, name in said.items():
+        rows = [found[name]["differences"][f"{form} - {found[name]['kd']}"]["values"] for form in RIVALS]
+        low, high = min(map(min, rows)), max(map(max, rows))
+        assert re.search(rf"{re.escape(f'{low:+.2f} to {high:+.2f}')} (points )?{words}", line_of(page, "- **With 16"))
+    rule = line_of(page, "- **`capacity_gap` therefore")
+    for name in ("20 superclasses", "a fifth of the images"):
+        kd, cells = found[name]["kd"], found[name]["cells"]
+        below = sorted(cell["teacher"]["train"] - cell["methods"][kd]["train"] for cell in cells)
+        assert "{} ({:.1f} and {:.1f}".format(name, *below) in rule
+        assert below[0] >= SMALLEST_CAPACITY_GAP
+        data_gaps = [cell["methods"][kd]["train"] - cell["methods"][kd]["held_out"] for cell in cells]
+        assert max(data_gaps) <= LARGEST_DATA_GAP
+    replayed = found["8 features, Algorithm 1"]
+    for form in ("paper-4", "paper-2", "zeroed-replay-2"):
+        values = sorted(abs(value) for value in replayed["differences"][f"{form} - {replayed['kd']}"]["values"])
+        assert "{:.2f} and {:.2f}".format(*values) in line_of(page, "- **Algorithm 1**")
     for name in ("4 features", "4 features, cooler KD"):
         for cell in found[name]["cells"]:
             own = cell["methods"][found[name]["kd"]]
