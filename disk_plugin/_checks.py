@@ -133,5 +133,4 @@ def sample_weight(value: Any, student_logits: Tensor) -> None:
     tensor("sample_weight", value)
     expected = positions(student_logits)
     if tuple(value.shape) not in {expected, expected[:1]}:
-        shapes = " or ".join(str(shape) for shape in dict.fromkeys((expected[:1], expected)))
-        raise ValueError(f"sample_weight must have shape {shapes}, got {tuple(value.shape)}")
+        raise ValueError(f"sample_weight must have shape {expected[:1]} or {expected}, got {tuple(value.shape)}")

@@ -31,7 +31,7 @@ class GuideMoves:
         0, or a ``GradScaler`` skips its steps.
         """
         before, now = self._before, self._copies()
-        frozen, self._loss.frozen_batches = self._loss.frozen_batches, 0
+        seen, self._loss.student_seen = self._loss.student_seen, frozenset()
         self._before = now
         if any(name not in before for name in now):
             return None
@@ -39,21 +39,13 @@ class GuideMoves:
         if not any(_is_new(before[name][1], gradient) for name, (_, gradient) in now.items()):
             return None
         if moved:
-            return self._judge_student(epoch, frozen)
+            return _student_message(epoch) if seen == {"frozen"} else None
         if self._is_held():
             return None
         return (
             f"the guide is not trained: gradients reached it in epoch {epoch}, but none of its parameters moved and no "
             f"optimizer holds them; give the optimizer [*student.parameters(), *disk.parameters()], or "
             f"distiller.parameters(), or freeze the guide by disk.guide.requires_grad_(False)"
-        )
-
-    def _judge_student(self, epoch: int, frozen: int) -> str | None:
-        if frozen < max(self._loss.epoch_batches[0].item(), 1):
-            return None
-        return (
-            f"the student is not trained: in no batch of epoch {epoch} do its logits require grad, and only the guide "
-            f"moved; compute them outside torch.no_grad(), without detach() and with the student's parameters unfrozen"
         )
 
     def _copies(self) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -74,6 +66,14 @@ class GuideMoves:
             for group in getattr(thing, "param_groups", ())
             for parameter in group["params"]
         )
+
+
+def _student_message(epoch: int) -> str:
+    return (
+        f"the student is not trained: in no batch of epoch {epoch} do its logits require grad, and only the guide "
+        f"moved; compute them outside torch.no_grad(), without detach() and with the student's parameters unfrozen (in "
+        f"an epoch of the guide alone all is well)"
+    )
 
 
 def _differ(before: Tensor, now: Tensor) -> bool:

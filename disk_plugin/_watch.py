@@ -113,7 +113,7 @@ def restarted(level: DiscountLevel | None, progress: float) -> str | None:
     """Return a warning if a loss was loaded without the state of its scheduler, which begins again."""
     if level is None or not level.follows_progress:
         return None
-    loaded = max(level.rewound_from, level.progress.item())
+    loaded = level.rewound_from
     if not progress < loaded < 1:  # from the end of a run a new one may begin
         return None
     return (
@@ -161,18 +161,18 @@ def warn_if_swapped(
     )
 
 
-def count_frozen(module: Any, student: Any) -> None:
-    """Count a training batch whose student gets no gradient, where that can be told: not compiled or transformed."""
+def note_student(module: Any, student: Any) -> None:
+    """Note whether a forward in training mode reaches the student, where that can be told: not compiled."""
     if torch.compiler.is_compiling() or transformed() or not module.training or not torch.is_grad_enabled():
         return
-    if isinstance(student, Tensor) and not student.requires_grad:
-        module.frozen_batches += 1
+    if isinstance(student, Tensor):
+        module.student_seen |= {"trained" if student.requires_grad else "frozen"}
 
 
-def warn_without_ce(ce_weight: Any, weight: Tensor | None, label_smoothing: Any) -> None:
+def warn_without_ce(settings: Any) -> None:
     """Warn if settings of the cross-entropy are given to a loss that has none."""
-    given = ["weight"] * (weight is not None) + ["label_smoothing"] * bool(label_smoothing)
-    if given and not ce_weight:
+    given = ["weight"] * (settings.weight is not None) + ["label_smoothing"] * bool(settings.label_smoothing)
+    if given and not settings.ce_weight:
         warnings.warn(
             f"{' and '.join(given)} would change the cross-entropy alone, whose weight is 0: give ce_weight > 0, or "
             f"sample_weight in each call",

@@ -60,6 +60,7 @@ class DiscountLevel(nn.Module):
     last_agreement: Tensor  # at the end of the previous epoch
     progress: Tensor
     gate: Tensor
+    rewound_from: float = 0.0  # progress that was loaded after a scheduler was made, or that one has set back
 
     def __init__(self, discount: float | Literal["auto"] | None, *, share: float = SHARE, over: float = OVER) -> None:
         super().__init__()
@@ -74,7 +75,6 @@ class DiscountLevel(nn.Module):
         self.patience = PATIENCE
         self.has_scheduler, self.batches_without_progress = False, 0  # training batches since ``set_progress``
         self.warned_unstepped = False
-        self.rewound_from = 0.0  # progress that a scheduler set back
         self._initial = dict(_INITIAL)
         self._lowest = -math.inf if discount == 0 else _SMALLEST
         if discount in ("auto", 0):
@@ -92,11 +92,12 @@ class DiscountLevel(nn.Module):
         self.has_scheduler, self.batches_without_progress = True, 0
         progress, last = min(progress, 1.0), self.last_agreement
         if not ends_epoch:
-            if not self.progress.is_meta:
-                self.rewound_from = self.progress.item() if self.progress.item() > progress else 0.0
+            rewound = not self.progress.is_meta and self.progress.item() > progress
+            self.rewound_from = self.progress.item() if rewound else 0.0
             self.progress.fill_(progress)
             return
         new = (self.progress != progress) & (self.agreement != last)  # else the same call again
+        self.rewound_from = 0.0
         gain = (self.agreement - last) / (1 - last).clamp(min=_FLAT)
         self.gate.copy_(torch.where(new, (1 - self.patience * gain).clamp(0.0, 1.0), self.gate))
         self.last_agreement.copy_(torch.where(new, self.agreement, last))
@@ -169,6 +170,7 @@ class DiscountLevel(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         """Load; with a discount of 0 g stays 0, whatever target the checkpoint had."""
         super()._load_from_state_dict(*args)
+        self.rewound_from = 0.0 if self.progress.is_meta or not self.has_scheduler else self.progress.item()
         if self.discount == 0:
             with torch.no_grad():
                 self.log_guide.fill_(-math.inf)

@@ -11,7 +11,7 @@ from ._form import format_settings, remaining_weight, resolve_form
 from ._modes import without_autocast
 from ._state import moving
 from ._training_batch import evaluate_batch
-from ._watch import count_frozen, warn_without_ce
+from ._watch import note_student, warn_without_ce
 from .epoch_statistics import NOTHING_SEEN, EpochStatistics, no_statistics, upgrade
 from .functional import DiSKTerms
 from .functional._positions import REDUCTIONS, Reduction, guide_input
@@ -40,10 +40,9 @@ class DiSKLoss(nn.Module):
     ``disk_plugin.uniform.UniformGuide`` bounds its own g. Where the authors' code differs from the paper, ``variant``
     selects the rules. By default all classes receive g; with ``top_k`` the others keep their full pull.
 
-    Autocast is disabled inside and half-precision inputs are upcast to float32. NaN in an input, or inf in the
-    teacher's logits, propagates to the loss, unless its target is ignored. Double backward is not supported
-    (but by ``functional.reference_terms``). Under ``torch.func`` statistics are updated only if the transform is given
-    the buffers. For ``AveragedModel(disk)`` leave ``use_buffers`` False: multiplier and statistics are not weights.
+    Half-precision inputs are upcast to float32, under autocast too. NaN in an input, or inf in the teacher's logits,
+    propagates to the loss, unless its target is ignored. Double backward needs ``functional.reference_terms``. Under
+    ``torch.func`` statistics are updated only with the buffers. In ``AveragedModel(disk)`` leave ``use_buffers`` False.
 
     Args:
         guide: a module (teacher_logits[, teacher_features]) -> guide logits (N,) or (N, d1, ...).
@@ -89,6 +88,7 @@ class DiSKLoss(nn.Module):
     epoch_batches: Tensor  # number of all, and of those with a NaN or inf loss
     fitted_student_temperature: Tensor
     student_temperature_moments: Tensor
+    student_seen: frozenset[str] = frozenset()  # what an epoch's forwards gave: "trained", "frozen"
 
     def __init__(
         self,
@@ -112,7 +112,6 @@ class DiSKLoss(nn.Module):
         if fitted := isinstance(student_temperature, str):
             _checks.choice("student_temperature", student_temperature, ("fit",))
         form = resolve_form(guide, discount, multiplier, budget, variant)
-        warn_without_ce(ce_weight, weight, label_smoothing)
         settings = Settings(
             ce_weight=ce_weight,
             distill_weight=remaining_weight(ce_weight) if distill_weight is None else distill_weight,
@@ -128,11 +127,12 @@ class DiSKLoss(nn.Module):
             weight=weight,
             label_smoothing=label_smoothing,
         ).checked()
+        warn_without_ce(settings)
         self.guide, self.level, self.keeps_multiplier = guide, form.level, form.keeps_multiplier
         self.guide_gradient_scale, self.label_smoothing = settings.guide_gradient_scale, settings.label_smoothing
         self.ce_weight, self.distill_weight, self.temperature = settings[:3]
         self.variant, self.top_k, self.ignore_index = settings.variant, settings.top_k, settings.ignore_index
-        self.fit_student_temperature, self.warned, self.frozen_batches = fitted, set[str](), 0
+        self.fit_student_temperature, self.warned = fitted, set[str]()
         # float64, so that a schedule's 0.3 stays 0.3 in a float64 objective
         self._initial: dict[str, Any] = {"multiplier": form.multiplier, "budget": form.budget}
         if fitted:
@@ -155,7 +155,7 @@ class DiSKLoss(nn.Module):
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """Return the objective (5), a scalar: ``terms(...).loss``."""
-        count_frozen(self, student_logits)
+        note_student(self, student_logits)
         return self.terms(student_logits, teacher_logits, target, teacher_features, sample_weight=sample_weight).loss
 
     def terms(

@@ -45,8 +45,8 @@ class DualScheduler:
     ``step()`` warns, once each:
 
     - if at least half of the epoch's batches had a NaN or inf loss;
-    - if gradients reached the guide but its parameters are in no optimizer, or none reached the student;
-    - if the loss was loaded from a checkpoint, and the scheduler was not;
+    - if gradients reached the guide but its parameters are in no optimizer, or ``disk(...)`` never reached the student;
+    - if a loss with an ``"auto"`` target or a ramp was loaded from a checkpoint, and the scheduler was not;
     - if it is called more than ``epochs`` times (once per batch?);
     - with a budget, if the guide is dead: g > .99 on every sample; g < .01 on every sample with a mean discount of at
       most .01; or, with the multiplier in the upper half of its range, a standard deviation of g below .002 while all g

@@ -205,7 +205,7 @@ class DiSKCallback(Callback):
     def _step(self, batch: Any) -> Tensor:
         """Return the loss of a training batch."""
         if not torch.is_grad_enabled():
-            raise RuntimeError("training_step was called without gradients while training: it would count the batch")
+            raise RuntimeError("training_step was called without gradients while training: it would report the batch")
         x, target = self.unpack(batch)
         if not isinstance(target, Tensor):
             raise ValueError(f"DiSK needs labels, got a target of type {type(target).__name__}")

@@ -145,13 +145,18 @@ def test_the_width_of_the_last_layer_is_another():
         assert sum(len(module._forward_hooks) for module in student.modules()) == hooks
 
 
-def test_convolutions_are_not_told_from_patches():
+def test_convolutions_are_taken_for_patches():
     data = [(torch.randn(8, 3, 4, 4), torch.arange(8) % 4)]
     for convolution, found in ((nn.Conv2d(3, 16, 3), True), (nn.Conv2d(3, 16, 2, stride=2), False)):
         student = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
         teacher = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
         measured = capacity_gap(student, teacher, data, list(data))
         assert (measured.convolutional, measured.feature_dim) == (found, 16)
+        torch.compiler.reset()
+        compiled = torch.compile(student.eval(), backend="eager")
+        with torch.no_grad():
+            compiled(data[0][0])
+        assert capacity_gap(compiled, teacher, data, list(data)) == measured
 
 
 # ---- the recommendation ----------------------------------------------------------------------------------------------
@@ -163,11 +168,14 @@ VERDICTS = {
     "no gap": (gap(student_train=0.97, student_held_out=0.89), "KD", "KD; no clear difference is expected"),
     "untrained": (gap(student_train=0.012, student_held_out=0.01), "KD", "none yet: the student is near chance (1.0%"),
     "two classes": (gap(0.6, 0.6, classes=2), "KD", "KD; with 2 classes nothing is known"),
+    "two classes, untrained": (gap(0.54, 0.5, classes=2), "KD", "none yet: the student is near chance (50.0% with 2"),
+    "two classes, worse teacher": (gap(0.9, 0.9, classes=2), "KD", "KD, or another teacher: this one is not ahead"),
     "nine classes": (gap(classes=9), "KD", "KD; with 9 classes nothing is known"),
     "ten classes": (gap(classes=10), "DiSK", "DiSK; the student is limited by its capacity"),
     "convolutions": (gap(features=16, convolutional=True), "KD", "KD; no convolutional student with 16 features"),
     "few features": (gap(features=8, convolutional=True), "DiSK", "DiSK; the student is limited by its capacity"),
-    "features unknown": (gap(features=None, convolutional=True), "DiSK", "DiSK; the student is limited by its"),
+    "features unknown": (gap(features=None, convolutional=True), "KD", "KD unless its last layer, which was not found"),
+    "features unknown, no convolution": (gap(features=None), "DiSK", "DiSK; the student is limited by its capacity"),
     "worse teacher": (gap(teacher_held_out=0.35), "KD", "KD, or another teacher: this one is not ahead"),
 }
 

@@ -284,10 +284,18 @@ def whole_of(disk, student, x, teacher, target):
     return whole.add(student(x), teacher, target) + whole.terms().guide_loss
 
 
+def in_turns(disk, logits, teacher, target):
+    """The guide's turn, its statistics forgotten, and the student's."""
+    disk(logits.detach(), teacher, target).backward()
+    disk.reset_statistics()
+    return disk(logits, teacher, target)
+
+
 TURNS = {
     "one backward": lambda disk, student, x, *others: disk(student(x), *others),
     "the guide's turn": lambda disk, student, x, *others: disk.terms(student(x).detach(), *others).guide_loss,
     "micro-batches": whole_of,
+    "the guide's turn, by the loss": lambda disk, student, x, *others: in_turns(disk, student(x), *others),
     "one of two": lambda disk, student, x, *others: disk(student(x), *others) + disk(student(x).detach(), *others),
 }
 
@@ -377,6 +385,17 @@ def test_a_loss_loaded_without_its_scheduler_is_told_of_once(guide, loss_first):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dual.step()
+
+
+@every_guide
+def test_a_loss_set_back_to_its_beginning_or_with_finer_progress_is_not_told_of(guide, quiet):
+    disk = DiSKLoss(copy.deepcopy(guide))
+    initial = copy.deepcopy(disk.state_dict())
+    DualScheduler(disk, epochs=4).step()
+    dual = DualScheduler(disk, epochs=4)
+    disk.load_state_dict(initial)
+    (disk.level or disk.guide).set_progress(0.1)
+    dual.step()
 
 
 @every_guide

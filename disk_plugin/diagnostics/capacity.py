@@ -1,7 +1,6 @@
 """Should I use DiSK here? What limits the student, capacity or data, and the recommendation that follows."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,12 +8,14 @@ from torch import nn
 
 from .. import _checks
 from ._accuracy import compare
+from ._layers import input_width, last_linear, linears, overlaps
 
 Verdict = Literal["DiSK", "KD"]
 
 # percent points, of the rule in examples/results/regime_map.json, derived by examples/regime/rule.py
 SMALLEST_CAPACITY_GAP, LARGEST_DATA_GAP = 35.0, 30.0
-NEAR_CHANCE = 1.5  # times 1 / C: a student below it was hardly trained
+# a student below either was hardly trained: 1.5 times chance, 1 / C, or a tenth of the way from there to 1
+NEAR_CHANCE, NEAR_CHANCE_OF_FEW = 1.5, 0.1
 FEWEST_CLASSES = 10  # of the map's problems
 # of a convolutional student, for which no gain is shown from here on: docs/evidence/few_features.md
 ENOUGH_FEATURES = 16
@@ -45,7 +46,7 @@ class CapacityGap(NamedTuple):
         held_out_samples: number of held-out samples read.
         num_classes: C.
         feature_dim: input width of the last Linear that ran in the student; None if it has not C outputs.
-        convolutional: whether the student has a convolution whose windows overlap.
+        convolutional: whether the student has a convolution whose windows overlap, be it in a transformer's stem.
     """
 
     student_train: float
@@ -90,18 +91,18 @@ class CapacityGap(NamedTuple):
 
     def _judge(self) -> tuple[Verdict, str]:
         chance = 1 / self.num_classes
-        if self.num_classes < FEWEST_CLASSES:
-            return "KD", (
-                f"KD; with {self.num_classes} classes nothing is known, as our experiments have {FEWEST_CLASSES} or "
-                f"more: compare both, or stay with KD"
-            )
-        if self.student_train < NEAR_CHANCE * chance:
+        if self.student_train < min(NEAR_CHANCE * chance, chance + NEAR_CHANCE_OF_FEW * (1 - chance)):
             return "KD", (
                 f"none yet: the student is near chance ({chance:.1%} with {self.num_classes} classes) on its training "
                 f"data; train it first, with cross-entropy or KD, then look again"
             )
         if self.teacher_held_out <= self.student_held_out:
             return "KD", "KD, or another teacher: this one is not ahead of the student on held-out data"
+        if self.num_classes < FEWEST_CLASSES:
+            return "KD", (
+                f"KD; with {self.num_classes} classes nothing is known, as our experiments have {FEWEST_CLASSES} or "
+                f"more: compare both, or stay with KD"
+            )
         if 100 * self.by_capacity < SMALLEST_CAPACITY_GAP:
             return "KD", (
                 f"KD; no clear difference is expected, as the student fits most of what the teacher fits (gap by "
@@ -112,10 +113,11 @@ class CapacityGap(NamedTuple):
                 f"KD; data limit the student (gap by data above {LARGEST_DATA_GAP:g} points), where DiSK gained half a "
                 f"point at most"
             )
-        if self.convolutional and self.feature_dim is not None and self.feature_dim >= ENOUGH_FEATURES:
+        if self.convolutional and (self.feature_dim is None or self.feature_dim >= ENOUGH_FEATURES):
+            unless = "" if self.feature_dim else " unless its last layer, which was not found, has fewer"
             return "KD", (
-                f"KD; no convolutional student with {ENOUGH_FEATURES} features or more has gained in our experiments, "
-                f"whatever its gaps: compare both, or stay with KD"
+                f"KD{unless}; no convolutional student with {ENOUGH_FEATURES} features or more has gained in our "
+                f"experiments, whatever its gaps: compare both, or stay with KD"
             )
         return "DiSK", (
             f"DiSK; the student is limited by its capacity (gap by capacity of {SMALLEST_CAPACITY_GAP:g} points or "
@@ -206,7 +208,7 @@ def capacity_gap(
     if max_batches is not None:
         _checks.integer("max_batches", max_batches, at_least=1)
     _checks.integer("ignore_index", ignore_index)
-    with _last_linear(student) as last:
+    with last_linear(student) as last:
         train, held_out = (
             compare(student, teacher, loader, name, device=device, max_batches=max_batches, ignore_index=ignore_index)
             for name, loader in {"train_loader": train_loader, "held_out_loader": held_out_loader}.items()
@@ -220,29 +222,6 @@ def capacity_gap(
         train_samples=train.samples,
         held_out_samples=held_out.samples,
         num_classes=train.num_classes,
-        feature_dim=last[0].in_features if last and last[0].out_features == train.num_classes else None,
-        convolutional=any(_overlaps(module) for module in student.modules()),
+        feature_dim=input_width(last or linears(student)[-1:], train.num_classes),
+        convolutional=any(overlaps(module) for module in student.modules()),
     )
-
-
-@contextmanager
-def _last_linear(model: nn.Module) -> Iterator[list[nn.Linear]]:
-    """Keep the last Linear that ran, which need not be the last one that was registered."""
-    last: list[nn.Linear] = []
-
-    def keep(module: Any, args: Any, output: Any) -> None:
-        last[:] = [module]
-
-    hooks = [module.register_forward_hook(keep) for module in model.modules() if isinstance(module, nn.Linear)]
-    try:
-        yield last
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _overlaps(module: nn.Module) -> bool:
-    """Whether a module is a convolution with overlapping windows; the patches of a transformer do not overlap."""
-    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return False
-    return any(side > stride for side, stride in zip(module.kernel_size, module.stride, strict=True))

@@ -117,7 +117,8 @@ class GuideReplay:
             student_logits, teacher_logits, target, guide_logits=guide_logits, sample_weight=sample_weight
         )
         if self.disk.training:
-            share_student_temperature(self.disk, self.process_group)
+            if self.disk.reduce_mean is None:  # which has averaged it
+                share_student_temperature(self.disk, self.process_group)
             self.record(student_logits, teacher_logits, target, teacher_features, sample_weight=sample_weight)
         return terms.student_loss
 
