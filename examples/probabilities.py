@@ -3,6 +3,7 @@
 Repeats gain.py's students, with its seeds, starts, passes and settings of KD, and measures more than their accuracy:
 balanced accuracy, negative log-likelihood, overconfidence, and the likelihood after one temperature fitted on
 validation data. The problems of uneven classes are not gain.py's: KD's setting is chosen for them in the same way.
+A last row asks whether a guide whose objective makes s + g a distribution does better. What ``--out`` lacks is trained.
 
 Usage: python examples/probabilities.py [--seeds N] [--out DIR] [--dry-run]
 """
@@ -38,6 +39,8 @@ WIDTHS = (5, 16)  # with 5 units even KD finds hardly any sample of the rarer ha
 UNEVEN = {f"uneven clusters {width} (new), warm, 10 passes": width for width in WIDTHS}
 CELLS = (*LIMITED, *UNEVEN, "digits, warm, 30 passes")
 METHODS = {name: candidates.REPORTED[name] for name in ("DiSK, default", "UniformGuide, discount auto")}
+NORMALIZED = "normalized guide"
+METHODS[NORMALIZED] = {"normalized": True}
 MEASURES = {
     "accuracy": "accuracy, %",
     "balanced": "balanced accuracy, %",
@@ -102,17 +105,27 @@ def recall_by_quarters(predicted: Tensor, y: Tensor, counts: Tensor) -> dict[str
     return {name: recall[classes].mean().item() for name, classes in zip(QUARTERS, quarters, strict=True)}
 
 
-def run_cell(name: str, cell: Cell, seeds: range, kd_settings: dict[str, float] | None) -> dict[str, Any]:
-    """Train and look at all students of a cell; without ``kd_settings`` KD's best of 36 are found first."""
+def run_cell(
+    name: str, cell: Cell, seeds: range, kd_settings: dict[str, float] | None, kept: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Train and look at the students of a cell that ``kept`` lacks.
+
+    Without ``kd_settings``, and if none are kept, KD's best of 36 are found first.
+    """
+    methods: dict[str, Any] = dict(kept["methods"]) if kept else {}
+    missing = [method for method in ("KD", *METHODS) if method not in methods]
+    if kept and not missing:
+        return kept
     problem = cell.make()
     starts = [(warm_student(problem, seed, cell.warm), seed) for seed in seeds]
+    kd_settings = kept["kd_settings"] if kept else kd_settings
     kd = kd_settings or best_kd(name, cell, problem, starts)["kd_settings"]
-    students = {"KD": [kd_students(problem, start, [kd], seed, cell.passes) for start, seed in starts]}
-    for method, settings in METHODS.items():
-        settings = {"temperature": kd["temperature"], **settings}
-        students[method] = [disk_student(problem, start, settings, seed, cell.passes) for start, seed in starts]
-    methods = {}
-    for method, trained in students.items():
+    for method in missing:
+        if method == "KD":
+            trained = [kd_students(problem, start, [kd], seed, cell.passes) for start, seed in starts]
+        else:
+            settings = {"temperature": kd["temperature"], **METHODS[method]}
+            trained = [disk_student(problem, start, settings, seed, cell.passes) for start, seed in starts]
         each = [look(student, problem) for student in trained]
         methods[method] = {measure: [one[measure] for one in each] for measure in each[0]}
     found = {
@@ -121,13 +134,14 @@ def run_cell(name: str, cell: Cell, seeds: range, kd_settings: dict[str, float] 
         "class_counts": torch.bincount(problem.train.y).tolist(),
         "methods": methods,
         "differences": {method: differences(methods[method], methods["KD"]) for method in METHODS},
+        "normalized": differences(methods[NORMALIZED], methods["DiSK, default"]),
     }
     return _rounded(found)
 
 
-def differences(row: dict[str, list[float]], kd: dict[str, list[float]]) -> dict[str, Any]:
-    """Return a method's paired differences to KD in every measure, with 95 % t-intervals."""
-    return {measure: difference(row, kd, measure) for measure in (*MEASURES, *QUARTERS)}
+def differences(row: dict[str, list[float]], other: dict[str, list[float]]) -> dict[str, Any]:
+    """Return a method's paired differences to another, such as KD, in every measure, with 95 % t-intervals."""
+    return {measure: difference(row, other, measure) for measure in (*MEASURES, *QUARTERS)}
 
 
 def kd_table(found: dict[str, Any]) -> str:
@@ -143,21 +157,23 @@ def kd_table(found: dict[str, Any]) -> str:
 
 
 def table(found: dict[str, Any], method: str) -> str:
-    """Return a method's paired differences to KD as Markdown, a row per problem."""
-    lines = [f"| {method}, minus KD | {' | '.join(MEASURES.values())} |", "|---" * (1 + len(MEASURES)) + "|"]
+    """Return a method's paired differences as Markdown, a row per problem: to KD, a normalized guide's to DiSK."""
+    other = "DiSK, default" if method == NORMALIZED else "KD"
+    lines = [f"| {method}, minus {other} | {' | '.join(MEASURES.values())} |", "|---" * (1 + len(MEASURES)) + "|"]
     for name, row in found["rows"].items():
-        paired = row["differences"][method]
+        paired = row["normalized"] if method == NORMALIZED else row["differences"][method]
         lines.append(f"| {name} | {' | '.join(_interval(paired[one], _decimals(one)) for one in MEASURES)} |")
     return "\n".join(lines)
 
 
 def quarter_table(found: dict[str, Any]) -> str:
     """Return the recall on the problems of uneven classes as Markdown, a row per quarter of the classes."""
-    methods = " | ".join(f"{name}, minus KD" for name in METHODS)
+    compared = [name for name in METHODS if name != NORMALIZED]
+    methods = " | ".join(f"{name}, minus KD" for name in compared)
     lines = [f"| problem, start, passes | classes | KD's recall, % | {methods} |", "|---" * 5 + "|"]
     for problem, row in ((name, row) for name, row in found["rows"].items() if name in UNEVEN):
         for name in QUARTERS:
-            paired = " | ".join(_interval(row["differences"][method][name], 2) for method in METHODS)
+            paired = " | ".join(_interval(row["differences"][method][name], 2) for method in compared)
             recall = statistics.fmean(row["methods"]["KD"][name])
             lines.append(f"| {problem} | {name} | {recall:.2f} | {paired} |")
     return "\n".join(lines)
@@ -177,13 +193,17 @@ def main() -> None:
     if args.dry_run:
         cells = {name: cell._replace(warm=1, passes=2) for name, cell in [*cells.items()][-2:]}
     stored = json.loads((RESULTS / "gain.json").read_text())["rows"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / ("probabilities-dry.json" if args.dry_run else "probabilities.json")
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    before = kept["rows"] if kept.get("seeds") == [*seeds] else {}
     rows = {}
     for name, cell in tqdm(cells.items(), desc="cells"):
-        rows[name] = run_cell(name, cell, seeds, stored[name]["kd_settings"] if name in stored else None)
+        kd_settings = stored[name]["kd_settings"] if name in stored else None
+        rows[name] = run_cell(name, cell, seeds, kd_settings, before.get(name))
     found = {"rows": rows, "seeds": [*seeds]}
     print("\n\n".join([kd_table(found), *(table(found, method) for method in METHODS), quarter_table(found)]))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "probabilities.json").write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _interval(one: dict[str, Any], places: int) -> str:

@@ -15,7 +15,7 @@ from small_problems.candidates import Cell
 from small_problems.problems import Problem, Split
 
 ROOT = Path(__file__).parents[1]
-DISK, UNIFORM = example.METHODS
+DISK, UNIFORM, NORMALIZED = example.METHODS
 
 
 def committed(name):
@@ -110,6 +110,36 @@ def test_the_students_are_those_whose_scores_gain_reports(problem):
             assert found["methods"][name]["accuracy"][seed] == pytest.approx(scores.test, abs=1e-4)
 
 
+def test_what_is_kept_is_not_trained_again(problem, monkeypatch):
+    kd = {"ce_weight": 0.3, "temperature": 2.0}
+    cell = Cell(lambda: problem, 1, 3)
+    whole = example.run_cell("small", cell, range(2), kd)
+    part = {**whole, "methods": {name: row for name, row in whole["methods"].items() if name != NORMALIZED}}
+    assert example.run_cell("small", cell, range(2), None, part)["methods"] == whole["methods"]
+    monkeypatch.setattr(example, "warm_student", None)
+    assert example.run_cell("small", cell, range(2), None, whole) == whole
+
+
+def test_the_normalizers_gradient_is_that_of_autograd_about_its_mean(problem):
+    disks = [training.make_disk(problem, {"normalized": normalized}) for normalized in (True, False)]
+    disks[0].load_state_dict(disks[1].state_dict())
+    for disk in disks:
+        torch.nn.init.normal_(disk.guide.mlp[-1].weight)
+        disk.level.log_guide.fill_(-2.0)
+    disks[0].load_state_dict(disks[1].state_dict())
+    inputs = torch.randn(20, 4, requires_grad=True), problem.teacher_logits[:20], problem.train.y[:20]
+    features = problem.teacher_features[:20]
+    placed = disks[1].level.place(disks[1].guide_logits(inputs[1], features))
+    losses = [disk(*inputs, features) for disk in disks]
+    torch.testing.assert_close(*losses)
+    grads = [torch.autograd.grad(loss, [*disk.guide.parameters()]) for loss, disk in zip(losses, disks, strict=True)]
+    slopes = torch.autograd.grad(torch.log1p(4 * placed.sigmoid()).sum(), placed, retain_graph=True)[0]
+    expected = torch.autograd.grad(((slopes - slopes.mean()) * placed).mean(), [*disks[1].guide.parameters()])
+    for ours, plain, more in zip(*grads, expected, strict=True):
+        torch.testing.assert_close(ours - plain, more, rtol=1e-3, atol=1e-7)
+    assert any(more.abs().max() > 1e-4 for more in expected)
+
+
 def test_the_temperature_is_fitted_on_validation_data_alone(problem):
     student = training.warm_student(problem, 0, 2)
     found = example.look(student, problem)
@@ -148,6 +178,7 @@ def test_the_page_repeats_the_committed_results(found):
     assert shown("probabilities.md", "probabilities-kd") == example.kd_table(found)
     assert shown("probabilities.md", "probabilities-disk") == example.table(found, DISK)
     assert shown("probabilities.md", "probabilities-uniform") == example.table(found, UNIFORM)
+    assert shown("probabilities.md", "probabilities-normalized") == example.table(found, NORMALIZED)
     assert shown("probabilities.md", "probabilities-quarters") == example.quarter_table(found)
 
 
@@ -158,6 +189,9 @@ def test_committed_differences_are_those_of_the_committed_values(found):
             for measure, one in row["differences"][method].items():
                 assert one["mean"] == pytest.approx(expected[measure]["mean"], abs=2e-5)
                 assert one["interval_95"] == pytest.approx(expected[measure]["interval_95"], abs=5e-5)
+        normalized = example.differences(row["methods"][NORMALIZED], row["methods"][DISK])
+        for measure, one in row["normalized"].items():
+            assert one["mean"] == pytest.approx(normalized[measure]["mean"], abs=2e-5)
 
 
 def test_the_committed_students_are_those_of_gain(found):
@@ -200,6 +234,9 @@ def test_sentences_have_the_committed_numbers(found):
     lowest = more["differences"][DISK][rarer[0]]
     rarest = [statistics.fmean(row["methods"]["KD"][rarer[1]]) for row in (few, more)]
     counts = few["class_counts"]
+    changes = [row["normalized"] for row in rows.values()]
+    places = {"accuracy": "+.2f", "nll": "+.3f"}
+    normalized = {name: ends([each[name]["mean"] for each in changes], form) for name, form in places.items()}
     for sentence in (
         f"(NLL) is {likelihood} nats higher, and they are overconfident by {confidence} points more.",
         f"leaves {left} nats of the difference.",
@@ -211,6 +248,7 @@ def test_sentences_have_the_committed_numbers(found):
         "rarest quarter is {:.2f} % with 5 units and {:.2f} % with 16.".format(*rarest),
         f"half**: {ends(by_half[0], '.2f')} points in its four quarters, {ends(by_half[1], '+.2f')} in the rarer ones.",
         f"the most frequent class has {counts[0]:,} and the rarest {counts[-1]}.",
+        f"accuracy are {normalized['accuracy']} points, in NLL {normalized['nll']} nats.",
     ):
         assert sentence in page
     assert lowest["mean"] == min(by_half[1])
@@ -225,11 +263,11 @@ def test_what_the_page_says_without_a_number_holds(found):
     rows = found["rows"]
     for name in (*example.LIMITED, *example.UNEVEN):
         paired = rows[name]["differences"]
-        for method in example.METHODS:
+        for method in (DISK, UNIFORM):
             for measure in ("accuracy", "balanced", "nll", "overconfidence", "nll_fitted"):
                 assert paired[method][measure]["interval_95"][0] > 0
     for name in example.UNEVEN:
-        for method in example.METHODS:
+        for method in (DISK, UNIFORM):
             assert all(rows[name]["differences"][method][one]["interval_95"][1] >= 0 for one in example.QUARTERS)
     assert all(rows[name]["kd_settings"]["ce_weight"] == 0 for name in example.LIMITED[:2])
     low, high = rows["digits, warm, 30 passes"]["differences"][DISK]["accuracy"]["interval_95"]

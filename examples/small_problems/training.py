@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from disk_plugin import DiSKLoss, DualScheduler, GuideHead
+from disk_plugin.functional import DiSKTerms
 from disk_plugin.uniform import UniformGuide
 
 from .problems import Problem, accuracy, mlp
@@ -44,17 +45,35 @@ def warm_student(problem: Problem, seed: int, passes: int) -> nn.Sequential:
     return student
 
 
+class NormalizedGuide(DiSKLoss):
+    """The default form whose guide also minimizes log(1 + K g), with which s + g would be a proper distribution."""
+
+    def terms(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *inputs: Any, **options: Any
+    ) -> DiSKTerms:
+        """Add the normalizer's gradient w.r.t. the guide; no value changes."""
+        logits = self.level.place(self.guide_logits(teacher_logits, *inputs))  # before this batch moves the level
+        scaled = teacher_logits.shape[1] * logits.detach().sigmoid()
+        slope = scaled * (1 - logits.detach().sigmoid()) / (1 + scaled)
+        # as in the guide's own objective the mean is 0: the discount sets the level of g
+        added = ((slope - slope.mean()) * (logits - logits.detach())).mean()
+        found = super().terms(student_logits, teacher_logits, target, *inputs, **options)
+        return found._replace(loss=found.loss + added)
+
+
 def make_disk(problem: Problem, settings: dict[str, Any]) -> DiSKLoss:
     """Return README's loss.
 
     ``settings`` are those of ``DiSKLoss``, plus ``uniform``: the arguments of a ``UniformGuide`` instead of a guide;
-    and ``share``, ``over`` and ``patience`` of the ``"auto"`` target.
+    ``normalized``: a guide whose objective has the normalizer; and ``share``, ``over`` and ``patience`` of the
+    ``"auto"`` target.
     """
     settings = dict(settings)
+    kind = NormalizedGuide if settings.pop("normalized", False) else DiSKLoss
     uniform = settings.pop("uniform", None)
     target = {name: settings.pop(name) for name in ("share", "over", "patience") if name in settings}
     if uniform is None:
-        disk = DiSKLoss(GuideHead(problem.widths[-1], problem.teacher_features.shape[1]), **settings)
+        disk = kind(GuideHead(problem.widths[-1], problem.teacher_features.shape[1]), **settings)
     else:
         disk = DiSKLoss(UniformGuide(**uniform), **settings)
     for name, value in target.items():
