@@ -38,9 +38,8 @@ LIMITED = (  # by capacity
 WIDTHS = (5, 16)  # with 5 units even KD finds hardly any sample of the rarer half of the classes
 UNEVEN = {f"uneven clusters {width} (new), warm, 10 passes": width for width in WIDTHS}
 CELLS = (*LIMITED, *UNEVEN, "digits, warm, 30 passes")
-METHODS = {name: candidates.REPORTED[name] for name in ("DiSK, default", "UniformGuide, discount auto")}
-NORMALIZED = "normalized guide"
-METHODS[NORMALIZED] = {"normalized": True}
+DISK, UNIFORM, NORMALIZED = "DiSK, default", "UniformGuide, discount auto", "normalized guide"
+METHODS = {**{name: candidates.REPORTED[name] for name in (DISK, UNIFORM)}, NORMALIZED: {"normalized": True}}
 MEASURES = {
     "accuracy": "accuracy, %",
     "balanced": "balanced accuracy, %",
@@ -134,7 +133,7 @@ def run_cell(
         "class_counts": torch.bincount(problem.train.y).tolist(),
         "methods": methods,
         "differences": {method: differences(methods[method], methods["KD"]) for method in METHODS},
-        "normalized": differences(methods[NORMALIZED], methods["DiSK, default"]),
+        "normalized": differences(methods[NORMALIZED], methods[DISK]),
     }
     return _rounded(found)
 
@@ -158,7 +157,7 @@ def kd_table(found: dict[str, Any]) -> str:
 
 def table(found: dict[str, Any], method: str) -> str:
     """Return a method's paired differences as Markdown, a row per problem: to KD, a normalized guide's to DiSK."""
-    other = "DiSK, default" if method == NORMALIZED else "KD"
+    other = DISK if method == NORMALIZED else "KD"
     lines = [f"| {method}, minus {other} | {' | '.join(MEASURES.values())} |", "|---" * (1 + len(MEASURES)) + "|"]
     for name, row in found["rows"].items():
         paired = row["normalized"] if method == NORMALIZED else row["differences"][method]
@@ -168,12 +167,11 @@ def table(found: dict[str, Any], method: str) -> str:
 
 def quarter_table(found: dict[str, Any]) -> str:
     """Return the recall on the problems of uneven classes as Markdown, a row per quarter of the classes."""
-    compared = [name for name in METHODS if name != NORMALIZED]
-    methods = " | ".join(f"{name}, minus KD" for name in compared)
+    methods = " | ".join(f"{name}, minus KD" for name in (DISK, UNIFORM))
     lines = [f"| problem, start, passes | classes | KD's recall, % | {methods} |", "|---" * 5 + "|"]
     for problem, row in ((name, row) for name, row in found["rows"].items() if name in UNEVEN):
         for name in QUARTERS:
-            paired = " | ".join(_interval(row["differences"][method][name], 2) for method in compared)
+            paired = " | ".join(_interval(row["differences"][method][name], 2) for method in (DISK, UNIFORM))
             recall = statistics.fmean(row["methods"]["KD"][name])
             lines.append(f"| {problem} | {name} | {recall:.2f} | {paired} |")
     return "\n".join(lines)

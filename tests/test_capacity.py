@@ -12,7 +12,7 @@ from torch import nn
 
 from disk_plugin import DiSKLoss, GuideHead, functional
 from disk_plugin.diagnostics import CapacityGap, capacity_gap
-from disk_plugin.diagnostics.capacity import LARGEST_DATA_GAP, SMALLEST_CAPACITY_GAP
+from disk_plugin.diagnostics.capacity import FEWEST_CLASSES, LARGEST_DATA_GAP, SMALLEST_CAPACITY_GAP
 from disk_plugin.taps import with_features
 
 MAP = json.loads((Path(__file__).parents[1] / "examples" / "results" / "regime_map.json").read_text())
@@ -218,6 +218,7 @@ def test_the_printed_figures_are_others():
 def test_the_thresholds_are_not_those_of_the_committed_map():
     found = rule.derive(rule.points(MAP))
     assert (found.capacity, found.data) == (SMALLEST_CAPACITY_GAP, LARGEST_DATA_GAP)
+    assert min(cell["classes"] for row in MAP["problems"].values() for cell in row["cells"]) == FEWEST_CLASSES
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

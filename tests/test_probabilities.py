@@ -15,7 +15,7 @@ from small_problems.candidates import Cell
 from small_problems.problems import Problem, Split
 
 ROOT = Path(__file__).parents[1]
-DISK, UNIFORM, NORMALIZED = example.METHODS
+DISK, UNIFORM, NORMALIZED = example.DISK, example.UNIFORM, example.NORMALIZED
 
 
 def committed(name):

@@ -18,13 +18,14 @@ from evidence import PAGES, shown
 from small_images import data, report, screening, trials
 from small_images.conditions import conditions_table
 from small_images.methods import CE, KD, METHODS, Batch, make_method
+from small_images.networks import width_of
 from small_images.resnet import ResNet, joined, parted
 from small_images.training import Recipe, Run
 from small_images.views import Views
 from torch.nn import functional as F  # noqa: N812
 
 from disk_plugin import functional, presets
-from disk_plugin.diagnostics.capacity import LARGEST_DATA_GAP, SMALLEST_CAPACITY_GAP
+from disk_plugin.diagnostics.capacity import ENOUGH_FEATURES, LARGEST_DATA_GAP, SMALLEST_CAPACITY_GAP
 
 RESULTS = Path(cifar100.__file__).parent / "results"
 
@@ -514,6 +515,7 @@ def test_what_the_page_says_of_few_features_is_committed():
         rows = [found[name]["differences"][f"{form} - {found[name]['kd']}"]["values"] for form in RIVALS]
         low, high = min(map(min, rows)), max(map(max, rows))
         assert re.search(rf"{re.escape(f'{low:+.2f} to {high:+.2f}')} (points )?{words}", line_of(page, "- **With 16"))
+    assert width_of("resnet10-xxs") == ENOUGH_FEATURES
     limited = {}  # the gaps by capacity and by data where the thresholds alone would recommend DiSK
     for name in ("as it is, KD searched", *said.values()):
         own = [(cell["teacher"]["train"], cell["methods"][found[name]["kd"]]) for cell in found[name]["cells"]]
