@@ -29,7 +29,7 @@ def attach(disk: DiSKLoss | Guided, process_group: Group = None) -> "SharedGuide
     """Synchronize the losses of all ranks: the same guide, one hinge and one gradient for the full batch.
 
     For loops that wrap only the student in DistributedDataParallel. The guide's parameters and the loss's buffers are
-    broadcast from the group's rank 0. From then on each evaluation that is trained on averages a few scalars (up to three
+    broadcast from the group's rank 0. From then on each evaluation with gradients averages a few scalars (up to three
     small all-reduces): with a budget the usage, with a discount what the level of g and the guide's gradient depend on,
     and a fitted student temperature. Each backward that reaches the guide ends with an average of its gradients (one
     all-reduce). Every rank must therefore run the same number of forwards and backwards.
